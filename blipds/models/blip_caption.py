@@ -1,0 +1,108 @@
+"""BLIP's captioner: image encoder, text decoder, loss and generation (BLIP paper, arXiv 2201.12086, section 3)."""
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from blipds.models.generation import GenerationConfig, beam_search, single_search
+from blipds.models.text_decoder import TextDecoder
+
+
+class BlipCaption(nn.Module):
+    """`label_smoothing`: 0.1 in the paper's code. `freeze_vit`: the encoder neither learns nor drops."""
+
+    def __init__(
+        self,
+        visual_encoder: VisionTransformer,
+        text_decoder: TextDecoder,
+        *,
+        label_smoothing: float = 0.1,
+        freeze_vit: bool = False,
+    ) -> None:
+        super().__init__()
+        self.visual_encoder = visual_encoder
+        self.text_decoder = text_decoder
+        self.label_smoothing = label_smoothing
+        self.freeze_vit = freeze_vit
+        if freeze_vit:
+            self.visual_encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "BlipCaption":
+        super().train(mode)
+        if self.freeze_vit:
+            self.visual_encoder.eval()
+        return self
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, label_positions: Tensor, labels: Tensor) -> Tensor:
+        """The sum (not the mean) of the smoothed cross-entropy over the labelled positions, a scalar in fp32.
+
+        pixel_values (I, 3, H, W); input_ids (I, K, T) with [DEC] at position 0; label_positions (P,) indices into the
+        flattened I x K x T whose next token is `labels` (P,). P may be 0: the loss is then 0 and has a gradient of 0.
+        """
+        if self.freeze_vit:
+            with torch.no_grad():
+                image_embeds = self.visual_encoder(pixel_values)
+        else:
+            image_embeds = self.visual_encoder(pixel_values)
+        logits = self.text_decoder(input_ids, image_embeds, label_positions)
+        return F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=self.label_smoothing)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor,
+        prompt_ids: Tensor,
+        eos_token_id: int,
+        config: GenerationConfig,
+        uniform: Tensor | None = None,
+    ) -> list[list[int]]:
+        """Token ids of one caption an image, prompt (P,) included, closing token not.
+
+        `uniform` (I, max_len): the random numbers of nucleus sampling, unused otherwise. Under ZeRO-3 the parameters
+        must be gathered around the call.
+        """
+        image_embeds = self.visual_encoder(pixel_values)
+        decoder = CachedDecoder(self.text_decoder, image_embeds, config.max_len)
+        if config.use_nucleus_sampling:
+            assert uniform is not None
+            return single_search(decoder, prompt_ids, len(pixel_values), eos_token_id, config, uniform)
+        search = single_search if config.num_beams == 1 else beam_search
+        return search(decoder, prompt_ids, len(pixel_values), eos_token_id, config)
+
+
+class CachedDecoder:
+    """The text decoder as generation sees it (`generation.StepDecoder`), with the caches of all its layers."""
+
+    def __init__(self, text_decoder: TextDecoder, image_embeds: Tensor, max_length: int) -> None:
+        self.text_decoder = text_decoder
+        self.images = len(image_embeds)
+        self.beams = 1
+        self.caches = text_decoder.start_caches(image_embeds, max_length)
+
+    def start(self, prompt_ids: Tensor, beams: int) -> Tensor:
+        logits = self.step(prompt_ids.expand(self.images, 1, -1)).squeeze(1)
+        self.beams = beams
+        for cache in self.caches:
+            cache.expand(beams)
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """tokens (J, K), or (J, K, T) for several at once"""
+        input_ids = tokens if tokens.dim() == 3 else tokens.unsqueeze(-1)
+        return self.text_decoder(input_ids, caches=self.caches)
+
+    def rows(self, images: Tensor) -> Tensor:
+        """Rows of text (I * K) that belong to some images."""
+        return (images.unsqueeze(-1) * self.beams + torch.arange(self.beams, device=images.device)).flatten()
+
+    def reorder(self, parents: Tensor) -> None:
+        first = torch.arange(self.images, device=parents.device).unsqueeze(-1) * self.beams
+        for cache in self.caches:
+            cache.reorder((first + parents).flatten())
+
+    def keep(self, images: Tensor) -> None:
+        rows = self.rows(images)
+        self.images = len(images)
+        for cache in self.caches:
+            cache.keep(images, rows)

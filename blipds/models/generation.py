@@ -1,0 +1,208 @@
+"""Beam search, greedy search and nucleus sampling over a decoder with caches.
+
+Beam search is that of transformers 4.15 to 4.26, with which BLIP's published numbers were made; today's differs.
+A sequence holds the prompt and what follows, without the closing token; lengths count the prompt.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+NUCLEUS_TOP_K = 50  # transformers 4's default, in force wherever the original code samples
+NUCLEUS_REPETITION_PENALTY = 1.1  # fixed in the original code and in LAVIS
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How captions are generated; the defaults are the paper's. Names as in the run config, where LAVIS has them."""
+
+    num_beams: int = 3
+    max_len: int = 20
+    min_len: int = 5
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    use_nucleus_sampling: bool = False
+    top_p: float = 0.9
+    temperature: float = 1.0
+
+
+class StepDecoder(Protocol):
+    """What generation needs of a model: next-token logits for J images with K rows of text each."""
+
+    def start(self, prompt_ids: Tensor, beams: int) -> Tensor:
+        """Takes the prompt (P,) in one pass; returns logits (J, V), the same for every beam."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Adds tokens (J, K); returns logits (J, K, V)."""
+
+    def reorder(self, parents: Tensor) -> None:
+        """Beam k of image j continues what beam `parents[j, k]` was."""
+
+    def keep(self, images: Tensor) -> None:
+        """Goes on with some of the images only."""
+
+
+def penalise_repetition(scores: Tensor, sequences: Tensor, penalty: float) -> Tensor:
+    """Divides positive and multiplies negative scores of tokens already there (CTRL paper, section 4.1).
+
+    scores (..., V), sequences (..., L).
+    """
+    if penalty == 1.0:
+        return scores
+    present = scores.gather(-1, sequences)
+    return scores.scatter(-1, sequences, torch.where(present < 0, present * penalty, present / penalty))
+
+
+class Hypotheses:
+    """The best finished sequences of one image."""
+
+    def __init__(self, size: int, length_penalty: float) -> None:
+        self.size = size
+        self.length_penalty = length_penalty
+        self.finished: list[tuple[float, list[int]]] = []
+
+    def add(self, sequence: list[int], log_probability: float) -> None:
+        score = log_probability / len(sequence) ** self.length_penalty
+        if len(self.finished) == self.size:
+            worst = min(self.finished, key=lambda hypothesis: hypothesis[0])
+            if score <= worst[0]:
+                return
+            self.finished.remove(worst)
+        self.finished.append((score, sequence))
+
+    def done(self, best_log_probability: float, length: int) -> bool:
+        """Whether nothing unfinished can become better than the worst that is kept."""
+        if len(self.finished) < self.size:
+            return False
+        worst = min(score for score, _ in self.finished)
+        return worst >= best_log_probability / length**self.length_penalty
+
+    def best(self) -> list[int]:
+        # of equal scores the later one, as a stable sort followed by pop() gives in the original
+        return max(enumerate(self.finished), key=lambda entry: (entry[1][0], entry[0]))[1][1]
+
+
+@torch.no_grad()
+def beam_search(
+    decoder: StepDecoder, prompt_ids: Tensor, images: int, eos_token_id: int, config: GenerationConfig
+) -> list[list[int]]:
+    """Returns the best sequence of each image. One device sync a step: the hypotheses are kept on the host."""
+    beams = config.num_beams
+    length = len(prompt_ids)
+    hypotheses = [Hypotheses(beams, config.length_penalty) for _ in range(images)]
+    active = list(range(images))  # images that still run; row j of every tensor below is image active[j]
+
+    logits = decoder.start(prompt_ids, beams).unsqueeze(1).expand(-1, beams, -1)
+    sequences = prompt_ids.expand(images, beams, -1)
+    beam_scores = logits.new_full((images, beams), -1e9, dtype=torch.float32)
+    beam_scores[:, 0] = 0.0  # all beams are equal at first: only one may branch
+
+    while True:
+        scores = penalise_repetition(logits.float().log_softmax(-1), sequences, config.repetition_penalty)
+        if length < config.min_len:
+            scores[..., eos_token_id] = -torch.inf
+        vocabulary = scores.shape[-1]
+        scores = (scores + beam_scores.unsqueeze(-1)).flatten(1)
+        top_scores, top = scores.topk(2 * beams, dim=1)
+        top_beams, top_tokens = top // vocabulary, top % vocabulary
+
+        running, chosen = [], []
+        host = zip(top_scores.tolist(), top_beams.tolist(), top_tokens.tolist(), sequences.tolist(), strict=True)
+        for row, (row_scores, row_beams, row_tokens, row_sequences) in enumerate(host):
+            kept: list[int] = []
+            for rank, (score, beam, token) in enumerate(zip(row_scores, row_beams, row_tokens, strict=True)):
+                if token != eos_token_id:
+                    kept.append(rank)
+                elif rank < beams:
+                    hypotheses[active[row]].add(row_sequences[beam], score)
+                if len(kept) == beams:
+                    break
+            if not hypotheses[active[row]].done(max(row_scores), length):
+                running.append(row)
+                chosen.append(kept)
+        if not running:
+            break
+
+        rows = torch.tensor(running, device=top.device)
+        ranks = torch.tensor(chosen, device=top.device)
+        beam_scores = top_scores[rows].gather(1, ranks)
+        parents = top_beams[rows].gather(1, ranks)
+        tokens = top_tokens[rows].gather(1, ranks)
+        if len(running) < len(active):
+            decoder.keep(rows)
+            active = [active[row] for row in running]
+        sequences = sequences[rows].gather(1, parents.unsqueeze(-1).expand(-1, -1, length))
+        sequences = torch.cat([sequences, tokens.unsqueeze(-1)], dim=-1)
+        length += 1
+        if length == config.max_len:
+            for row, (row_scores, row_sequences) in enumerate(
+                zip(beam_scores.tolist(), sequences.tolist(), strict=True)
+            ):
+                for score, sequence in zip(row_scores, row_sequences, strict=True):
+                    hypotheses[active[row]].add(sequence, score)
+            break
+        decoder.reorder(parents)
+        logits = decoder.step(tokens)
+
+    return [hypothesis.best() for hypothesis in hypotheses]
+
+
+@torch.no_grad()
+def single_search(
+    decoder: StepDecoder,
+    prompt_ids: Tensor,
+    images: int,
+    eos_token_id: int,
+    config: GenerationConfig,
+    uniform: Tensor | None = None,
+) -> list[list[int]]:
+    """Greedy search, or nucleus sampling with the random numbers `uniform` (images, max_len) in [0, 1)."""
+    penalty = config.repetition_penalty if uniform is None else NUCLEUS_REPETITION_PENALTY
+    finished: list[list[int]] = [[] for _ in range(images)]
+    active = torch.arange(images, device=prompt_ids.device)
+    sequences = prompt_ids.expand(images, -1)
+    logits = decoder.start(prompt_ids, beams=1)
+
+    while True:
+        length = sequences.shape[1]
+        scores = penalise_repetition(logits.float(), sequences, penalty)
+        if length < config.min_len:
+            scores[:, eos_token_id] = -torch.inf
+        if uniform is None:
+            tokens = scores.argmax(-1)
+        else:
+            tokens = sample_nucleus(scores / config.temperature, config.top_p, uniform[active, length])
+
+        ended = (tokens == eos_token_id).tolist()
+        for row, index in enumerate(active.tolist()):
+            if ended[row]:
+                finished[index] = sequences[row].tolist()
+        rows = torch.tensor([row for row, end in enumerate(ended) if not end], device=active.device, dtype=torch.long)
+        if len(rows) == 0:
+            return finished
+        if len(rows) < len(active):
+            decoder.keep(rows)
+            active, sequences, tokens = active[rows], sequences[rows], tokens[rows]
+        sequences = torch.cat([sequences, tokens.unsqueeze(-1)], dim=-1)
+        if sequences.shape[1] == config.max_len:
+            for index, sequence in zip(active.tolist(), sequences.tolist(), strict=True):
+                finished[index] = sequence
+            return finished
+        logits = decoder.step(tokens.unsqueeze(-1)).squeeze(1)
+
+
+def sample_nucleus(logits: Tensor, top_p: float, uniform: Tensor) -> Tensor:
+    """Draws from the smallest set of tokens whose probability reaches `top_p` (Holtzman et al. 2020, section 3.1).
+
+    logits (J, V), uniform (J,): one random number a row, so that a caption does not depend on its batch.
+    """
+    top_logits, tokens = logits.topk(min(NUCLEUS_TOP_K, logits.shape[-1]), dim=-1)
+    probabilities = top_logits.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    nucleus = probabilities.masked_fill(before > top_p, 0.0)
+    cumulative = nucleus.cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * cumulative[:, -1:], right=True)
+    drawn = drawn.clamp(max=(nucleus > 0).sum(-1, keepdim=True) - 1)
+    return tokens.gather(-1, drawn).squeeze(-1)
