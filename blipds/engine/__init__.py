@@ -1,0 +1,9 @@
+"""The only room that imports deepspeed: initialisation, backward and step, gathering, checkpoints.
+
+deepspeed is imported where it is used, so that everything else starts fast and works without it.
+"""
+
+from blipds.engine.engine import Engine, checkpointed, default_precision, parameter_groups
+from blipds.engine.ops import prepare_adam
+
+__all__ = ["Engine", "checkpointed", "default_precision", "parameter_groups", "prepare_adam"]

@@ -1,0 +1,139 @@
+"""Datasets by name, and the samples that they give."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from blipds.config import Config, DatasetConfig, ImageProcessorConfig
+from blipds.data.annotations import Annotations, Record, annotations_of, read_annotations
+from blipds.data.shapes import make_scenes
+from blipds.errors import UserError, nearest
+from blipds.registry import DATASETS, PROCESSORS
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image with the captions that share its encoding; `error` names an image that could not be read."""
+
+    pixels: Tensor | None
+    captions: list[str]
+    error: str | None = None
+
+
+class CaptionDataset(Dataset[Sample]):
+    """Samples of (image, `captions_per_image` of its captions).
+
+    1 is the paper's recipe: a sample is a pair, in the order of the annotation file. N > 1: the captions of an image
+    in groups of N; "all": in one group. Each (image, caption) pair is in exactly one sample. Without `training` a
+    sample is an image.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        annotations: Annotations,
+        image_processor: Callable[[Image.Image], Tensor],
+        text_processor: Callable[[str], str],
+        captions_per_image: int | str,
+        training: bool,
+    ) -> None:
+        self.name = name
+        self.records = annotations.records
+        self.image_processor = image_processor
+        self.text_processor = text_processor
+        self.groups: list[tuple[int, tuple[int, ...]]]  # (record, its captions)
+        if not training:
+            self.groups = [(record, ()) for record in range(len(self.records))]
+        elif captions_per_image == 1:
+            self.groups = [(record, (caption,)) for record, caption in annotations.pairs]
+        else:
+            self.groups = []
+            for index, record in enumerate(self.records):
+                captions = range(len(record.captions))
+                size = len(captions) if captions_per_image == "all" else int(captions_per_image)
+                self.groups += [(index, tuple(captions[k : k + size])) for k in range(0, len(captions), size)]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def sample(self, index: int, seed: int) -> Sample:
+        """Sample `index`, augmented by a random state that `seed` alone decides."""
+        record, captions = self.groups[index]
+        image = self.records[record].image
+        try:
+            picture = image.open()
+        except OSError as error:
+            return Sample(None, [], f"{image}: {error}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            pixels = self.image_processor(picture)
+        return Sample(pixels, [self.text_processor(self.records[record].captions[k]) for k in captions])
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.sample(index, seed=0)
+
+
+def build_dataset(name: str, config: Config, split: str, training: bool) -> CaptionDataset:
+    """The dataset `name` of the run config. Raises UserError for unknown names, missing files and bad entries."""
+    dataset = config.datasets[name]
+    annotations = DATASETS[name](dataset, config, split, training)
+    if not annotations.records:
+        raise UserError(f"datasets.{name}: split '{split}' holds no image")
+    kind = "train" if training else "eval"
+    image_processor = build_image_processor(getattr(dataset.vis_processor, kind), config.model.image_size)
+    text = getattr(dataset.text_processor, kind)
+    words = {} if text.max_words is None else {"max_words": text.max_words}
+    text_processor = PROCESSORS[text.name](prompt=config.model.prompt, **words)
+    limit = config.run.limit_train if training else config.run.limit_val
+    limited = annotations.limited(limit)
+    return CaptionDataset(name, limited, image_processor, text_processor, dataset.captions_per_image, training)
+
+
+def build_image_processor(config: ImageProcessorConfig, image_size: int) -> Any:
+    """What the config leaves open is the processor's own default."""
+    optional = ("min_scale", "max_scale", "mean", "std")
+    given = {key: getattr(config, key) for key in optional if getattr(config, key) is not None}
+    given.update({key: tuple(given[key]) for key in ("mean", "std") if key in given})
+    try:
+        return PROCESSORS[config.name](image_size=config.image_size or image_size, **given)
+    except TypeError:
+        raise UserError(f"vis_processor '{config.name}' does not take one of {', '.join(given)}") from None
+
+
+@DATASETS.register("coco_caption")
+@DATASETS.register("flickr8k_caption")
+@DATASETS.register("flickr30k_caption")
+@DATASETS.register("nocaps")
+@DATASETS.register("custom_caption")
+def annotated(dataset: DatasetConfig, config: Config, split: str, training: bool) -> Annotations:
+    """Datasets of annotation files and an image folder."""
+    splits = dataset.build_info.annotations
+    if split not in splits or not splits[split].storage:
+        known = [name for name, files in splits.items() if files.storage]
+        raise UserError(
+            f"no annotation file for split '{split}': give datasets.<name>.build_info.annotations.{split}.storage; "
+            f"{nearest(split, known)}"
+        )
+    cache_root = Path(config.env.cache_root).expanduser()
+    images = dataset.images or dataset.build_info.images.storage
+    if images is None:
+        raise UserError("no image folder: give datasets.<name>.images")
+    paths = [cache_root / storage for storage in splits[split].storage]
+    return read_annotations(paths, cache_root / Path(images).expanduser(), captions_needed=training)
+
+
+@DATASETS.register("shapes_caption")
+def shapes(dataset: DatasetConfig, config: Config, split: str, training: bool) -> Annotations:
+    """Drawn scenes; deterministic by split and seed."""
+    if split not in dataset.num_images:
+        raise UserError(
+            f"datasets.shapes_caption.num_images has no split '{split}'; {nearest(split, dataset.num_images)}"
+        )
+    scenes = make_scenes(split, dataset.num_images[split], config.run.seed)
+    return annotations_of([Record(scene, tuple(scene.captions()), scene.id) for scene in scenes])

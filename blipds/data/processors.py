@@ -1,0 +1,238 @@
+"""What happens to an image and to a caption before they become a batch.
+
+An image processor takes an RGB Pillow image and returns uint8 pixels (3, H, W). It does not normalise: bytes are a
+quarter of the traffic of floats, so `(pixels / 255 - mean) / std` is done on the device, with the processor's own
+`mean` and `std`.
+
+Random choices come from torch's global CPU generator and from nothing else: seed it per sample (inside
+`torch.random.fork_rng`), and the same sample gets the same pixels on any number of ranks and workers.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from blipds.registry import PROCESSORS
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# RandAugment as in the original BLIP code (transform/randaugment.py): N = 2 operations at M = 5 on a scale of 10.
+NUM_AUGMENTATIONS = 2
+AUGMENTATION_PROBABILITY = 0.5  # of each operation that was chosen
+SHEAR = 0.3 * 5 / 10
+TRANSLATE = 10 * 5 // 10  # pixels
+ROTATE = 30 * 5 / 10  # degrees
+FILL = (128, 128, 128)
+
+CROP_RATIO = (3 / 4, 4 / 3)  # width / height, torchvision's default
+
+# --- images: reading -------------------------------------------------------------------------------------------------
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read an image file whole, upright (EXIF orientation) and as RGB.
+
+    Transparent pixels come out white, 16-bit greys are scaled to 8 bits (Pillow alone would clip them to white).
+    Raises OSError naming the file where it is missing, truncated or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # decoders raise anything on damaged bytes: SyntaxError, struct.error, zlib.error, ...
+        raise OSError(f"cannot read the image {os.fspath(path)}: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image  # convert() would copy it
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """RGB Pillow image -> contiguous uint8 tensor (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+# --- images: processors ----------------------------------------------------------------------------------------------
+
+
+@PROCESSORS.register("blip_image_eval")
+@dataclass(frozen=True)
+class BlipImageEval:
+    """Bicubic resize of the whole image to a square, the aspect ratio given up, as in BLIP's evaluation."""
+
+    image_size: int
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return to_pixels(_resize(image, self.image_size))
+
+
+@PROCESSORS.register("blip_image_train")
+@dataclass(frozen=True)
+class BlipImageTrain:
+    """BLIP's training augmentation: random resized crop, horizontal flip, RandAugment.
+
+    The flip turns "left" into "right" while the caption stays as it is: the recipe of the paper, and harmless on
+    photographs, but not for data whose captions say where things are (use `blip_image_eval` there).
+    """
+
+    image_size: int
+    min_scale: float = 0.5  # smallest and largest share of the image's area that a crop keeps
+    max_scale: float = 1.0
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        box = random_crop_box(image.width, image.height, self.min_scale, self.max_scale)
+        # Cropped first, and not by resize(box=...), whose bicubic filter would look beyond the crop's edges.
+        image = _resize(image.crop(box), self.image_size)
+        if _uniform() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return to_pixels(rand_augment(image))
+
+
+def random_crop_box(width: int, height: int, min_scale: float, max_scale: float) -> tuple[int, int, int, int]:
+    """A random crop (left, top, right, bottom), drawn as by torchvision's RandomResizedCrop.
+
+    Area uniform in [min_scale, max_scale] of the image's, aspect ratio log-uniform in CROP_RATIO. Where ten tries do
+    not fit into the image (it is very long or very tall): the largest crop in its centre within CROP_RATIO.
+    """
+    for _ in range(10):
+        area = width * height * _uniform(min_scale, max_scale)
+        ratio = math.exp(_uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left, top = _below(width - crop_width + 1), _below(height - crop_height + 1)
+            return left, top, left + crop_width, top + crop_height
+    crop_width = min(width, round(height * CROP_RATIO[1]))
+    crop_height = min(height, round(width / CROP_RATIO[0]))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def _resize(image: Image.Image, size: int) -> Image.Image:
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+# --- RandAugment -----------------------------------------------------------------------------------------------------
+
+
+def rand_augment(image: Image.Image) -> Image.Image:
+    """Two operations drawn with replacement from OPERATIONS, each applied with probability 0.5 and a random sign."""
+    for _ in range(NUM_AUGMENTATIONS):
+        operation = OPERATIONS[OPERATION_NAMES[_below(len(OPERATION_NAMES))]]
+        if _uniform() < AUGMENTATION_PROBABILITY:
+            image = operation(image, 1 if _uniform() < 0.5 else -1)
+    return image
+
+
+def _identity(image: Image.Image, sign: int) -> Image.Image:
+    return image
+
+
+def _auto_contrast(image: Image.Image, sign: int) -> Image.Image:
+    return ImageOps.autocontrast(image)
+
+
+def _equalize(image: Image.Image, sign: int) -> Image.Image:
+    return ImageOps.equalize(image)
+
+
+def _shear_x(image: Image.Image, sign: int) -> Image.Image:
+    return _warp(image, (1, sign * SHEAR, 0, 0, 1, 0))
+
+
+def _shear_y(image: Image.Image, sign: int) -> Image.Image:
+    return _warp(image, (1, 0, 0, sign * SHEAR, 1, 0))
+
+
+def _translate_x(image: Image.Image, sign: int) -> Image.Image:
+    return _moved(image, sign * TRANSLATE, 0)
+
+
+def _translate_y(image: Image.Image, sign: int) -> Image.Image:
+    return _moved(image, 0, sign * TRANSLATE)
+
+
+def _rotate(image: Image.Image, sign: int) -> Image.Image:
+    return image.rotate(sign * ROTATE, Image.Resampling.BILINEAR, fillcolor=FILL)
+
+
+def _warp(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+    """matrix (a, b, c, d, e, f): the output at (x, y) is the input at (ax + by + c, dx + ey + f)."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=FILL)
+
+
+def _moved(image: Image.Image, right: int, down: int) -> Image.Image:
+    """Whole pixels need no interpolation: pasted, which is exact and much faster than a bilinear warp."""
+    canvas = Image.new("RGB", image.size, FILL)
+    canvas.paste(image, (right, down))
+    return canvas
+
+
+# name -> operation(image, sign); sign is +1 or -1 and gives the direction, where an operation has one.
+OPERATIONS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+    "Identity": _identity,
+    "AutoContrast": _auto_contrast,
+    "Equalize": _equalize,
+    "Brightness": _identity,  # M = 5 is an enhancement factor of exactly 1.0: nothing changes,
+    "Sharpness": _identity,  # but each still takes its tenth of the draws
+    "ShearX": _shear_x,
+    "ShearY": _shear_y,
+    "TranslateX": _translate_x,
+    "TranslateY": _translate_y,
+    "Rotate": _rotate,
+}
+OPERATION_NAMES = tuple(OPERATIONS)
+
+
+# --- captions --------------------------------------------------------------------------------------------------------
+
+_PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys('.!"()*#:;~', " "))
+
+
+@PROCESSORS.register("blip_caption")
+@dataclass(frozen=True)
+class BlipCaptionProcessor:
+    """Cleans a caption as LAVIS does and puts the prompt in front of it."""
+
+    prompt: str = ""
+    max_words: int = 50  # the prompt's words do not count
+
+    def __call__(self, caption: str) -> str:
+        return self.prompt + self.clean(caption)
+
+    def clean(self, caption: str) -> str:
+        """Lower case, some punctuation to spaces, single spaces, at most `max_words` words; commas and hyphens stay."""
+        words = caption.lower().translate(_PUNCTUATION_TO_SPACE).split()
+        return " ".join(words[: self.max_words])
+
+
+# --- randomness ------------------------------------------------------------------------------------------------------
+
+
+def _uniform(low: float = 0.0, high: float = 1.0) -> float:
+    return low + (high - low) * torch.rand(()).item()
+
+
+def _below(bound: int) -> int:
+    return int(torch.randint(bound, ()))

@@ -1,0 +1,105 @@
+"""Ranks: who am I, and the few collective calls that are needed outside DeepSpeed.
+
+"Collective" in a docstring means that every rank must call it.
+"""
+
+import os
+import socket
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(hours=2)  # rank 0 may score captions for minutes while the others wait
+
+
+def initialise() -> torch.device:
+    """Joins the ranks that the launcher started (or makes a world of one) and returns this rank's device. Collective.
+
+    Understands the environment of deepspeed, torchrun and a plain `python`. On CPUs the cores of the machine are
+    shared out among its ranks: two ranks with all threads each would fight for them.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers run in forked workers
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        # gloo beside nccl: objects are gathered on the host, without a detour over the GPU
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+        if local_world_size() > 1:
+            torch.set_num_threads(max((os.cpu_count() or 1) // local_world_size(), 1))
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    return device
+
+
+def shut_down() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Ranks on this machine. deepspeed's launcher calls it LOCAL_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Collective."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sums in place. Collective."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, in the order of the ranks, on every rank. Collective."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's value on every rank. Collective."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,496 @@
+"""The DeepSpeed JSON: a strict table of its keys, every "auto" resolved, every contradiction named.
+
+DeepSpeed lets unknown top-level keys and unknown keys of several sections pass silently, so this file checks the JSON
+first; `tests/test_ds_config.py` holds the table against DeepSpeed's own models. Neither deepspeed nor torch is
+imported here: planning and `--print-config` work without them.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, Union
+
+from blipds.errors import UserError, nearest
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+Section: TypeAlias = dict[str, Json]
+Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
+
+
+# ---- What a key may hold --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a key may hold; `says` completes the sentence "must be ...", `whole` turns 5e8 into 500000000."""
+
+    says: str
+    accepts: Callable[[Json], bool]
+    whole: bool = False
+
+    def __or__(self, other: "Kind") -> "Kind":
+        return Kind(
+            f"{self.says} or {other.says}",
+            lambda value: self.accepts(value) or other.accepts(value),
+            self.whole or other.whole,
+        )
+
+
+def _number(says: str, lowest: float = float("-inf"), highest: float = float("inf"), whole: bool = False) -> Kind:
+    def accepts(value: Json) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return lowest <= value <= highest and (not whole or float(value).is_integer())
+
+    return Kind(says, accepts, whole)
+
+
+def _choice(*names: str | int) -> Kind:
+    says = "one of " + ", ".join(json.dumps(name) for name in names)
+    return Kind(says, lambda value: not isinstance(value, bool) and value in names, whole=isinstance(names[0], int))
+
+
+def _list_of(item: Kind, says: str, length: int | None = None) -> Kind:
+    def accepts(value: Json) -> bool:
+        return isinstance(value, list) and len(value) == (length or len(value)) and all(map(item.accepts, value))
+
+    return Kind(says, accepts)
+
+
+BOOL = Kind("true or false", lambda value: isinstance(value, bool))
+TEXT = Kind("a string", lambda value: isinstance(value, str))
+TEXTS = _list_of(TEXT, "a list of strings")
+NULL = Kind("null", lambda value: value is None)
+AUTO = Kind('"auto"', lambda value: value == "auto")
+NUMBER = _number("a number")
+SCALE = _number("a number of at least 0", lowest=0)
+FRACTION = _number("a number from 0 to 1", lowest=0, highest=1)
+WHOLE = _number("a whole number", whole=True)
+SIZE = _number("a whole number of at least 0", lowest=0, whole=True)
+COUNT = _number("a whole number of at least 1", lowest=1, whole=True)
+BETAS = _list_of(FRACTION, "a list of two numbers from 0 to 1", length=2)
+DTYPE = _choice("fp32", "fp16", "bf16")
+DEVICE = _choice("none", "cpu", "nvme")
+
+Schema: TypeAlias = Mapping[str, Union[Kind, "Schema"]]
+
+
+def _each(kind: Kind, keys: str) -> dict[str, Kind]:
+    return dict.fromkeys(keys.split(), kind)
+
+
+# ---- The keys -------------------------------------------------------------------------------------------------------
+
+OFFLOAD_PARAM: Schema = {
+    "device": DEVICE,
+    "nvme_path": TEXT | NULL,
+    "pin_memory": BOOL,
+    **_each(SIZE, "buffer_count buffer_size max_in_cpu"),
+}
+
+OFFLOAD_OPTIMIZER: Schema = {
+    "device": DEVICE,
+    "nvme_path": TEXT | NULL,
+    "buffer_count": SIZE,
+    **_each(BOOL, "pin_memory pipeline_read pipeline_write fast_init super_offload"),
+    **_each(FRACTION, "ratio cpuadam_cores_perc"),
+}
+
+ZERO: Schema = {
+    "stage": _choice(0, 1, 2, 3),
+    # gradients
+    "overlap_comm": BOOL | NULL,
+    "reduce_bucket_size": COUNT | AUTO,
+    **_each(BOOL, "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce"),
+    **_each(BOOL, "round_robin_gradients ignore_unused_parameters"),
+    # the updated weights of stages 1 and 2
+    "allgather_bucket_size": SIZE,
+    **_each(BOOL, "allgather_partitions parameter_alignment load_from_fp32_weights"),
+    # stage 3
+    **_each(SIZE | AUTO, "stage3_prefetch_bucket_size stage3_param_persistence_threshold"),
+    **_each(SIZE, "stage3_model_persistence_threshold stage3_max_live_parameters stage3_max_reuse_distance"),
+    **_each(BOOL, "stage3_gather_16bit_weights_on_model_save stage3_use_all_reduce_for_fetch_params"),
+    **_each(BOOL, "stage3_allgather_sequential memory_efficient_linear override_module_apply"),
+    "stage3_module_granularity_threshold": WHOLE,
+    "sub_group_size": SIZE,
+    "leaf_module": _each(TEXTS, "classes names name_suffixes"),
+    # ZeRO++
+    "zero_hpz_partition_size": SIZE,
+    **_each(BOOL, "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients"),
+    # ZeRO-Offload and ZeRO-Infinity
+    "offload_param": OFFLOAD_PARAM,
+    "offload_optimizer": OFFLOAD_OPTIMIZER,
+    # debugging
+    **_each(BOOL, "log_trace_cache_warnings enable_sanity_checks"),
+}
+
+SCHEMA: Schema = {
+    # owned by the run config: "auto", or left out
+    **_each(COUNT | AUTO, "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps"),
+    "gradient_clipping": SCALE | AUTO,
+    "optimizer": {
+        "type": _choice("AdamW", "Adam"),
+        "params": {
+            "betas": BETAS | AUTO,
+            **_each(NUMBER | AUTO, "lr eps weight_decay"),
+            **_each(BOOL, "torch_adam adam_w_mode bias_correction"),
+        },
+    },
+    # memory
+    "zero_optimization": ZERO,
+    **_each(BOOL, "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer"),
+    "aio": {
+        **_each(COUNT, "block_size queue_depth intra_op_parallelism"),
+        **_each(BOOL, "single_submit overlap_events use_gds"),
+    },
+    "activation_checkpointing": {
+        "number_checkpoints": COUNT | NULL,
+        **_each(BOOL, "partition_activations contiguous_memory_optimization cpu_checkpointing"),
+        **_each(BOOL, "synchronize_checkpoint_boundary profile"),
+    },
+    # precision
+    "bf16": {
+        "enabled": BOOL | AUTO,
+        **_each(BOOL, "immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"),
+    },
+    "fp16": {
+        "enabled": BOOL | AUTO,
+        "loss_scale": SCALE,
+        "initial_scale_power": SIZE,
+        **_each(COUNT, "loss_scale_window hysteresis min_loss_scale"),
+        **_each(BOOL, "consecutive_hysteresis fp16_master_weights_and_grads"),
+    },
+    "torch_autocast": {
+        "enabled": BOOL,
+        "dtype": _choice("bfloat16", "float16", "bf16", "fp16"),
+        "lower_precision_safe_modules": TEXTS,
+    },
+    "data_types": _each(DTYPE | NULL, "grad_accum_dtype param_dtype buffer_dtype"),
+    # communication
+    "communication_data_type": DTYPE | NULL,
+    "prescale_gradients": BOOL,
+    "gradient_predivide_factor": SCALE,
+    # what DeepSpeed prints and measures
+    "steps_per_print": COUNT | NULL,
+    "log_level": _choice("debug", "info", "warning", "error", "critical") | NULL,
+    **_each(BOOL, "wall_clock_breakdown memory_breakdown dump_state"),
+    "timers": {"throughput": _each(BOOL, "enabled synchronized")},
+    "comms_logger": {"prof_ops": TEXTS, **_each(BOOL, "enabled prof_all verbose debug")},
+    "flops_profiler": {
+        "output_file": TEXT | NULL,
+        "recompute_fwd_factor": SCALE,
+        "module_depth": WHOLE,
+        **_each(COUNT, "profile_step top_modules"),
+        **_each(BOOL, "enabled detailed"),
+    },
+    # the rest
+    "checkpoint": {"tag_validation": _choice("Ignore", "Warn", "Fail"), "use_node_local_storage": BOOL},
+    "disable_python_gc": BOOL,
+}
+
+# Keys that DeepSpeed knows and that do not belong here, by dotted path under the reason or the replacement.
+_NOT_HERE: Mapping[str, str] = {
+    "the run config owns the schedule: run.lr_sched, run.init_lr, run.min_lr, run.warmup_steps": "scheduler",
+    "the run config owns clipping: run.max_grad_norm": "optimizer.params.max_grad_norm",
+    "the run config owns accumulation: run.accum_grad_iters": "managed_gradient_accumulation",
+    "blipds writes TensorBoard and metrics.jsonl itself": "tensorboard wandb csv_monitor comet",
+    "blipds loads the data itself: run and datasets in the run config": "data_efficiency dataloader_drop_last",
+    "blipds saves and resumes by itself, see --resume": "datastates_ckpt checkpoint.load_universal checkpoint.writer "
+    "checkpoint.checkpoint_serialization checkpoint.parallel_write zero_optimization.elastic_checkpoint",
+    "blipds trains data-parallel, ZeRO alone splits the model": "pipeline tensor_parallel expert_parallel "
+    "use_data_before_expert_parallelism sequence_parallel_size seq_parallel_communication_data_type "
+    "zero_optimization.pipeline_loading_checkpoint",
+    "blipds averages over the labelled tokens of the global batch, which needs the mean": "gradient_allreduce_op",
+    "blipds logs the gradient norm": "zero_optimization.compute_grad_norm",
+    "blipds casts the images itself": "fp16.auto_cast",
+    "blipds does not train through DeepSpeed's compiler": "compile",
+    "blipds has no optimizer that uses it": "optimizer.legacy_fusion "
+    "zero_optimization.save_muon_momentum_buffer_in_memory",
+    "it updates weights from stale gradients, and blipds keeps every step exact": "zero_optimization.zenflow",
+    "it restarts the program with other batch sizes; launch/plan.py says what fits": "autotuning",
+    "it is for language models and inference": "hybrid_engine weight_quantization data_types.keep_in_fp32_modules",
+    "DeepSpeed reads it and trains the same": "vocabulary_size disable_allgather",
+    'it is the old name of "bf16"': "bfloat16",
+    'say "offload_optimizer": {"device": "cpu"}': "zero_optimization.cpu_offload",
+    'say "offload_param": {"device": "cpu"}': "zero_optimization.cpu_offload_param",
+    'say "pin_memory" in offload_optimizer or offload_param': "zero_optimization.cpu_offload_use_pin_memory",
+    "say stage3_gather_16bit_weights_on_model_save": "zero_optimization.stage3_gather_fp16_weights_on_model_save",
+    "DeepSpeed has removed it; use bf16, fp16 or torch_autocast": "amp",
+    "DeepSpeed has removed it": "compression_training quantize_training eigenvalue sparse_attention sparse_gradients "
+    "graph_harvesting curriculum_learning elasticity progressive_layer_drop nebula zero_optimization.legacy_stage1 "
+    "zero_optimization.mics_shard_size zero_optimization.mics_hierarchical_params_gather "
+    "zero_optimization.zeropp_loco_param",
+}
+NOT_HERE: Mapping[str, str] = {path: why for why, paths in _NOT_HERE.items() for path in paths.split()}
+
+
+# ---- Reading --------------------------------------------------------------------------------------------------------
+
+
+def load_ds_config(path: str | Path) -> Section:
+    """Read and check a DeepSpeed JSON; "auto" stays. UserError in one line for whatever is wrong with the file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the DeepSpeed JSON: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: cannot read the DeepSpeed JSON: it is not UTF-8 text") from None
+
+    def unique(pairs: list[tuple[str, Json]]) -> Section:
+        section = dict(pairs)
+        if len(section) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise UserError(f"{path}: key '{twice}' stands twice in one object; keep one")
+        return section
+
+    def not_a_number(name: str) -> Json:
+        raise UserError(f"{path}: {name} is not valid in JSON")
+
+    try:
+        ds = json.loads(text, object_pairs_hook=unique, parse_constant=not_a_number)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
+    if not isinstance(ds, dict):
+        raise UserError(f"{path}: must be a JSON object, {{...}}")
+    return check_keys(ds, str(path))
+
+
+def check_keys(ds: Section, source: str) -> Section:
+    """Check every key and type against the table; returns a copy with whole floats (5e8) made integers."""
+    return _check_section(ds, SCHEMA, "", source)
+
+
+def _check_section(section: Section, schema: Schema, prefix: str, source: str) -> Section:
+    checked: Section = {}
+    for key, value in section.items():
+        path = prefix + key
+        if path in NOT_HERE:
+            raise UserError(f"{source}: {path} does not belong here: {NOT_HERE[path]}")
+        if key not in schema:
+            raise UserError(f"{source}: unknown key '{path}'; {nearest(key, schema)}")
+        kind = schema[key]
+        if isinstance(kind, Kind):
+            checked[key] = _check_value(value, kind, path, source)
+        elif isinstance(value, dict):
+            checked[key] = _check_section(value, kind, path + ".", source)
+        elif value is not None:  # null is a section left out
+            raise UserError(
+                f"{source}: {path} is {json.dumps(value)}, must be a section with {', '.join(sorted(kind))}"
+            )
+    return checked
+
+
+def _check_value(value: Json, kind: Kind, path: str, source: str) -> Json:
+    if not kind.accepts(value):
+        raise UserError(f"{source}: {path} is {json.dumps(value)}, must be {kind.says}")
+    return int(value) if kind.whole and isinstance(value, float) else value
+
+
+# ---- Resolving ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunValues:
+    """What the run config decides and DeepSpeed must agree with; the names in comments are the run config's."""
+
+    micro_batch_size: int  # run.batch_size_train
+    gradient_accumulation_steps: int  # run.accum_grad_iters
+    learning_rate: float  # run.init_lr
+    betas: tuple[float, float]  # 0.9 and run.beta2
+    weight_decay: float  # run.weight_decay
+    max_grad_norm: float | None = None  # run.max_grad_norm; None: no clipping
+
+
+def resolve_ds_config(
+    ds: Section, run: RunValues, *, world_size: int, default_precision: Precision, hidden_size: int, source: str
+) -> Section:
+    """A new dict without "auto", ready for `deepspeed.initialize`; UserError where it contradicts the run config.
+
+    `default_precision` is what "auto" in bf16.enabled and fp16.enabled stands for on this device, `hidden_size` the
+    widest hidden size of the model, `source` the file that errors name.
+    """
+    resolved = copy.deepcopy(ds)
+    _resolve_run_values(resolved, run, world_size, source)
+    _resolve_optimizer(resolved)
+    _resolve_precision(resolved, default_precision)
+    _resolve_sizes(resolved, hidden_size)
+    _check_combinations(resolved, world_size, source)
+    return resolved
+
+
+def precision(ds: Section) -> Precision:
+    """The type of the parameters under a resolved config (torch_autocast keeps them in fp32)."""
+    if _get(ds, "bf16.enabled") is True:
+        return "bf16"
+    return "fp16" if _get(ds, "fp16.enabled") is True else "fp32"
+
+
+def zero_stage(ds: Section) -> int:
+    """The ZeRO stage, 0 to 3; 0 where the JSON names none, as in DeepSpeed."""
+    stage = _get(ds, "zero_optimization.stage")
+    return stage if isinstance(stage, int) else 0
+
+
+def _resolve_run_values(ds: Section, run: RunValues, world_size: int, source: str) -> None:
+    """Fill in what the run config owns; a key left out counts as "auto" (DeepSpeed would clip at 1.0)."""
+    batch = f"run.batch_size_train {run.micro_batch_size} x run.accum_grad_iters {run.gradient_accumulation_steps}"
+    global_batch_size = run.micro_batch_size * run.gradient_accumulation_steps * world_size
+    owned: dict[str, tuple[Json, str]] = {
+        "train_micro_batch_size_per_gpu": (run.micro_batch_size, "run.batch_size_train"),
+        "gradient_accumulation_steps": (run.gradient_accumulation_steps, "run.accum_grad_iters"),
+        "train_batch_size": (global_batch_size, f"{batch} x {world_size} ranks"),
+        "gradient_clipping": (run.max_grad_norm or 0.0, "run.max_grad_norm (0: no clipping)"),
+        "optimizer.params.lr": (run.learning_rate, "run.init_lr"),
+        "optimizer.params.betas": (list(run.betas), "(0.9, run.beta2)"),
+        "optimizer.params.weight_decay": (run.weight_decay, "run.weight_decay"),
+    }
+    for path, (value, owner) in owned.items():
+        given = _get(ds, path, "auto")
+        if given not in ("auto", value):
+            raise UserError(
+                f"{source}: {path} is {json.dumps(given)} but {owner} is {json.dumps(value)}; "
+                f'say "auto" in the JSON: the run config owns it'
+            )
+        _put(ds, path, value)
+
+
+def _resolve_optimizer(ds: Section) -> None:
+    """AdamW unless said; adam_w_mode is written out, since DeepSpeed's "Adam" is AdamW unless it says false."""
+    _put(ds, "optimizer.type", _get(ds, "optimizer.type", "AdamW"))
+    _put(ds, "optimizer.params.adam_w_mode", _get(ds, "optimizer.params.adam_w_mode", True))
+    if _get(ds, "optimizer.params.eps", "auto") == "auto":
+        _put(ds, "optimizer.params.eps", 1e-8)
+
+
+def _resolve_precision(ds: Section, default: Precision) -> None:
+    """Where it says "auto", on if `default` names it; off beside a precision that is switched on by name."""
+    for name in ("bf16", "fp16"):
+        if _get(ds, f"{name}.enabled") == "auto":
+            others = ("fp16" if name == "bf16" else "bf16", "torch_autocast")
+            chosen = any(_get(ds, f"{other}.enabled") is True for other in others)
+            _put(ds, f"{name}.enabled", default == name and not chosen)
+
+
+def _resolve_sizes(ds: Section, hidden_size: int) -> None:
+    """The sizes that transformers' Trainer fills in (transformers/integrations/deepspeed.py), in elements."""
+    sizes = {
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    for key, size in sizes.items():
+        if _get(ds, f"zero_optimization.{key}") == "auto":
+            _put(ds, f"zero_optimization.{key}", size)
+
+
+# ---- Combinations ---------------------------------------------------------------------------------------------------
+
+# What each of these keys says when it asks for nothing; anything else needs stage 3.
+_STAGE_3_KEYS: Mapping[str, Json] = {
+    **{key: False for key in ZERO if key.startswith(("stage3_", "zero_quantized_"))},
+    "zero_hpz_partition_size": 1,
+    "sub_group_size": None,
+    "leaf_module": {},
+    "offload_optimizer.ratio": 1,
+    "offload_optimizer.super_offload": False,
+}
+
+_MODEL_PARALLEL_KEYS = ("partition_activations", "contiguous_memory_optimization", "number_checkpoints")
+
+
+def _check_combinations(ds: Section, world_size: int, source: str) -> None:
+    """Combinations that DeepSpeed ignores silently or stops at with an assertion: the first one found is the error."""
+    for rule in (_zero_faults(ds, world_size), _offload_faults(ds), _precision_faults(ds), _other_faults(ds)):
+        for fault in rule:
+            raise UserError(f"{source}: {fault}")
+
+
+def _zero_faults(ds: Section, world_size: int) -> Iterator[str]:
+    stage = zero_stage(ds)
+    for key, nothing in _STAGE_3_KEYS.items():
+        if stage < 3 and _get(ds, f"zero_optimization.{key}", nothing) != nothing:
+            yield f"zero_optimization.{key} needs stage 3 (it is {stage}): remove it or raise the stage"
+    group = _get(ds, "zero_optimization.zero_hpz_partition_size", 1)
+    if isinstance(group, int) and group > 1 and world_size % group:
+        yield f"zero_optimization.zero_hpz_partition_size {group} does not divide {world_size} ranks"
+    scaled = _get(ds, "prescale_gradients") is True or _get(ds, "gradient_predivide_factor", 1) != 1
+    if scaled and stage >= 2 and _get(ds, "zero_optimization.reduce_scatter", True) is True:
+        yield (
+            f"prescale_gradients and gradient_predivide_factor do not work at stage {stage} with "
+            f'zero_optimization.reduce_scatter: remove them or say "reduce_scatter": false'
+        )
+
+
+def _offload_faults(ds: Section) -> Iterator[str]:
+    stage = zero_stage(ds)
+    optimizer = _get(ds, "zero_optimization.offload_optimizer.device", "none")
+    param = _get(ds, "zero_optimization.offload_param.device", "none")
+    if optimizer != "none" and stage < 1:
+        yield "zero_optimization.offload_optimizer needs stage 1 or more: stage 0 keeps the optimizer on the GPU"
+    if optimizer == "nvme" and stage < 3:
+        yield 'zero_optimization.offload_optimizer.device "nvme" needs stage 3: below, DeepSpeed silently uses the CPU'
+    if param != "none" and stage < 3:
+        yield f"zero_optimization.offload_param needs stage 3 (it is {stage}): below, parameters stay on the GPU"
+    for name, device in (("offload_optimizer", optimizer), ("offload_param", param)):
+        if device == "nvme" and not _get(ds, f"zero_optimization.{name}.nvme_path"):
+            yield f'zero_optimization.{name}.device "nvme" needs nvme_path, a folder on the NVMe disk'
+
+
+def _precision_faults(ds: Section) -> Iterator[str]:
+    stage, held = zero_stage(ds), precision(ds)
+    if held == "bf16" and _get(ds, "fp16.enabled") is True:
+        yield "bf16.enabled and fp16.enabled are both true; keep one"
+    if _get(ds, "torch_autocast.enabled") is True and not _get(ds, "torch_autocast.dtype"):
+        yield 'torch_autocast.enabled needs torch_autocast.dtype, such as "bfloat16"'
+    param_dtype = _get(ds, "data_types.param_dtype")
+    if param_dtype not in (None, held):
+        yield f'data_types.param_dtype is "{param_dtype}" but bf16.enabled and fp16.enabled make it "{held}"'
+    accumulated = _get(ds, "data_types.grad_accum_dtype") or held
+    if stage == 0 and accumulated != held:
+        yield f'data_types.grad_accum_dtype "{accumulated}" with {held} parameters needs stage 1 or more'
+    low_states = _get(ds, "bf16.bf16_optimizer_states") is True
+    if low_states and not _get(ds, "bf16.bf16_master_weights_and_grads"):
+        yield "bf16.bf16_optimizer_states needs bf16.bf16_master_weights_and_grads"
+    offload = _get(ds, "zero_optimization.offload_optimizer.device", "none") != "none"
+    for path in ("bf16.bf16_master_weights_and_grads", "fp16.fp16_master_weights_and_grads"):
+        if _get(ds, path) is True and stage == 0:
+            yield f"{path} needs stage 1 or more"
+        if _get(ds, path) is True and not (offload or (low_states and path.startswith("bf16"))):
+            yield f"{path} needs zero_optimization.offload_optimizer: only the CPU's Adam keeps fp32 moments beside it"
+
+
+def _other_faults(ds: Section) -> Iterator[str]:
+    params = "optimizer.params"
+    if _get(ds, "optimizer.type") == "AdamW" and _get(ds, f"{params}.adam_w_mode") is False:
+        yield f'{params}.adam_w_mode false is ignored by type "AdamW"; for decay as an L2 penalty say type "Adam"'
+    if _get(ds, f"{params}.torch_adam") is True and _get(ds, f"{params}.bias_correction") is not None:
+        yield f"{params}.bias_correction does not go with torch_adam, which always corrects; remove one"
+    for key in _MODEL_PARALLEL_KEYS:
+        if _get(ds, f"activation_checkpointing.{key}") not in (None, False):
+            yield (
+                f"activation_checkpointing.{key} is about activations split over model-parallel ranks, and blipds "
+                f"trains data-parallel: remove it; model.vit_grad_ckpt switches checkpointing on"
+            )
+
+
+def _get(ds: Section, path: str, default: Json = None) -> Json:
+    """The value at a dotted path, or `default`."""
+    node: Json = ds
+    for key in path.split("."):
+        if not isinstance(node, dict) or key not in node:
+            return default
+        node = node[key]
+    return node
+
+
+def _put(ds: Section, path: str, value: Json) -> None:
+    """Set the value at a dotted path, making the sections on the way."""
+    *names, key = path.split(".")
+    for name in names:
+        section = ds.setdefault(name, {})
+        assert isinstance(section, dict), f"{path}: check_keys() comes first"
+        ds = section
+    ds[key] = value

@@ -1,0 +1,161 @@
+"""BLIP in a DeepSpeed engine: what the loop needs of DeepSpeed, and nothing else of it."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from blipds import distributed
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Runs `function` and keeps only its inputs; its activations are computed again in the backward pass.
+
+    torch's non-reentrant checkpoint, which works under ZeRO 0 to 3 and replays dropout with the same random numbers.
+    """
+    return checkpoint(function, *inputs, use_reentrant=False)
+
+
+def default_precision(device: torch.device) -> str:
+    """What "auto" in the DeepSpeed JSON means: bf16 where the device does it well, fp16 on older GPUs, else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    # bf16 without matrix instructions for it is slower than fp32 on a CPU
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, weight_decay_on: str) -> list[dict[str, Any]]:
+    """Trainable parameters by weight decay: on tensors of two or more dimensions (LAVIS: "matrices"), or on "all"."""
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # a ZeRO-3 shard knows its whole shape
+            (decayed if weight_decay_on == "all" or len(shape) >= 2 else others).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class Engine:
+    """Owns the model once it is built. `config` is a resolved DeepSpeed config (blipds.ds_config).
+
+    Building it is collective, and so is every method that says so.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: dict[str, Any], groups: list[dict[str, Any]], precision: str
+    ) -> None:
+        import deepspeed
+        from deepspeed.utils import logger
+
+        logger.setLevel(logging.WARNING)
+        self.stage: int = config.get("zero_optimization", {}).get("stage", 0)
+        self.precision = precision
+        self.dtype = DTYPES[precision]
+        if config["optimizer"]["params"].get("torch_adam"):
+            groups = [{**group, "fused": True} for group in groups]
+        self._deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+
+    @property
+    def device(self) -> torch.device:
+        return self._deepspeed.device
+
+    def loss(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The model's summed loss of one micro-batch. Collective under ZeRO-3."""
+        return self._deepspeed(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of `loss`, as it is, to the window's; DeepSpeed averages over ranks. Collective."""
+        self._deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float, measure: bool) -> float | None:
+        """Ends a micro-batch; at the end of its window updates the weights. Collective.
+
+        Returns the norm of the gradients, before clipping, where `measure` asks for it (one device sync).
+        """
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm: Any = None
+        if measure and self.stage == 0 and self.precision == "fp32":  # here DeepSpeed computes none
+            norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        self._deepspeed.step()
+        if measure and norm is None:
+            norm = self._deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @property
+    def model(self) -> nn.Module:
+        """The bare model, for names and shapes; under ZeRO-3 its weights are there only inside `evaluating()`."""
+        return self._deepspeed.module
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The dynamic loss scale of fp16."""
+        return float(self._deepspeed.optimizer.cur_scale) if self.precision == "fp16" else None
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that fp16 skipped because a gradient overflowed."""
+        return self._deepspeed.skipped_steps
+
+    def train(self) -> None:
+        self._deepspeed.train()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The model with all its weights, in evaluation mode. Collective.
+
+        Under ZeRO-3 they are gathered once for all that happens inside, so ranks may do different amounts of work.
+        """
+        self._deepspeed.eval()
+        try:
+            if self.stage == 3:
+                from deepspeed.runtime.zero import unwrap_model_for_generation
+
+                with unwrap_model_for_generation(self._deepspeed), torch.no_grad():
+                    yield self.model
+            else:
+                with torch.no_grad():
+                    yield self.model
+        finally:
+            self._deepspeed.train()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, weight in fp32 on the CPU), one after the other: the optimizer's fp32 copy where there is one.
+
+        Collective: every rank must exhaust it, and gets every weight.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.zero import GatheredParameters
+
+        for name, parameter in self.model.named_parameters():
+            weight = None
+            if parameter.requires_grad and (self.stage > 0 or self.precision == "bf16"):
+                weight = safe_get_full_fp32_param(parameter)
+            if weight is None:
+                with GatheredParameters([parameter], enabled=self.stage == 3):
+                    weight = parameter.detach().float().cpu().clone()
+            yield name, weight.detach().float().cpu()
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Writes what an exact resume needs: weights, optimizer, loss scale. Collective."""
+        self._deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Reads what `save` wrote, on the same number of ranks and under the same ZeRO stage. Collective."""
+        self._deepspeed.load_checkpoint(str(folder), tag=tag)
+
+    def peak_memory(self) -> int:
+        """The device's peak memory in bytes; 0 on a CPU."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def close(self) -> None:
+        self._deepspeed.destroy()
+        distributed.barrier()

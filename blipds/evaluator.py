@@ -1,0 +1,140 @@
+"""Evaluation: every rank captions its share, each image is counted exactly once, rank 0 scores."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from blipds import distributed
+from blipds.captioner import Captioner
+from blipds.data.datasets import CaptionDataset
+from blipds.data.loader import EvalLoader
+from blipds.errors import UserError
+from blipds.metrics import Scores, score_captions
+from blipds.models import BlipCaption
+
+SHOWN_IMAGES = 8  # on the contact sheet of each evaluation
+
+
+@dataclass
+class Evaluation:
+    """What came out, the same on every rank; `captions` by index in the dataset, unreadable images left out."""
+
+    split: str
+    captions: dict[int, str]
+    scores: Scores
+    errors: list[str] = field(default_factory=list)
+
+
+class Evaluator:
+    """Captions and scores one split of one dataset. `references`: {image id: captions}; None scores nothing."""
+
+    def __init__(
+        self,
+        split: str,
+        dataset: CaptionDataset,
+        captioner: Captioner,
+        references: dict[str, list[str]] | None,
+        *,
+        batch_size: int,
+        num_workers: int,
+    ) -> None:
+        self.split = split
+        self.dataset = dataset
+        self.captioner = captioner
+        self.references = references
+        self.loader = EvalLoader(
+            dataset,
+            captioner.tokenizer,
+            batch=batch_size,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            workers=num_workers,
+        )
+
+    def evaluate(
+        self, model: BlipCaption, device: torch.device, dtype: torch.dtype, results: Path | None = None
+    ) -> Evaluation:
+        """Captions every image and scores them; writes [{image_id, caption}] to `results`. Collective.
+
+        Ranks may do different amounts of work: nothing here is collective until all captions are there.
+        """
+        mine: dict[int, str] = {}
+        errors: list[str] = []
+        progress = tqdm(
+            self.loader, desc=f"caption {self.split}", unit="batch", leave=False, disable=not distributed.is_main()
+        )
+        for batch in progress:
+            errors += batch.errors
+            if batch.indices:
+                names = [self.dataset.records[index].image_id for index in batch.indices]
+                pixel_values = batch.images.to(device, dtype)
+                mine.update(zip(batch.indices, self.captioner.caption(model, pixel_values, names), strict=True))
+        shares = distributed.gather((mine, errors))
+        captions = dict(sorted(item for share, _ in shares for item in share.items()))
+        errors = [error for _, share in shares for error in share]
+        scores: Scores | UserError = Scores()
+        if distributed.is_main():
+            if results is not None:
+                self.write_results(captions, results)
+            try:
+                scores = self.score(captions)
+            except UserError as error:  # raised on every rank below: the others wait for the scores
+                scores = error
+        scores = distributed.broadcast(scores)
+        if isinstance(scores, UserError):
+            raise scores
+        return Evaluation(self.split, captions, scores, errors)
+
+    def score(self, captions: dict[int, str]) -> Scores:
+        if self.references is None:
+            return Scores()
+        ids = {index: str(self.dataset.records[index].image_id) for index in captions}
+        unknown = [image_id for image_id in ids.values() if image_id not in self.references]
+        if unknown:
+            raise UserError(f"{self.split}: no reference for {len(unknown)} images; the first is {unknown[0]}")
+        candidates = {ids[index]: caption for index, caption in captions.items()}
+        return score_captions(candidates, {image_id: self.references[image_id] for image_id in candidates})
+
+    def write_results(self, captions: dict[int, str], path: Path) -> None:
+        entries = [
+            {"image_id": self.dataset.records[index].image_id, "caption": caption}
+            for index, caption in captions.items()
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(entries, ensure_ascii=False, indent=0), encoding="utf-8")
+        partial.replace(path)
+
+    def contact_sheet(self, captions: dict[int, str]) -> dict[str, list[Any]]:
+        """The first readable images with their captions and references, as the monitor shows them."""
+        shown = list(captions)[:SHOWN_IMAGES]
+        records = [self.dataset.records[index] for index in shown]
+        return {
+            "images": [record.image.open() for record in records],
+            "captions": [captions[index] for index in shown],
+            "references": [list(record.captions) for record in records],
+        }
+
+
+def dataset_references(dataset: CaptionDataset) -> dict[str, list[str]] | None:
+    """The captions of the annotations in use; None where they have none (nocaps)."""
+    references: dict[str, list[str]] = {}
+    for record in dataset.records:
+        references.setdefault(str(record.image_id), []).extend(record.captions)
+    return references if any(references.values()) else None
+
+
+def read_references(path: Path) -> dict[str, list[str]]:
+    """`run.annotation_file`: COCO's layout, {images, annotations: [{image_id, caption}]}."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        references: dict[str, list[str]] = {}
+        for annotation in content["annotations"]:
+            references.setdefault(str(annotation["image_id"]), []).append(annotation["caption"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"run.annotation_file {path}: not COCO's layout ({type(error).__name__}: {error})") from error
+    return references

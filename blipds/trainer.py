@@ -1,0 +1,266 @@
+"""The loop: epochs of optimizer steps, with evaluation and checkpoints in between."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from blipds import distributed
+from blipds.data.loader import Batch, TrainLoader, derive_seed
+from blipds.engine import Engine
+from blipds.engine.checkpoints import CheckpointFolder
+from blipds.errors import UserError
+from blipds.evaluator import Evaluator
+from blipds.monitor import NullMonitor
+from blipds.schedules import Schedule
+
+
+@dataclass
+class RunState:
+    """Where a run stands; everything else follows from it and the config."""
+
+    global_step: int = 0
+    best_metric: float | None = None
+    best_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, and when to look: all in optimizer steps.
+
+    An epoch is a pass over the data (runner_base) or `iters_per_inner_epoch` steps (runner_iter).
+    """
+
+    epoch_steps: int
+    total_steps: int
+    log_steps: int
+    val_epochs: int
+    val_steps: int | None
+    save_epochs: int
+    save_last: bool
+
+    @property
+    def epochs(self) -> int:
+        return -(-self.total_steps // self.epoch_steps)
+
+    def epoch_ends(self, step: int) -> bool:
+        return step % self.epoch_steps == 0 or step == self.total_steps
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch, from 0, that the step with number `step` (from 1) belongs to."""
+        return (step - 1) // self.epoch_steps
+
+    def logs(self, step: int) -> bool:
+        return step % self.log_steps == 0 or self.epoch_ends(step)
+
+    def validates(self, step: int) -> bool:
+        by_epoch = self.epoch_ends(step) and (
+            (self.epoch_of(step) + 1) % self.val_epochs == 0 or step == self.total_steps
+        )
+        return by_epoch or (self.val_steps is not None and step % self.val_steps == 0)
+
+    def saves(self, step: int) -> bool:
+        if step == self.total_steps:
+            return self.save_last
+        return self.epoch_ends(step) and (self.epoch_of(step) + 1) % self.save_epochs == 0
+
+
+class Totals:
+    """Sums since the last log line, kept on the device: reading them is the one sync of a log step.
+
+    labels, images, captions and errors are those of all ranks; the loss is this rank's until it is read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = torch.zeros(4, dtype=torch.float64, device=device)
+        self.loss = torch.zeros(1, dtype=torch.float64, device=device)
+        self.started = time.perf_counter()
+        self.waited = 0.0
+
+
+class Trainer:
+    """Trains an engine. Every rank makes one and calls `train`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        loader: TrainLoader,
+        schedule: Schedule,
+        evaluators: Sequence[Evaluator],
+        monitor: NullMonitor,
+        plan: Plan,
+        run_dir: Path,
+        *,
+        seed: int,
+        max_bad_images: int,
+        state: RunState,
+    ) -> None:
+        self.engine = engine
+        self.loader = loader
+        self.schedule = schedule
+        self.evaluators = evaluators
+        self.monitor = monitor
+        self.plan = plan
+        self.run_dir = run_dir
+        self.checkpoints = CheckpointFolder(run_dir / "checkpoints")
+        self.seed = seed
+        self.max_bad_images = max_bad_images
+        self.state = state
+        self.bad_images: list[str] = []  # of this rank, since the start
+        self.totals = Totals(engine.device)
+
+    def train(self) -> None:
+        """Trains from where `state` stands to the end of the plan. Collective."""
+        plan, state = self.plan, self.state
+        self.engine.train()
+        windows = self.windows()
+        self.open_epoch()
+        while state.global_step < plan.total_steps:
+            asked = time.perf_counter()
+            window = next(windows)
+            self.totals.waited += time.perf_counter() - asked
+
+            step = state.global_step + 1
+            learning_rate = self.schedule.lr(
+                plan.epoch_of(step), state.global_step % plan.epoch_steps, state.global_step
+            )
+            norm = self.train_step(window, learning_rate, measure=plan.logs(step))
+            state.global_step = step
+
+            if plan.logs(step):
+                self.log(learning_rate, norm)
+            improved = self.validate() if plan.validates(step) else False
+            if improved or plan.saves(step):
+                self.save(best=improved or not self.evaluators)
+            if plan.epoch_ends(step) and step < plan.total_steps:
+                self.open_epoch()
+
+    def windows(self) -> Iterator[list[Batch]]:
+        """Accumulation windows without end, pass after pass over the data, from where the run stands."""
+        data_epoch, first_step = divmod(self.state.global_step, self.loader.steps_per_epoch)
+        while True:
+            yield from self.loader.windows(data_epoch, first_step)
+            data_epoch, first_step = data_epoch + 1, 0
+
+    def train_step(self, window: list[Batch], learning_rate: float, measure: bool) -> float | None:
+        """One optimizer step on the global batch of which `window` is this rank's share. Collective.
+
+        The gradient is that of the mean loss over all labelled tokens of the global batch: they are counted over the
+        ranks before the first backward (one small all-reduce), and DeepSpeed's own average over ranks is undone.
+        """
+        engine = self.engine
+        counts = torch.zeros(4, dtype=torch.float64)
+        for batch in window:
+            counts += torch.tensor([len(batch.labels), batch.num_images, batch.num_captions, len(batch.errors)])
+            self.bad_images += batch.errors
+        counts = distributed.sum_over_ranks(counts.to(engine.device, non_blocking=True))
+        scale = distributed.world_size() / counts[0].clamp(min=1)
+
+        # dropout depends on seed, step and rank alone, so a resumed run needs no saved random state
+        torch.manual_seed(derive_seed(self.seed, "dropout", self.state.global_step, distributed.rank()))
+        norm = None
+        for batch in window:
+            loss = engine.loss(batch.model_inputs(engine.device, engine.dtype))
+            engine.backward(loss * scale.to(loss.dtype))
+            self.totals.loss += loss.detach()
+            norm = engine.step(learning_rate, measure and batch is window[-1])
+        self.totals.counts += counts
+        return norm
+
+    def open_epoch(self) -> None:
+        plan = self.plan
+        epoch, done = divmod(self.state.global_step, plan.epoch_steps)
+        steps = min(plan.epoch_steps, plan.total_steps - epoch * plan.epoch_steps)
+        self.monitor.start_epoch(epoch, plan.epochs, steps, done)
+        self.totals = Totals(self.engine.device)
+
+    def log(self, learning_rate: float, norm: float | None) -> None:
+        """Writes what happened since the last log line. Collective."""
+        totals, step, engine = self.totals, self.state.global_step, self.engine
+        loss = distributed.sum_over_ranks(totals.loss).item()
+        labels, images, captions, errors = totals.counts.tolist()
+        seconds = time.perf_counter() - totals.started
+        values: dict[str, float | None] = {
+            "loss": loss / max(labels, 1),
+            "lr": learning_rate,
+            "grad_norm": norm,
+            "images_per_s": images / seconds,
+            "captions_per_s": captions / seconds,
+            "data_wait": totals.waited / seconds,
+        }
+        if engine.device.type == "cuda":
+            values["device_memory_gb"] = engine.peak_memory() / 1e9
+        if engine.loss_scale is not None:
+            values |= {"loss_scale": engine.loss_scale, "skipped_steps": engine.skipped_steps}
+        self.monitor.train(step, self.plan.epoch_of(step), values)
+        shown = {
+            "loss": f"{values['loss']:.4f}",
+            "lr": f"{learning_rate:.2e}",
+            "img/s": f"{values['images_per_s']:.1f}",
+            "cap/s": f"{values['captions_per_s']:.1f}",
+            "wait": f"{values['data_wait']:.0%}",
+        }
+        self.monitor.advance((step - 1) % self.plan.epoch_steps + 1, shown)
+        self.totals = Totals(engine.device)
+        if errors:
+            self.report_bad_images(self.bad_images)
+
+    def report_bad_images(self, mine: list[str]) -> None:
+        """Names unreadable images, and ends the run when they are too many. Collective."""
+        errors = sorted({error for share in distributed.gather(mine) for error in share})
+        listing = self.run_dir / "bad_images.txt"
+        if distributed.is_main():
+            known = set(listing.read_text().splitlines()) if listing.exists() else set()
+            new = [error for error in errors if error not in known]
+            listing.write_text("".join(f"{error}\n" for error in sorted(known | set(errors))))
+            for error in new[:3]:
+                self.monitor.say(f"skipped: {error}")
+            if new[3:]:
+                self.monitor.say(f"skipped: {len(new) - 3} more unreadable images, listed in {listing}")
+        if len(errors) > self.max_bad_images:
+            raise UserError(
+                f"{len(errors)} images cannot be read, more than run.max_bad_images ({self.max_bad_images}); "
+                f"they are listed in {listing}"
+            )
+
+    def validate(self) -> bool:
+        """Evaluates the validation splits; returns whether CIDEr + BLEU-4 is the best so far. Collective."""
+        step = self.state.global_step
+        epoch = self.plan.epoch_of(step)
+        metrics: list[float] = []
+        started = time.perf_counter()
+        for evaluator in self.evaluators:
+            name = f"{evaluator.split}_epoch{epoch}" if self.plan.epoch_ends(step) else f"{evaluator.split}_step{step}"
+            results = self.run_dir / "results" / f"{name}.json"
+            with self.engine.evaluating() as model:
+                evaluation = evaluator.evaluate(model, self.engine.device, self.engine.dtype, results)  # type: ignore[arg-type]
+            scores = evaluation.scores
+            note = f"training weights, {self.engine.precision}"
+            self.monitor.evaluation(evaluator.split, epoch, step, scores.values, scores.missing, note)
+            for warning in scores.warnings:
+                self.monitor.say(f"  {warning}")
+            if evaluation.errors:
+                self.report_bad_images(evaluation.errors)
+            if distributed.is_main():
+                self.monitor.captions(evaluator.split, step, **evaluator.contact_sheet(evaluation.captions))
+            if "agg_metrics" in scores.values:
+                metrics.append(scores.values["agg_metrics"])
+        self.totals.started += time.perf_counter() - started
+        if not metrics:
+            return False
+        metric = sum(metrics) / len(metrics)
+        if self.state.best_metric is not None and metric <= self.state.best_metric:
+            return False
+        self.state.best_metric, self.state.best_step = metric, self.state.global_step
+        return True
+
+    def save(self, best: bool) -> None:
+        """Saves the run's state. Collective."""
+        shape = {
+            "world_size": distributed.world_size(),
+            "zero_stage": self.engine.stage,
+            "precision": self.engine.precision,
+        }
+        self.checkpoints.save(self.engine, asdict(self.state) | shape, best)

@@ -1,0 +1,19 @@
+"""What all tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """`../shared` (photographs, oracle, reference scores). A clone without it skips; under CI=true it must be there."""
+    if not SHARED.is_dir():
+        reason = f"needs {SHARED}, which only the project's own machines have"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return SHARED

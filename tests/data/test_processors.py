@@ -1,0 +1,296 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import pil_to_tensor
+
+from blipds.data import processors
+from blipds.data.processors import (
+    CLIP_MEAN,
+    CLIP_STD,
+    FILL,
+    OPERATION_NAMES,
+    OPERATIONS,
+    BlipCaptionProcessor,
+    BlipImageEval,
+    BlipImageTrain,
+    load_image,
+    rand_augment,
+    random_crop_box,
+)
+from blipds.registry import PROCESSORS
+
+
+def noise(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_processors_are_registered():
+    assert PROCESSORS["blip_image_train"] is BlipImageTrain
+    assert PROCESSORS["blip_image_eval"] is BlipImageEval
+    assert PROCESSORS["blip_caption"] is BlipCaptionProcessor
+
+
+# --- evaluation and training processors ---
+
+
+@pytest.mark.parametrize("size", [(97, 61), (40, 130)])
+def test_eval_processor_equals_torchvision(size):
+    image = noise(*size)
+    expected = pil_to_tensor(transforms.Resize((48, 48), InterpolationMode.BICUBIC)(image))
+
+    pixels = BlipImageEval(48)(image)
+
+    assert pixels.dtype == torch.uint8
+    assert pixels.is_contiguous()
+    assert torch.equal(pixels, expected)
+
+
+def test_processors_offer_what_normalisation_needs():
+    for processor in (BlipImageEval(48), BlipImageTrain(48)):
+        assert (processor.image_size, processor.mean, processor.std) == (48, CLIP_MEAN, CLIP_STD)
+    assert BlipImageEval(48, mean=(0.5, 0.5, 0.5)).mean == (0.5, 0.5, 0.5)
+
+
+def test_train_processor_depends_on_torchs_seed_alone():
+    image = noise(64, 48)
+    processor = BlipImageTrain(32)
+
+    def pixels(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return processor(image)
+
+    assert pixels(1).shape == (3, 32, 32)
+    assert torch.equal(pixels(1), pixels(1))
+    assert not torch.equal(pixels(1), pixels(2))
+
+
+def test_train_processor_crops_then_resizes_as_torchvision(monkeypatch):
+    image = noise(64, 48)
+    monkeypatch.setattr(processors, "random_crop_box", lambda *_: (5, 7, 45, 37))
+    monkeypatch.setattr(processors, "rand_augment", lambda image: image)
+    crop = transforms.functional.resized_crop(image, 7, 5, 30, 40, [32, 32], InterpolationMode.BICUBIC)
+
+    seen = {BlipImageTrain(32)(image).numpy().tobytes() for _ in range(20)}
+
+    assert seen == {pil_to_tensor(x).contiguous().numpy().tobytes() for x in (crop, ImageOps.mirror(crop))}
+
+
+def test_crop_boxes_keep_to_scale_ratio_and_image():
+    torch.manual_seed(0)
+    boxes = torch.tensor([random_crop_box(640, 480, 0.5, 1.0) for _ in range(1000)])
+    left, top, right, bottom = boxes.unbind(1)
+    width, height = right - left, bottom - top
+    share, ratio = width * height / (640 * 480), width / height
+
+    assert left.min() >= 0 and top.min() >= 0 and right.max() <= 640 and bottom.max() <= 480
+    assert 0.498 < share.min() < 0.52 and 0.9 < share.max() <= 1
+    assert 0.745 < ratio.min() < 0.8 and 1.3 < ratio.max() < 1.34
+
+
+def test_crop_boxes_are_drawn_like_torchvisions():
+    torch.manual_seed(0)
+    image = Image.new("RGB", (640, 480))
+    ours = torch.tensor([random_crop_box(640, 480, 0.5, 1.0) for _ in range(2000)]).float().mean(0)
+    theirs = [transforms.RandomResizedCrop.get_params(image, [0.5, 1.0], [3 / 4, 4 / 3]) for _ in range(2000)]
+    theirs = torch.tensor([(left, top, left + w, top + h) for top, left, h, w in theirs]).float().mean(0)
+
+    assert torch.allclose(ours, theirs, atol=8)  # pixels; the standard error of such a mean is about 1.5
+
+
+def test_crop_of_a_very_long_image_falls_back_to_its_centre():
+    assert random_crop_box(1000, 30, 0.5, 1.0) == (480, 0, 520, 30)
+    assert random_crop_box(30, 1000, 0.5, 1.0) == (0, 480, 30, 520)
+
+
+# --- the operations of RandAugment ---
+
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+
+
+def test_the_ten_operations():
+    assert set(OPERATION_NAMES) == {
+        *("Identity", "AutoContrast", "Equalize", "Brightness", "Sharpness"),
+        *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
+    }
+
+
+@pytest.mark.parametrize("name", ["Identity", "Brightness", "Sharpness"])
+def test_operations_that_change_nothing_at_this_magnitude(name):
+    image = noise(8, 8)
+    assert OPERATIONS[name](image, 1) is image
+
+
+def test_autocontrast_and_equalize_are_those_of_pillow():
+    image = noise(16, 16).point(lambda value: 60 + value // 4)
+    assert OPERATIONS["AutoContrast"](image, 1) == ImageOps.autocontrast(image)
+    assert OPERATIONS["AutoContrast"](image, 1).getextrema() == ((0, 255),) * 3
+    assert OPERATIONS["Equalize"](image, 1) == ImageOps.equalize(image)
+
+
+@pytest.mark.parametrize(
+    ("name", "sign", "marker_at", "filled", "kept"),
+    [
+        ("TranslateX", 1, (12, 9), (4, 9), (5, 9)),
+        ("TranslateX", -1, (2, 9), (15, 9), (14, 9)),
+        ("TranslateY", 1, (7, 14), (7, 4), (7, 5)),
+        ("TranslateY", -1, (7, 4), (7, 15), (7, 14)),
+    ],
+)
+def test_translation_moves_by_five_pixels_and_fills_with_grey(name, sign, marker_at, filled, kept):
+    image = Image.new("RGB", (20, 20))
+    image.putpixel((7, 9), WHITE)
+
+    moved = OPERATIONS[name](image, sign)
+
+    assert moved.getpixel(marker_at) == WHITE
+    assert moved.getpixel(filled) == FILL == (128, 128, 128)
+    assert moved.getpixel(kept) == BLACK
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_shear_shifts_rows_by_their_height(sign):
+    # Each row is a ramp, value 2x: bilinear interpolation gives it exactly, so a shift by s changes values by 2s.
+    ramp = np.tile(2 * np.arange(100, dtype=np.uint8), (41, 1))
+    image = Image.fromarray(np.stack([ramp] * 3, axis=-1))
+
+    sheared = np.asarray(OPERATIONS["ShearX"](image, sign)).astype(int)[:, :, 0]
+
+    for y in (0, 9, 29, 40):
+        shift = sign * 0.15 * (y + 0.5)  # pixel centres lie at y + 0.5
+        assert sheared[y, 50] == pytest.approx(2 * (50 + shift), abs=1)
+    assert sheared[40, 99 if sign == 1 else 0] == 128
+
+    transposed = np.asarray(OPERATIONS["ShearY"](image.transpose(Image.Transpose.TRANSPOSE), sign))[:, :, 0]
+    assert np.array_equal(transposed.T, sheared)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rotation_keeps_the_centre_and_turns_by_15_degrees(sign):
+    image = Image.new("RGB", (101, 101))
+    for x, y in ((50, 50), (90, 50)):
+        image.paste(WHITE, (x - 1, y - 1, x + 2, y + 2))
+
+    turned = OPERATIONS["Rotate"](image, sign)
+
+    assert turned.getpixel((50, 50)) == WHITE
+    # 40 px right of the centre turn to 40 cos 15 = 38.6 right and 40 sin 15 = 10.4 up (counter-clockwise is positive).
+    assert turned.getpixel((50 + 39, 50 - sign * 10)) == WHITE
+    assert turned.getpixel((90, 50)) == BLACK
+    assert turned.getpixel((0, 0)) == FILL
+
+
+def test_two_operations_each_applied_half_of_the_time(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        processors,
+        "OPERATIONS",
+        {name: lambda image, sign, name=name: calls.append((name, sign)) or image for name in OPERATION_NAMES},
+    )
+    torch.manual_seed(0)
+    image = Image.new("RGB", (1, 1))
+
+    applied = []
+    for _ in range(4000):
+        before = len(calls)
+        rand_augment(image)
+        applied.append(len(calls) - before)
+
+    # Binomial: 0, 1 or 2 applied in 1/4, 1/2, 1/4 of the images; operations and signs are uniform.
+    assert np.bincount(applied) / 4000 == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
+    names = [name for name, _ in calls]
+    assert {name: names.count(name) / len(names) for name in OPERATION_NAMES} == pytest.approx(
+        dict.fromkeys(OPERATION_NAMES, 0.1), abs=0.02
+    )
+    assert np.mean([sign for _, sign in calls]) == pytest.approx(0, abs=0.05)
+
+
+# --- reading ---
+
+
+def test_load_image_turns_as_exif_says(tmp_path):
+    image = Image.new("RGB", (3, 2))
+    image.putpixel((0, 0), WHITE)
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+
+    loaded = load_image(tmp_path / "turned.png")
+
+    assert loaded.size == (2, 3)
+    assert loaded.getpixel((1, 0)) == WHITE
+
+
+def test_load_image_survives_broken_exif(tmp_path):
+    noise(8, 8).save(tmp_path / "image.jpg", exif=b"Exif\0\0not exif at all")
+    assert load_image(tmp_path / "image.jpg").size == (8, 8)
+
+
+def pixel_after_saving(image: Image.Image, path) -> tuple[int, int, int]:
+    image.save(path)
+    loaded = load_image(path)
+    assert loaded.mode == "RGB"
+    return loaded.getpixel((0, 0))
+
+
+def test_load_image_converts_to_rgb(tmp_path):
+    palette = Image.new("RGB", (4, 4), (10, 200, 30)).quantize(2)
+    assert pixel_after_saving(palette, tmp_path / "palette.png") == (10, 200, 30)
+    assert pixel_after_saving(Image.new("L", (4, 4), 77), tmp_path / "grey.png") == (77, 77, 77)
+    assert pixel_after_saving(Image.new("1", (4, 4), 1), tmp_path / "bits.png") == WHITE
+    assert pixel_after_saving(Image.new("CMYK", (4, 4), (255, 0, 0, 0)), tmp_path / "cmyk.tif") == (0, 255, 255)
+
+
+def test_load_image_shows_transparency_as_white(tmp_path):
+    assert pixel_after_saving(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), tmp_path / "clear.png") == WHITE
+    assert pixel_after_saving(Image.new("RGBA", (4, 4), (9, 8, 7, 255)), tmp_path / "opaque.png") == (9, 8, 7)
+    assert pixel_after_saving(Image.new("LA", (4, 4), (0, 0)), tmp_path / "grey.png") == WHITE
+
+
+def test_load_image_scales_16_bits_to_8(tmp_path):
+    image = Image.fromarray(np.full((4, 4), 100 * 256 + 50, dtype=np.uint16))
+    assert pixel_after_saving(image, tmp_path / "deep.png") == (100, 100, 100)
+
+
+def test_load_image_names_what_it_cannot_read(tmp_path):
+    whole, part, text = tmp_path / "whole.jpg", tmp_path / "part.jpg", tmp_path / "text.jpg"
+    noise(64, 64).save(whole)
+    part.write_bytes(whole.read_bytes()[:1500])
+    text.write_text("not an image")
+
+    for path in (part, text, tmp_path / "missing.jpg", tmp_path):
+        with pytest.raises(OSError, match=str(path)):
+            load_image(path)
+
+
+# --- captions ---
+
+
+@pytest.mark.parametrize(
+    ("caption", "cleaned"),
+    [
+        ("A Dog.", "a dog"),
+        ('one.two!three"four(five)six*seven#eight:nine;ten~', "one two three four five six seven eight nine ten"),
+        ("man's well-known, red/blue hat?", "man's well-known, red/blue hat?"),
+        ("  two   dogs\n\trun \n", "two dogs run"),
+        ("no-break\u00a0space and\u2003em\u3000space", "no-break space and em space"),
+        ("", ""),
+        (" .!. ", ""),
+    ],
+)
+def test_caption_cleaning(caption, cleaned):
+    assert BlipCaptionProcessor()(caption) == cleaned
+
+
+def test_caption_is_cut_to_max_words_after_cleaning():
+    assert BlipCaptionProcessor(max_words=3)("one . two ! three four") == "one two three"
+    assert BlipCaptionProcessor()(" ".join(["word"] * 60)).split() == ["word"] * 50
+
+
+def test_prompt_goes_in_front_untouched_and_uncounted():
+    processor = BlipCaptionProcessor(prompt="a picture of ", max_words=2)
+    assert processor("A dog runs.") == "a picture of a dog"
+    assert processor.clean("A dog runs.") == "a dog"
