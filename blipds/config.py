@@ -374,4 +374,3 @@ def conform(value: Any, schema: Any) -> Any:
     if isinstance(value, float) and value.is_integer() and int in (schema, *get_args(schema)):
         return int(value)
     return value
-

@@ -138,14 +138,14 @@ class _Download:
             except _Broken as error:
                 # Only bytes further than ever before count as progress: a server that ignores Range and breaks off
                 # at the same place each time would be asked for ever.
-                fruitless = 1 if self._have() > furthest else fruitless + 1
+                fruitless = 0 if self._have() > furthest else fruitless + 1
                 furthest = max(furthest, self._have())
                 if fruitless >= attempts:
                     raise UserError(
                         f"{self.address}: download failed {attempts} times in a row ({error}); "
                         f"{furthest} bytes are kept, start again to go on from there"
                     ) from error
-                time.sleep(min(MAX_WAIT, backoff * 2 ** (fruitless - 1)))
+                time.sleep(min(MAX_WAIT, backoff * 2 ** max(fruitless - 1, 0)))
         self.validator_file.unlink(missing_ok=True)
 
     def _have(self) -> int:

@@ -1,6 +1,7 @@
 """Evaluation: every rank captions its share, each image is counted exactly once, rank 0 scores."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ import torch
 from tqdm import tqdm
 
 from blipds import distributed
-from blipds.captioner import Captioner
-from blipds.data.datasets import CaptionDataset
+from blipds.captioner import Captioner, load_weights
+from blipds.config import Config
+from blipds.data.datasets import CaptionDataset, build_dataset, has_split
 from blipds.data.loader import EvalLoader
+from blipds.engine import DTYPES
 from blipds.errors import UserError
 from blipds.metrics import Scores, score_captions
-from blipds.models import BlipCaption
+from blipds.models import BlipCaption, build_model
+from blipds.monitor import NullMonitor
 
 SHOWN_IMAGES = 8  # on the contact sheet of each evaluation
 
@@ -138,3 +142,48 @@ def read_references(path: Path) -> dict[str, list[str]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"run.annotation_file {path}: not COCO's layout ({type(error).__name__}: {error})") from error
     return references
+
+
+def build_evaluators(config: Config, splits: Sequence[str], captioner: Captioner) -> list[Evaluator]:
+    """One evaluator for each split of each dataset that has it; a split that none has is an error."""
+    evaluators = []
+    given = config.run.annotation_file
+    references = read_references(Path(given).expanduser()) if given else None
+    for split in splits:
+        names = [name for name in config.datasets if has_split(config.datasets[name], split)] or list(config.datasets)
+        for name in names:
+            dataset = build_dataset(name, config, split, training=False)
+            scored = (references or dataset_references(dataset)) if config.run.report_metric else None
+            label = split if len(config.datasets) == 1 else f"{name}_{split}"
+            sizes = {"batch_size": config.run.batch_size_eval, "num_workers": config.run.num_workers}
+            evaluators.append(Evaluator(label, dataset, captioner, scored, **sizes))
+    return evaluators
+
+
+def evaluate_checkpoint(
+    config: Config,
+    checkpoint: str | None,
+    splits: Sequence[str],
+    device: torch.device,
+    precision: str,
+    run_dir: Path,
+    monitor: NullMonitor,
+    step: int = 0,
+    epoch: int = 0,
+) -> list[Evaluation]:
+    """Builds the model on every rank, loads a checkpoint (None: random weights) and evaluates splits. Collective."""
+    model = build_model(config.model, checkpoint_fn=lambda function, *inputs: function(*inputs))
+    if checkpoint is not None:
+        load_weights(model, checkpoint, Path(config.env.cache_root).expanduser(), monitor.say)
+    model.to(device, DTYPES[precision]).eval()
+    evaluations = []
+    for evaluator in build_evaluators(config, splits, Captioner.from_config(config)):
+        evaluation = evaluator.evaluate(
+            model, device, DTYPES[precision], run_dir / "results" / f"{evaluator.split}.json"
+        )
+        note = f"{checkpoint or 'random weights'}, {precision}"
+        monitor.evaluation(evaluator.split, epoch, step, evaluation.scores.values, evaluation.scores.missing, note)
+        for line in (*evaluation.scores.warnings, *(f"skipped: {error}" for error in evaluation.errors[:10])):
+            monitor.say(f"  {line}")
+        evaluations.append(evaluation)
+    return evaluations

@@ -12,6 +12,7 @@ class Schedule:
     """What all schedules share: plain values under the run config's names, and LAVIS's warm-up.
 
     `steps_per_epoch` counts optimiser steps. `warmup_lr` None (or below 0, as LAVIS writes it) means not given.
+    A warm-up longer than the run (a quick try with few images) is cut off where the run ends.
     Raises UserError where values contradict each other.
     """
 
@@ -24,7 +25,6 @@ class Schedule:
     lr_decay_rate: float | None = None
 
     def __post_init__(self) -> None:
-        total = self.max_epoch * self.steps_per_epoch
         if self.max_epoch < 1 or self.steps_per_epoch < 1:
             raise UserError(f"nothing to schedule: {self.max_epoch} epochs of {self.steps_per_epoch} steps")
         if not 0 <= self.min_lr <= self.init_lr:
@@ -33,11 +33,6 @@ class Schedule:
             raise UserError(f"run.warmup_lr ({self.warmup_lr}) must not exceed run.init_lr ({self.init_lr})")
         if self.warmup_steps < 0:
             raise UserError(f"run.warmup_steps ({self.warmup_steps}) must not be negative")
-        if self.start_lr < self.init_lr and self.warmup_steps >= total:
-            raise UserError(
-                f"run.warmup_steps ({self.warmup_steps}) leaves nothing of the run's {total} steps "
-                f"({self.max_epoch} x {self.steps_per_epoch}): run.init_lr would never be reached; give fewer"
-            )
 
     @property
     def start_lr(self) -> float:

@@ -102,7 +102,6 @@ def test_cosine_by_the_step_warms_up_across_epochs():
         ({"min_lr": -1e-6}, "run.min_lr"),
         ({"warmup_lr": 2e-5, "warmup_steps": 5}, "run.warmup_lr"),
         ({"warmup_steps": -1}, "run.warmup_steps"),
-        ({"warmup_lr": 0.0, "warmup_steps": 40}, r"run.warmup_steps \(40\) leaves nothing of the run's 40 steps"),
         ({"max_epoch": 0}, "nothing to schedule"),
         ({"steps_per_epoch": 0}, "nothing to schedule"),
     ],

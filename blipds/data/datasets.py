@@ -95,6 +95,11 @@ def build_dataset(name: str, config: Config, split: str, training: bool) -> Capt
     return CaptionDataset(name, limited, image_processor, text_processor, dataset.captions_per_image, training)
 
 
+def has_split(dataset: DatasetConfig, split: str) -> bool:
+    files = dataset.build_info.annotations.get(split)
+    return split in dataset.num_images or (files is not None and bool(files.storage))
+
+
 def build_image_processor(config: ImageProcessorConfig, image_size: int) -> Any:
     """What the config leaves open is the processor's own default."""
     optional = ("min_scale", "max_scale", "mean", "std")

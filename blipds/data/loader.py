@@ -63,9 +63,7 @@ class Batch:
     def pin_memory(self) -> "Batch":
         tensors = (self.input_ids, self.label_positions, self.labels)
         ids, positions, labels = (tensor.pin_memory() for tensor in tensors)
-        return Batch(
-            self.images.pin_memory(), ids, positions, labels, self.num_images, self.num_captions, self.errors
-        )
+        return Batch(self.images.pin_memory(), ids, positions, labels, self.num_images, self.num_captions, self.errors)
 
 
 @dataclass
@@ -259,7 +257,14 @@ class EvalLoader:
     """Shares the images of a dataset among the ranks, each exactly once, without fillers: shares may differ by one."""
 
     def __init__(
-        self, dataset: CaptionDataset, tokenizer: CaptionTokenizer, *, batch: int, rank: int, world_size: int, workers: int
+        self,
+        dataset: CaptionDataset,
+        tokenizer: CaptionTokenizer,
+        *,
+        batch: int,
+        rank: int,
+        world_size: int,
+        workers: int,
     ) -> None:
         self.dataset = dataset
         self.collator = Collator(tokenizer, dataset.image_processor)

@@ -83,5 +83,5 @@ def find_checkpoint(path: Path, link: str) -> Path:
 
 def newest_run(output_dir: Path) -> Path | None:
     """The run directory below `output_dir` whose latest checkpoint is the newest."""
-    found = [(link.resolve() / STATE).stat().st_mtime for link in (links := list(output_dir.glob("*/checkpoints/latest")))]
-    return max(zip(found, links, strict=True))[1].parent.parent if links else None
+    links = sorted(output_dir.glob("*/checkpoints/latest"), key=lambda link: (link / STATE).stat().st_mtime)
+    return links[-1].parent.parent if links else None

@@ -49,9 +49,7 @@ class Engine:
     Building it is collective, and so is every method that says so.
     """
 
-    def __init__(
-        self, model: nn.Module, config: dict[str, Any], groups: list[dict[str, Any]], precision: str
-    ) -> None:
+    def __init__(self, model: nn.Module, config: dict[str, Any], groups: list[dict[str, Any]], precision: str) -> None:
         import deepspeed
         from deepspeed.utils import logger
 
@@ -133,7 +131,7 @@ class Engine:
         Collective: every rank must exhaust it, and gets every weight.
         """
         from deepspeed.utils import safe_get_full_fp32_param
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         for name, parameter in self.model.named_parameters():
             weight = None

@@ -1,6 +1,6 @@
 """DeepSpeed's compiled optimizers: built once, before the ranks need them.
 
-    python -m blipds.engine.ops     compiles Adam for the device at hand, so that later starts are quick
+python -m blipds.engine.ops     compiles Adam for the device at hand, so that later starts are quick
 """
 
 import contextlib

@@ -1,11 +1,11 @@
 """BLIP's captioner: image encoder, text decoder, loss and generation (BLIP paper, arXiv 2201.12086, section 3)."""
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from blipds.models.generation import GenerationConfig, beam_search, single_search
+from blipds.models.loss import smoothed_cross_entropy
 from blipds.models.text_decoder import TextDecoder
 
 
@@ -46,7 +46,7 @@ class BlipCaption(nn.Module):
         else:
             image_embeds = self.visual_encoder(pixel_values)
         logits = self.text_decoder(input_ids, image_embeds, label_positions)
-        return F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=self.label_smoothing)
+        return smoothed_cross_entropy(logits, labels, self.label_smoothing)
 
     @torch.no_grad()
     def generate(

@@ -72,7 +72,7 @@ class PickleReader:
         for name, tensor in tensors.items():
             if not isinstance(name, str) or not _is_plain(tensor):
                 raise UserError(f"{path}: entry {str(name)[:80]!r} of its state dict is not a plain dense tensor")
-        # The map takes each storage's length from the pickle, whatever the zip's record has: a short one would be filled
+        # The map takes each storage's length from the pickle, not from the zip's record: a short record would be filled
         # up with its neighbour's bytes.
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()

@@ -5,7 +5,8 @@ The other direction is `hf_export.py`.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
@@ -204,9 +205,12 @@ def load_into(
     sources, tie_names = _resolve_ties(wanted, checkpoint)
     report = LoadReport(checkpoint.kind, left_aside=list(checkpoint.left_aside))
     may_miss, may_exceed = list(allow_missing), list(allow_unexpected)
-    if checkpoint.kind == "bert":  # layers and head as far as they fit
-        may_miss += ["*.crossattention.*", "text_decoder.cls.*", "text_decoder.bert.encoder.layer.*"]
-        may_exceed += ["text_decoder.bert.encoder.layer.*"]
+    if checkpoint.kind == "bert":
+        ours, theirs = _text_layers(wanted), _text_layers(checkpoint.names())
+        may_miss += ["*.crossattention.*", *sorted(ours - theirs)]
+        may_exceed += sorted(theirs - ours)
+        if not any(name.startswith("text_decoder.cls.") for name in checkpoint.names()):
+            may_miss.append("text_decoder.cls.*")
 
     problems: list[str] = []
     absent = [name for name in wanted if name not in sources]
@@ -262,6 +266,12 @@ def _resolve_ties(wanted: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[di
         if tied not in wanted and owner not in wanted:
             present -= {tied, owner}
     return sources, present
+
+
+def _text_layers(names: Iterable[str]) -> set[str]:
+    """One pattern a layer: decoder and BERT may differ in depth, but a layer comes whole or not at all."""
+    found = (re.match(r"text_decoder\.bert\.encoder\.layer\.\d+\.", name) for name in names)
+    return {match[0] + "*" for match in found if match}
 
 
 def _misfit(name: str, stored: tuple[int, ...], wanted: tuple[int, ...], kind: str, prefix: int) -> str:

@@ -159,7 +159,7 @@ from PIL import Image
 from transformers import AutoProcessor, BlipForConditionalGeneration
 
 folder = "{name}"
-processor = AutoProcessor.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder, backend="pil")
 model = BlipForConditionalGeneration.from_pretrained(folder).eval()
 
 prompt = {prompt!r}
@@ -168,11 +168,12 @@ ids = model.generate(**inputs, {arguments})
 caption = processor.decode(ids[0], skip_special_tokens=True)[len(prompt) :]
 ```
 
-The prompt must be given: the model was trained to continue it, and `generate` replaces its first token by [DEC] and
-drops its closing [SEP]. The arguments must be given, too: BLIP in transformers 5 ignores the folder's
-`generation_config.json`. Greedy search (`num_beams=1`) gives the captions of blipds; beam search may choose
-another of its beams, because transformers today normalises scores by the length without the prompt, while blipds does
-as the code behind BLIP's published numbers did.
+- The prompt must be given: the model was trained to continue it. `generate` replaces its first token by [DEC] and drops
+  its closing [SEP].
+- The arguments must be given, too: BLIP in transformers 5 ignores the folder's `generation_config.json`.
+- `backend="pil"` resizes as in training; without it pixels differ by up to one step of 255.
+- Greedy search (`num_beams=1`) gives the captions of blipds. Beam search may now and then choose another of its beams:
+  transformers normalises scores by the length without the prompt, blipds as the code behind BLIP's published numbers.
 """
 
 

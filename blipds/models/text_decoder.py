@@ -49,7 +49,9 @@ class TextConfig:
             raise UserError(f"model.med_config_path {path}: expected a JSON object")
         for key, only in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
             if values.get(key, only) != only:
-                raise UserError(f"model.med_config_path {path}: {key} is '{values[key]}', the decoder has only '{only}'")
+                raise UserError(
+                    f"model.med_config_path {path}: {key} is '{values[key]}', the decoder has only '{only}'"
+                )
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 

@@ -390,27 +390,60 @@ def test_blip_to_blipds_to_transformers_and_back(
     assert_same(back["model"], oracle)
 
 
-def test_exported_oracle_computes_what_the_original_code_computed(
-    tmp_path: Path, shared: Path, oracle_shapes: dict[str, Any]
-) -> None:
-    from transformers import AutoModelForImageTextToText
+@pytest.fixture(scope="module")
+def exported_oracle(
+    tmp_path_factory: pytest.TempPathFactory, shared: Path, oracle_shapes: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The oracle as transformers' model and processor, by way of an exported folder."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    folder = tmp_path_factory.mktemp("oracle") / "hf"
+    export(folder, load(shared / "oracle" / "tiny_blip.pth", oracle_shapes), ORACLE)
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    return model.eval(), AutoProcessor.from_pretrained(folder, backend="pil")
+
+
+def photographs(shared: Path, names: list[str]) -> list[Any]:
+    from PIL import Image
+
+    return [Image.open(shared / "data" / "flickr8k" / "images" / name) for name in names]
+
+
+def test_exported_oracle_computes_what_the_original_code_computed(
+    exported_oracle: tuple[Any, Any], shared: Path
+) -> None:
+    model, processor = exported_oracle
     golden = load_file(shared / "oracle" / "forward.safetensors")
-    loss = json.loads((shared / "oracle" / "golden.json").read_text())["forward"]["loss"]
-    export(tmp_path / "hf", load(shared / "oracle" / "tiny_blip.pth", oracle_shapes), ORACLE)
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf").eval()
+    forward = json.loads((shared / "oracle" / "golden.json").read_text())["forward"]
+    inputs = {name: golden[name] for name in ("input_ids", "attention_mask", "labels")}
+    pixels = processor.image_processor(photographs(shared, forward["images"]), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        output = model(
-            pixel_values=golden["pixel_values"],
-            input_ids=golden["input_ids"][:4],
-            attention_mask=golden["attention_mask"][:4],
-            labels=golden["labels"][:4],
-        )
-    difference = (output.logits[..., :2048] - golden["logits"]).abs()[golden["attention_mask"][:4].bool()].max()
-    features = (output.last_hidden_state - golden["image_embeds"]).abs().max()
-    print(f"largest difference to the original: features {features:.1e}, logits {difference:.1e}")
-    assert features < 1e-4 and difference < 1e-4
-    assert 0 < output.loss < 2 * loss  # of 4 of the 16 images: only its size can be compared
+        output = model(pixel_values=pixels, **inputs)
+    real = golden["attention_mask"][:4].bool()  # what comes out at a pad is nobody's business
+    differences = {
+        "pixels": (pixels[:4] - golden["pixel_values"]).abs().max().item(),
+        "features": (output.last_hidden_state[:4] - golden["image_embeds"]).abs().max().item(),
+        "logits": (output.logits[:4, :, :2048] - golden["logits"]).abs()[real].max().item(),
+        "loss": abs(output.loss.item() - forward["loss"]),
+    }
+    print("largest differences to the original:", {name: f"{value:.1e}" for name, value in differences.items()})
+    assert differences["pixels"] < 1e-6
+    assert differences["features"] < 1e-4
+    assert differences["logits"] < 1e-4
+    assert differences["loss"] < 1e-5
+    everywhere = golden["attention_mask"].bool()
+    assert torch.equal(output.logits.argmax(-1)[everywhere], golden["logits_argmax"][everywhere])
+
+
+def test_exported_oracle_writes_the_original_s_greedy_captions(exported_oracle: tuple[Any, Any], shared: Path) -> None:
+    model, processor = exported_oracle
+    golden = json.loads((shared / "oracle" / "golden.json").read_text())["generate"]
+    images, prompt = photographs(shared, golden["images"]), "a picture of "
+    inputs = processor(images=images, text=[prompt] * len(images), return_tensors="pt")
+    ids = model.generate(**inputs, num_beams=1, do_sample=False, max_length=20, min_length=5)
+    found = [text[len(prompt) :] for text in processor.batch_decode(ids, skip_special_tokens=True)]
+    assert found == golden["captions"]["greedy_max20_min5"]
 
 
 def test_exported_processor_and_pipeline(tmp_path: Path) -> None:
@@ -566,6 +599,19 @@ def test_bert_as_far_as_it_fits(tmp_path: Path, prefix: str) -> None:
     assert len(report.unexpected) == 16
     query = "bert.encoder.layer.1.attention.self.query.weight"
     assert torch.equal(ours["text_decoder." + query], bert.state_dict()[query])
+
+
+def test_a_bert_layer_comes_whole_or_not_at_all(tmp_path: Path) -> None:
+    bert = {name: tensor for name, tensor in tiny_tensors().items() if name.startswith("text_decoder.bert.")}
+    given = {
+        name.removeprefix("text_decoder."): tensor for name, tensor in bert.items() if "crossattention" not in name
+    }
+    whole = {name: tensor for name, tensor in given.items() if "layer.1." not in name}
+    save_file(whole, tmp_path / "shallow.safetensors")
+    assert load(tmp_path / "shallow.safetensors", shapes_of(bert)).keys() == {"text_decoder." + name for name in whole}
+    query = "bert.encoder.layer.0.attention.self.query.weight"
+    save_file({name: tensor for name, tensor in given.items() if name != query}, tmp_path / "torn.safetensors")
+    refused(tmp_path / "torn.safetensors", shapes_of(bert), r"missing text_decoder\." + query)
 
 
 def test_a_bert_of_another_width_or_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""What the command lines share."""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from blipds import distributed
+from blipds.config import Config, load_run_config
+from blipds.errors import UserError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command: what the user can mend is one line on stderr and exit status 1, Ctrl-C is 130."""
+    try:
+        main()
+    except UserError as error:
+        if distributed.rank() != 0:
+            # If rank 0 failed alike it has said so, and the launcher ends this rank while it waits.
+            time.sleep(5)
+        where = f" (rank {distributed.rank()})" if distributed.rank() else ""
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        leave(1)
+    except KeyboardInterrupt:
+        if distributed.rank() == 0:
+            print("interrupted", file=sys.stderr, flush=True)
+        leave(130)
+    distributed.shut_down()
+
+
+def leave(status: int) -> None:
+    """Ends this process at once: an orderly shutdown would wait for ranks that may never come."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cfg-path", type=Path, required=True, metavar="YAML", help="run config (run_configs/)")
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override keys of the run config, e.g. run.max_epoch=1 env.cache_root=/data",
+    )
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module that registers models, datasets, processors or schedules of your own",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configs and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Imports the plugins and loads the run config; rank 0 says which of its keys something else decides now."""
+    sys.path.insert(0, os.getcwd())
+    for plugin in args.plugin:
+        try:
+            importlib.import_module(plugin)
+        except ImportError as error:
+            raise UserError(f"--plugin {plugin}: {error}") from error
+    config, notices = load_run_config(args.cfg_path, args.options)
+    if not config.datasets:
+        raise UserError(f"{args.cfg_path}: the section datasets names none")
+    if distributed.is_main():
+        for notice in notices:
+            print(f"not used: {notice}")
+    return config
+
+
+def as_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def as_json(section: dict[str, Any]) -> str:
+    return json.dumps(section, indent=2) + "\n"
+
+
+def open_run_dir(config: Config, resumed: Path | None = None) -> Path:
+    """`run.output_dir`/<job id>, the same on every rank. An existing run is gone on with only if asked. Collective."""
+    if resumed is not None:
+        return resumed
+    job_id = config.run.job_id or distributed.broadcast(time.strftime("%Y%m%d-%H%M%S"))
+    run_dir = Path(config.run.output_dir).expanduser() / job_id
+    if distributed.broadcast(run_dir.exists() and any(run_dir.iterdir())):
+        raise UserError(f"{run_dir} holds a run already: go on with --resume {run_dir}, or give another run.job_id")
+    if distributed.is_main():
+        run_dir.mkdir(parents=True, exist_ok=True)
+    distributed.barrier()
+    return run_dir
