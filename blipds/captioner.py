@@ -55,7 +55,8 @@ class Captioner:
 
     def uniform(self, names: Sequence[object]) -> Tensor:
         """Random numbers (I, max_len) that depend on seed and image only, not on batch or rank."""
-        generators = (torch.Generator().manual_seed(derive_seed(self.seed, "sample", name)) for name in names)
+        seeds = (derive_seed(self.seed, "sample", name) for name in names)
+        generators = (torch.Generator().manual_seed(seed) for seed in seeds)
         return torch.stack([torch.rand(self.generation.max_len, generator=generator) for generator in generators])
 
 
@@ -71,7 +72,7 @@ def initial_weights(config: ModelConfig) -> str | None:
 
 
 def load_weights(model: BlipCaption, location: str, cache_root: Path, say: Callable[[str], None]) -> None:
-    """Loads a checkpoint of any kind, from a path, a URL or a hub name, strictly: nothing missing, nothing left over."""
+    """Loads a checkpoint of any kind, from a path, a URL or a hub name, strictly: each tensor finds its parameter."""
     checkpoint = open_checkpoint(locate(location, cache_root))
     parameters = dict(model.named_parameters())
 

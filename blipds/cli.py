@@ -65,7 +65,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_config(args: argparse.Namespace) -> Config:
     """Imports the plugins and loads the run config; rank 0 says which of its keys something else decides now."""
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, str(Path.cwd()))
     for plugin in args.plugin:
         try:
             importlib.import_module(plugin)

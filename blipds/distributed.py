@@ -42,6 +42,10 @@ def initialise() -> torch.device:
     return device
 
 
+def device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def shut_down() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -22,9 +22,10 @@ from blipds.data.datasets import build_dataset
 from blipds.data.loader import TrainLoader
 from blipds.ds_config import RunValues, load_ds_config, precision, resolve_ds_config, zero_stage
 from blipds.engine import Engine, checkpointed, default_precision, parameter_groups, prepare_adam
-from blipds.engine.checkpoints import find_checkpoint, load_state, newest_run
+from blipds.engine.checkpoints import STATE, find_checkpoint, load_state, newest_run
+from blipds.errors import UserError
 from blipds.evaluator import build_evaluators, evaluate_checkpoint
-from blipds.models import build_model
+from blipds.models import build_model, read_text_config
 from blipds.monitor import Monitor, NullMonitor
 from blipds.registry import SCHEDULES
 from blipds.trainer import Plan, RunState, Trainer
@@ -59,12 +60,13 @@ def main() -> None:
     resumed = checkpoint_to_resume(args.resume or config.run.resume_ckpt_path, config)
     run_dir = cli.open_run_dir(config, resumed.parent.parent if resumed else None)
     if config.run.evaluate:
-        evaluate(config, None if resumed is None else str(resumed), config.run.test_splits, device, run_dir, RunState())
+        checkpoint = str(resumed) if resumed else initial_weights(config.model)
+        evaluate(config, checkpoint, config.run.test_splits, device, run_dir, RunState())
         return
     state = train(config, ds_config, device, run_dir, resumed)
     if config.run.test_splits:
-        best = find_checkpoint(run_dir, "best")
-        evaluate(config, str(best), config.run.test_splits, device, run_dir, state)
+        best = find_checkpoint(str(run_dir), "best")
+        evaluate(config, best, config.run.test_splits, device, run_dir, state)
 
 
 def resolve(config: Config, ds_path: Path, device: torch.device) -> dict:
@@ -82,7 +84,7 @@ def resolve(config: Config, ds_path: Path, device: torch.device) -> dict:
         values,
         world_size=distributed.world_size(),
         default_precision=default_precision(device),
-        hidden_size=768,
+        hidden_size=read_text_config(config.model.med_config_path).hidden_size,
         source=str(ds_path),
     )
 
@@ -94,7 +96,12 @@ def checkpoint_to_resume(where: str | None, config: Config) -> Path | None:
         found = distributed.broadcast(newest_run(Path(config.run.output_dir).expanduser()))
     elif where is not None:
         found = Path(where).expanduser()
-    return None if found is None else find_checkpoint(found, "latest")
+    if found is None:
+        return None
+    checkpoint = Path(find_checkpoint(str(found), "latest"))
+    if not (checkpoint / STATE).exists():
+        raise UserError(f"--resume {where}: {checkpoint} is no checkpoint of a run (it has no {STATE})")
+    return checkpoint
 
 
 def train(config: Config, ds_config: dict, device: torch.device, run_dir: Path, resumed: Path | None) -> RunState:
@@ -199,10 +206,11 @@ def start_block(
     images = run.batch_size_train * run.accum_grad_iters * ranks
     samples = sum(len(dataset) for dataset in loader.datasets)
     captions = sum(len(group) for dataset in loader.datasets for _, group in dataset.groups)
+    micro, accumulated = run.batch_size_train, run.accum_grad_iters
     lines = [
-        f"model      {config.model.arch} {config.model.model_type}: {trainable:,} parameters trained, {frozen:,} frozen",
-        f"batch      {run.batch_size_train} micro x {run.accum_grad_iters} accumulated x {ranks} ranks = {images} images, "
-        f"about {images * captions / samples:.0f} captions a step",
+        f"model      {config.model.arch} {config.model.model_type}: {trainable:,} parameters, and {frozen:,} frozen",
+        f"batch      {micro} micro x {accumulated} accumulated x {ranks} ranks = {images} images a step, "
+        f"about {images * captions / samples:.0f} captions",
         f"length     {samples:,} samples ({captions:,} captions), {loader.steps_per_epoch} steps a pass; "
         f"{plan.total_steps} steps in {plan.epochs} epochs of {plan.epoch_steps}",
         f"engine     ZeRO stage {zero_stage(ds_config)}, {precision(ds_config)}, {run.lr_sched} from {run.init_lr:g}",
@@ -218,7 +226,6 @@ def evaluate(
     config: Config, checkpoint: str | None, splits: list[str], device: torch.device, run_dir: Path, state: RunState
 ) -> None:
     """Scores splits with the weights of a checkpoint, in fp32."""
-    checkpoint = checkpoint or initial_weights(config.model)
     monitor = Monitor(run_dir) if distributed.is_main() else NullMonitor()
     evaluate_checkpoint(config, checkpoint, splits, device, "fp32", run_dir, monitor, step=state.global_step)
     monitor.close()

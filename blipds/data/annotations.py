@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from PIL import Image
@@ -84,7 +84,7 @@ def read_annotations(paths: Sequence[Path], image_root: Path, captions_needed: b
     without = [image for image, (_, captions) in images.items() if not captions]
     if without and len(without) < len(images):
         raise UserError(f"{paths[0]}: {len(without)} images have no caption, others have; the first is {without[0]}")
-    root = os.path.abspath(image_root)
+    root = os.path.abspath(image_root)  # noqa: PTH100 (the root may be a link)
     records = [
         Record(ImageFile(inside(root, image)), tuple(captions), image_id)
         for image, (image_id, captions) in images.items()
@@ -116,7 +116,7 @@ def read_entry(entry: Any, place: str) -> tuple[str, str | int, list[str]]:
         raise UserError(f"{place} ({image}): 'caption' is neither a text nor a list of texts")
     image_id = entry.get("image_id", entry.get("img_id"))
     if image_id is None:
-        stem = os.path.splitext(image)[0]
+        stem = str(PurePosixPath(image).with_suffix(""))
         number = COCO_NUMBER.search(stem)
         image_id = int(number[1]) if number else stem
     if not isinstance(image_id, str | int):
@@ -126,7 +126,7 @@ def read_entry(entry: Any, place: str) -> tuple[str, str | int, list[str]]:
 
 def inside(root: str, image: str) -> Path:
     """The path of an image, which must not leave its root."""
-    path = os.path.normpath(os.path.join(root, image))
+    path = os.path.normpath(f"{root}/{image}")
     if os.path.commonpath([root, path]) != root or "\0" in image:
         raise UserError(f"image {image!r} lies outside of the image folder {root}")
     return Path(path)

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from blipds.config import Config, DatasetConfig, ImageProcessorConfig
 from blipds.data.annotations import Annotations, Record, annotations_of, read_annotations
+from blipds.data.processors import ImageProcessor
 from blipds.data.shapes import make_scenes
 from blipds.errors import UserError, nearest
 from blipds.registry import DATASETS, PROCESSORS
@@ -38,7 +38,7 @@ class CaptionDataset(Dataset[Sample]):
         self,
         name: str,
         annotations: Annotations,
-        image_processor: Callable[[Image.Image], Tensor],
+        image_processor: ImageProcessor,
         text_processor: Callable[[str], str],
         captions_per_image: int | str,
         training: bool,
@@ -100,10 +100,10 @@ def has_split(dataset: DatasetConfig, split: str) -> bool:
     return split in dataset.num_images or (files is not None and bool(files.storage))
 
 
-def build_image_processor(config: ImageProcessorConfig, image_size: int) -> Any:
+def build_image_processor(config: ImageProcessorConfig, image_size: int) -> ImageProcessor:
     """What the config leaves open is the processor's own default."""
     optional = ("min_scale", "max_scale", "mean", "std")
-    given = {key: getattr(config, key) for key in optional if getattr(config, key) is not None}
+    given: dict[str, Any] = {key: getattr(config, key) for key in optional if getattr(config, key) is not None}
     given.update({key: tuple(given[key]) for key in ("mean", "std") if key in given})
     try:
         return PROCESSORS[config.name](image_size=config.image_size or image_size, **given)

@@ -4,13 +4,13 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from blipds.data.datasets import CaptionDataset, Sample
+from blipds.data.processors import ImageProcessor
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
 
@@ -78,7 +78,7 @@ class EvalBatch:
 class Collator:
     """Makes a Batch from samples; runs in the worker, so that tokenizing and label-making cost the step nothing."""
 
-    def __init__(self, tokenizer: CaptionTokenizer, image_processor: Any) -> None:
+    def __init__(self, tokenizer: CaptionTokenizer, image_processor: ImageProcessor) -> None:
         self.tokenizer = tokenizer
         self.processor = image_processor
 
@@ -234,7 +234,7 @@ class TrainLoader:
         self.batches = _RankBatches(order, micro_batch, accumulation, rank, world_size)
         self.loader = DataLoader(
             _Samples(datasets),
-            batch_sampler=self.batches,  # type: ignore[arg-type]
+            batch_sampler=self.batches,
             collate_fn=Collator(tokenizer, processors[0]),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -68,6 +69,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def to_pixels(image: Image.Image) -> Tensor:
     """RGB Pillow image -> contiguous uint8 tensor (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+class ImageProcessor(Protocol):
+    """What an image processor is to the rest of the data path."""
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def mean(self) -> tuple[float, float, float]: ...
+    @property
+    def std(self) -> tuple[float, float, float]: ...
+    def __call__(self, image: Image.Image) -> Tensor: ...
 
 
 # --- images: processors ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from blipds.errors import UserError
 
@@ -19,7 +20,7 @@ class CaptionTokenizer:
 
         try:
             if source is None or source.endswith(".txt"):
-                self.tokenizer = BertTokenizer(vocab=str(source or VOCABULARY), do_lower_case=True)
+                self.tokenizer: Any = BertTokenizer(vocab=str(source or VOCABULARY), do_lower_case=True)
             else:
                 self.tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:

@@ -71,14 +71,13 @@ def load_state(engine: Engine, checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def find_checkpoint(path: Path, link: str) -> Path:
-    """The checkpoint meant by a run directory, its `checkpoints` folder (then `link` decides), or a checkpoint."""
-    if not path.exists():
-        raise UserError(f"no such checkpoint: {path}")
+def find_checkpoint(location: str, link: str) -> str:
+    """The checkpoint meant by a run directory or its `checkpoints` folder: where `link` points. Others as they are."""
+    path = Path(location).expanduser()
     for candidate in (path / "checkpoints" / link, path / link):
         if candidate.exists():
-            return candidate.resolve()
-    return path
+            return str(candidate.resolve())
+    return location
 
 
 def newest_run(output_dir: Path) -> Path | None:

@@ -36,14 +36,14 @@ def prepare_adam(offload: bool, say: Callable[[str], None] = print) -> bool:
 def load_op(offload: bool, say: Callable[[str], None]) -> str:
     """Loads the op on this rank, compiling it if need be; returns why it failed, or nothing."""
     from deepspeed.accelerator import get_accelerator
-    from torch.utils.cpp_extension import _get_build_directory
+    from torch.utils import cpp_extension
 
     path_before = os.environ["PATH"]
     # ninja comes from pip and lies beside this python, which need not be on PATH
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path_before}"
     builder = get_accelerator().create_op_builder("CPUAdamBuilder" if offload else "FusedAdamBuilder")
-    folder = Path(_get_build_directory(builder.name, verbose=False))
-    if clear_stale_lock(folder / "lock"):
+    folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
+    if hasattr(cpp_extension, "FileBaton") and clear_stale_lock(folder / "lock"):
         say(f"removed {folder / 'lock'}, left behind by a compile that was interrupted")
     compiling = not any(folder.glob("*.so"))
     start = time.monotonic()
@@ -66,12 +66,13 @@ def clear_stale_lock(lock: Path) -> bool:
     """Removes the lock of a compile that no longer runs; with it, every later start would wait for ever.
 
     torch keeps the lock file open while it compiles, so a lock that no process of this machine holds open is stale.
+    (Only a torch with FileBaton waits for the mere file; later ones lock it in the kernel, which forgets the dead.)
     """
     if not lock.exists():
         return False
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
-            if os.readlink(link) == str(lock):
+            if link.readlink() == lock:
                 return False
     lock.unlink(missing_ok=True)
     return True

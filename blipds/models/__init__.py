@@ -1,4 +1,4 @@
-"""Models by arch. A builder takes the model section of the run config and gives the bare model, random weights in it."""
+"""Models by arch. A builder takes the model section of the run config and gives the bare model, weights random."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from blipds.models.text_decoder import TextConfig, TextDecoder
 from blipds.models.vision import build_vision_transformer, checkpoint_last
 from blipds.registry import MODELS
 
-__all__ = ["BlipCaption", "build_model"]
+__all__ = ["BlipCaption", "build_model", "read_text_config"]
 
 
 def build_model(config: ModelConfig, checkpoint_fn: Callable[..., Any]) -> BlipCaption:

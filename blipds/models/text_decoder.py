@@ -177,6 +177,7 @@ class Layer(nn.Module):
         if cache is not None:
             image_keys, image_values = cache.image_keys, cache.image_values
         else:
+            assert image_embeds is not None
             image_keys, image_values = cross.keys_values(image_embeds)
         folded = self.crossattention.output(cross(folded, image_keys, image_values, is_causal=False), folded)
 
@@ -283,5 +284,9 @@ class TextDecoder(nn.Module):
 
     def start_caches(self, image_embeds: Tensor, max_length: int) -> list[LayerCache]:
         """Projects the image's keys and values once for all that is generated from it."""
-        attentions = (layer.crossattention.self for layer in self.bert.encoder.layer)
-        return [LayerCache(*attention.keys_values(image_embeds), max_length) for attention in attentions]
+        caches = []
+        for layer in self.bert.encoder.layer:
+            assert isinstance(layer, Layer)
+            image_keys, image_values = layer.crossattention.self.keys_values(image_embeds)
+            caches.append(LayerCache(image_keys, image_values, max_length))
+        return caches

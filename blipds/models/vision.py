@@ -47,4 +47,4 @@ def checkpoint_last(blocks: Iterable[nn.Module], count: int | None, checkpoint_f
     blocks = list(blocks)
     first = 0 if count is None else max(len(blocks) - count, 0)
     for block in blocks[first:]:
-        block.forward = partial(checkpoint_fn, block.forward)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint_fn, block.forward)
