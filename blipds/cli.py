@@ -43,8 +43,10 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cfg-path", type=Path, required=True, metavar="YAML", help="run config (run_configs/)")
+def add_config_arguments(
+    parser: argparse.ArgumentParser, cfg_path_required: bool = True, cfg_path_help: str = "run config (run_configs/)"
+) -> None:
+    parser.add_argument("--cfg-path", type=Path, required=cfg_path_required, metavar="YAML", help=cfg_path_help)
     parser.add_argument(
         "--options",
         nargs="+",
@@ -77,6 +79,12 @@ def load_config(args: argparse.Namespace) -> Config:
     if distributed.is_main():
         for notice in notices:
             print(f"not used: {notice}")
+    if config.model.vit_pretrained:
+        from blipds.captioner import fill_image_statistics  # timm's table: heavy to import
+
+        for line in fill_image_statistics(config):
+            if distributed.is_main():
+                print(line)
     return config
 
 

@@ -39,6 +39,8 @@ class ModelConfig:
     load_finetuned: bool = True
     pretrained: str | None = None
     finetuned: str | None = None
+    vit_pretrained: bool | str | None = None
+    text_pretrained: str | None = None
     vit_type: str = "base"
     vit_kwargs: dict[str, Any] = field(default_factory=dict)
     vit_grad_ckpt: bool = False
@@ -143,6 +145,8 @@ class RunConfig:
     weight_decay: float = 0.05
     weight_decay_on: str = "matrices"
     beta2: float = 0.999
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    lr_layer_decay: float | None = None
     max_grad_norm: float | None = None
     max_epoch: int = 5
     max_iters: int | None = None
@@ -198,6 +202,10 @@ class RunConfig:
             value = getattr(self, name)
             check(f"run.{name}", value, value is None or value > 0, "more than 0, or null")
         check("run.beta2", self.beta2, 0 <= self.beta2 < 1, "0 or more, below 1")
+        for prefix, scale in self.lr_scale.items():
+            check(f"run.lr_scale.{prefix}", scale, scale > 0, "more than 0 (model.freeze_vit keeps weights still)")
+        decay = self.lr_layer_decay
+        check("run.lr_layer_decay", decay, decay is None or 0 < decay <= 1, "more than 0, at most 1, or null")
         check("run.top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1")
         check("run.temperature", self.temperature, self.temperature > 0, "more than 0")
         check("run.repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "more than 0")

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from blipds.errors import UserError
+
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=2)  # rank 0 may score captions for minutes while the others wait
@@ -38,7 +40,15 @@ def initialise() -> torch.device:
         if local_world_size() > 1:
             torch.set_num_threads(max((os.cpu_count() or 1) // local_world_size(), 1))
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        except dist.DistNetworkError as error:
+            port = os.environ.get("MASTER_PORT")
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"port {port} is in use, by another run on this machine perhaps: give the launcher --master_port"
+            ) from error
     return device
 
 

@@ -4,8 +4,8 @@
     python launch/evaluate.py --cfg-path run_configs/caption_coco_large.yaml --checkpoint output/<run>
     deepspeed launch/evaluate.py --cfg-path ... --checkpoint model.pth --split test --precision bf16
 
-The checkpoint is a run directory (its best), one of a run's checkpoints, a BLIP or LAVIS .pth, or a transformers folder;
-without one, model.finetuned or model.pretrained of the run config. Ranks share the images.
+The checkpoint is a run directory (its best), one of a run's checkpoints, a BLIP or LAVIS .pth, or a transformers
+folder; without one, model.finetuned or model.pretrained of the run config. Ranks share the images.
 """
 
 import argparse

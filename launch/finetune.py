@@ -16,16 +16,18 @@ from pathlib import Path
 import torch
 
 from blipds import cli, distributed
-from blipds.captioner import Captioner, initial_weights, load_weights
+from blipds.captioner import Captioner, initial_weights, load_initial_weights, take_constants
 from blipds.config import Config
 from blipds.data.datasets import build_dataset
 from blipds.data.loader import TrainLoader
 from blipds.ds_config import RunValues, load_ds_config, precision, resolve_ds_config, zero_stage
-from blipds.engine import Engine, checkpointed, default_precision, parameter_groups, prepare_adam
+from blipds.engine import Engine, checkpointed, default_precision, parameter_groups, prepare_ops
 from blipds.engine.checkpoints import STATE, find_checkpoint, load_state, newest_run
 from blipds.errors import UserError
 from blipds.evaluator import build_evaluators, evaluate_checkpoint
 from blipds.models import build_model, read_text_config
+from blipds.models.checkpoints import open_checkpoint
+from blipds.models.lr_scales import lr_scales
 from blipds.monitor import Monitor, NullMonitor
 from blipds.registry import SCHEDULES
 from blipds.trainer import Plan, RunState, Trainer
@@ -137,14 +139,16 @@ def train(config: Config, ds_config: dict, device: torch.device, run_dir: Path, 
     )
 
     model = build_model(config.model, checkpointed)
-    location = None if resumed else initial_weights(config.model)
     say = print if distributed.is_main() else lambda line: None
-    if location is not None:
-        load_weights(model, location, Path(config.env.cache_root).expanduser(), say)
+    if resumed is None:
+        load_initial_weights(model, config, say)
+    else:
+        take_constants(model, open_checkpoint(resumed))  # the weights come with the engine's own files
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
-    if not ds_config["optimizer"]["params"].get("torch_adam") and not prepare_adam(offload, say):
+    if not ds_config["optimizer"]["params"].get("torch_adam") and not prepare_ops(offload, say):
         ds_config["optimizer"]["params"]["torch_adam"] = True
-    groups = parameter_groups(model, run.weight_decay, run.weight_decay_on)
+    scales = lr_scales((name for name, _ in model.named_parameters()), run.lr_scale, run.lr_layer_decay)
+    groups = parameter_groups(model, run.weight_decay, run.weight_decay_on, scales)
     engine = Engine(model, ds_config, groups, precision(ds_config))
 
     state = RunState()

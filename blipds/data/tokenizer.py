@@ -18,6 +18,8 @@ class CaptionTokenizer:
     def __init__(self, source: str | None = None, prompt: str = "a picture of ", max_txt_len: int = 40) -> None:
         from transformers import AutoTokenizer, BertTokenizer
 
+        if source is not None and source.endswith(".txt") and not Path(source).is_file():
+            raise UserError(f"model.tokenizer: no such vocabulary file: {source}")
         try:
             if source is None or source.endswith(".txt"):
                 self.tokenizer: Any = BertTokenizer(vocab=str(source or VOCABULARY), do_lower_case=True)
@@ -31,8 +33,8 @@ class CaptionTokenizer:
         self.bos_token_id: int = self.tokenizer.bos_token_id
         self.eos_token_id: int = self.tokenizer.sep_token_id
         self.pad_token_id: int = self.tokenizer.pad_token_id
-        self.prompt_ids: list[int] = self.encode(prompt)[:-1]
-        if len(self.prompt_ids) >= max_txt_len:
+        self.prompt_ids: list[int] = [self.bos_token_id, *self.tokenizer(prompt)["input_ids"][1:-1]]
+        if len(self.prompt_ids) + 2 > max_txt_len:  # a caption has a word and [SEP] at least
             raise UserError(f"model.prompt '{prompt}' fills model.max_txt_len ({max_txt_len} tokens)")
 
     def __len__(self) -> int:

@@ -4,6 +4,6 @@ deepspeed is imported where it is used, so that everything else starts fast and 
 """
 
 from blipds.engine.engine import DTYPES, Engine, checkpointed, default_precision, parameter_groups
-from blipds.engine.ops import prepare_adam
+from blipds.engine.ops import prepare_ops
 
-__all__ = ["DTYPES", "Engine", "checkpointed", "default_precision", "parameter_groups", "prepare_adam"]
+__all__ = ["DTYPES", "Engine", "checkpointed", "default_precision", "parameter_groups", "prepare_ops"]

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from blipds import distributed
 from blipds.engine.engine import Engine
 from blipds.errors import UserError
+from blipds.models.geometry import constants_of
 
 STATE = "state.json"
 WEIGHTS = "model.safetensors"  # fp32, whole, whatever the ZeRO stage: what evaluation and export read
@@ -34,7 +35,8 @@ class CheckpointFolder:
         is_main = distributed.is_main()
         weights = {name: weight for name, weight in engine.weights() if is_main}
         if is_main:
-            save_file(weights, partial / WEIGHTS, metadata={"format": "blipds"})
+            constants = json.dumps(constants_of(engine.model))  # type: ignore[arg-type]
+            save_file(weights, partial / WEIGHTS, metadata={"format": "blipds", "config": constants})
             (partial / STATE).write_text(json.dumps(state, indent=2))
         distributed.barrier()
         if is_main:

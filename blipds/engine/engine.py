@@ -1,7 +1,10 @@
 """BLIP in a DeepSpeed engine: what the loop needs of DeepSpeed, and nothing else of it."""
 
+import contextlib
+import io
 import logging
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,16 +34,22 @@ def default_precision(device: torch.device) -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, weight_decay_on: str) -> list[dict[str, Any]]:
-    """Trainable parameters by weight decay: on tensors of two or more dimensions (LAVIS: "matrices"), or on "all"."""
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in model.parameters():
+def parameter_groups(
+    model: nn.Module, weight_decay: float, weight_decay_on: str, lr_scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters, a group for each distinct pair of weight decay and lr_scale.
+
+    Weight decay is on tensors of two or more dimensions (LAVIS: "matrices"), or on "all". `lr_scales`: parameter name
+    -> factor on the learning rate (models/lr_scales.py); `Engine.step` applies it.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)  # a ZeRO-3 shard knows its whole shape
-            (decayed if weight_decay_on == "all" or len(shape) >= 2 else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            decay = weight_decay if weight_decay_on == "all" or len(shape) >= 2 else 0.0
+            groups.setdefault((decay, 1.0 if lr_scales is None else lr_scales[name]), []).append(parameter)
+    ordered = sorted(groups.items(), key=lambda item: (-item[0][0], -item[0][1]))
+    return [{"params": group, "weight_decay": decay, "lr_scale": scale} for (decay, scale), group in ordered]
 
 
 class Engine:
@@ -63,7 +72,9 @@ class Engine:
         self.dtype = DTYPES[precision]
         if config["optimizer"]["params"].get("torch_adam"):
             groups = [{**group, "fused": True} for group in groups]
-        self._deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+        warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's own calls
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints one line a rank for each op
+            self._deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +94,7 @@ class Engine:
         Returns the norm of the gradients, before clipping, where `measure` asks for it (one device sync).
         """
         for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
         norm: Any = None
         if measure and self.stage == 0 and self.precision == "fp32":  # here DeepSpeed computes none
             norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)

@@ -1,6 +1,6 @@
-"""DeepSpeed's compiled optimizers: built once, before the ranks need them.
+"""What DeepSpeed compiles on first use: built once on each node, before the ranks need it.
 
-python -m blipds.engine.ops     compiles Adam for the device at hand, so that later starts are quick
+    python -m blipds.engine.ops     compiles for the device at hand, so that later starts are quick
 """
 
 import contextlib
@@ -13,35 +13,46 @@ from pathlib import Path
 
 from blipds import distributed
 
+SHARED_MEMORY = "ShareMemCommBuilder"  # all-reduce between the ranks of a machine without GPUs
 
-def prepare_adam(offload: bool, say: Callable[[str], None] = print) -> bool:
-    """Compiles (the first time, about a minute) and loads the Adam of DeepSpeed for the device at hand. Collective.
 
-    On each node one rank compiles while the others wait: compiling side by side takes minutes. Returns False, and says
-    why, where any rank cannot have it (no compiler): the caller then takes torch's fused AdamW.
+def prepare_ops(offload: bool, say: Callable[[str], None] = print) -> bool:
+    """Compiles (the first time, about a minute) and loads what DeepSpeed needs on the device at hand. Collective.
+
+    On each node one rank compiles while the others wait: compiling side by side takes minutes. Returns whether
+    DeepSpeed's Adam is there; where any rank lacks it (no compiler), says why: torch's fused AdamW takes its place.
     """
-    failure = ""
-    if distributed.local_rank() == 0:
-        failure = load_op(offload, say)
-    failures = [text for text in distributed.gather(failure) if text]
-    if not failures and distributed.local_rank() != 0:
-        failure = load_op(offload, say)
-        failures = [failure] if failure else []
-    failures = [text for texts in distributed.gather(failures) for text in texts]
-    if failures:
-        say(f"DeepSpeed's Adam cannot be compiled here ({failures[0]}); torch's fused AdamW is used in its place")
-    return not failures
+    adam = "CPUAdamBuilder" if offload else "FusedAdamBuilder"
+    if distributed.device_type() == "cpu" and (failure := load_everywhere(SHARED_MEMORY, say)):
+        from deepspeed.ops import __compatible_ops__
+
+        __compatible_ops__["deepspeed_shm_comm"] = False  # else deepspeed.initialize would fail over it
+        say(f"without DeepSpeed's shared-memory all-reduce, gloo does it all ({failure})")
+    if failure := load_everywhere(adam, say):
+        say(f"DeepSpeed's Adam cannot be compiled here ({failure}); torch's fused AdamW is used in its place")
+        return False
+    return True
 
 
-def load_op(offload: bool, say: Callable[[str], None]) -> str:
-    """Loads the op on this rank, compiling it if need be; returns why it failed, or nothing."""
+def load_everywhere(builder_name: str, say: Callable[[str], None]) -> str:
+    """Loads an op on every rank, the first of each node before the others; returns a reason if any failed. Collective."""
+    failure = load_op(builder_name, say) if distributed.local_rank() == 0 else ""
+    failures = distributed.gather(failure)
+    if not any(failures):
+        failure = load_op(builder_name, say) if distributed.local_rank() != 0 else ""
+        failures = distributed.gather(failure)
+    return next(filter(None, failures), "")
+
+
+def load_op(builder_name: str, say: Callable[[str], None]) -> str:
+    """Loads an op on this rank, compiling it if need be; returns why it failed, or nothing."""
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension
 
     path_before = os.environ["PATH"]
     # ninja comes from pip and lies beside this python, which need not be on PATH
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path_before}"
-    builder = get_accelerator().create_op_builder("CPUAdamBuilder" if offload else "FusedAdamBuilder")
+    builder = get_accelerator().create_op_builder(builder_name)
     folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
     if hasattr(cpp_extension, "FileBaton") and clear_stale_lock(folder / "lock"):
         say(f"removed {folder / 'lock'}, left behind by a compile that was interrupted")
@@ -78,9 +89,5 @@ def clear_stale_lock(lock: Path) -> bool:
     return True
 
 
-def main() -> None:
-    prepare_adam(offload=False)
-
-
 if __name__ == "__main__":
-    main()
+    prepare_ops(offload=False)

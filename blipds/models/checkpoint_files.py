@@ -5,7 +5,7 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,23 @@ class PickleReader:
         return self._tensors[name]
 
 
-Reader = SafetensorsReader | PickleReader
+class MemoryReader:
+    """Tensors that are in memory already."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        self._tensors = tensors
+        self.names: list[str] = list(tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+Reader = SafetensorsReader | PickleReader | MemoryReader
 
 
 def _is_plain(value: object) -> bool:

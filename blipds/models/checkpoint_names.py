@@ -31,9 +31,9 @@ PRETRAINING_ONLY = (
     "ptr_queue",
     "temp",
 )
-# A ViT's classifier and DINOv2's mask token (training only); BERT's pooler, next-sentence head and token types
-# (the original BLIP drops all three, too).
-VIT_ONLY = ("head.*", "head_dist.*", "pre_logits.*", "mask_token")
+# What a ViT has behind its last norm (classifier, pooling), and DINOv2's mask token; BERT's pooler, next-sentence head
+# and token types (the original BLIP drops all three, too).
+VIT_ONLY = ("head.*", "head_dist.*", "pre_logits.*", "attn_pool.*", "fc_norm.*", "mask_token")
 BERT_ONLY = ("*pooler.*", "cls.seq_relationship.*", "*embeddings.token_type_embeddings.*")
 BUFFERS = ("*.position_ids", "position_ids")
 

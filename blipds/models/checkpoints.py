@@ -4,7 +4,6 @@ No engine here: `load_into` takes the shapes of a model's parameters and a funct
 The other direction is `hf_export.py`.
 """
 
-import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +17,16 @@ from torch.nn import functional as F
 
 from blipds.errors import UserError
 from blipds.models import checkpoint_names as names_of
-from blipds.models.checkpoint_files import PickleReader, Reader, SafetensorsReader, json_object, listed, open_reader
-
-logger = logging.getLogger(__name__)
+from blipds.models.checkpoint_files import (
+    MemoryReader,
+    PickleReader,
+    Reader,
+    SafetensorsReader,
+    json_object,
+    listed,
+    open_reader,
+)
+from blipds.models.text_decoder import TextConfig
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 POS_EMBED = "visual_encoder.pos_embed"
@@ -33,7 +39,7 @@ VOCABULARY = (
     *names_of.TIED,
 )
 EXTRA_TOKENS = 2
-ORIGINAL_VISION_EPS = 1e-6
+TEXT_POSITIONS = "text_decoder.bert.embeddings.position_embeddings.weight"
 
 
 class Checkpoint:
@@ -95,6 +101,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open_folder(path) if path.is_dir() else _open_file(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def checkpoint_of(name: str, tensors: Mapping[str, Tensor]) -> Checkpoint:
+    """A checkpoint of tensors that something else has read already (timm its own weights); `name` for messages."""
+    reader = MemoryReader(Path(name), tensors)
+    return Checkpoint(reader.path, _kind(reader.path, reader), {}, dict.fromkeys(reader.names, reader))
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -189,6 +201,7 @@ def load_into(
     *,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    leave_out: tuple[str, ...] | list[str] = (),
     num_prefix_positions: int = 1,
 ) -> LoadReport:
     """Loads a checkpoint strictly: every name, shape, dtype and value is checked before the first `write`.
@@ -201,10 +214,14 @@ def load_into(
     (never cross-attention). Reads the file twice. UserError lists all that does not fit.
     """
     part = PART_PREFIX.get(checkpoint.kind, "")
-    wanted = {name: tuple(shape) for name, shape in model_shapes.items() if name.startswith(part)}
+    wanted = {
+        name: tuple(shape)
+        for name, shape in model_shapes.items()
+        if name.startswith(part) and not names_of.matches(name, leave_out)
+    }
     sources, tie_names = _resolve_ties(wanted, checkpoint)
     report = LoadReport(checkpoint.kind, left_aside=list(checkpoint.left_aside))
-    may_miss, may_exceed = list(allow_missing), list(allow_unexpected)
+    may_miss, may_exceed = list(allow_missing), [*allow_unexpected, *leave_out]
     if checkpoint.kind == "bert":
         ours, theirs = _text_layers(wanted), _text_layers(checkpoint.names())
         may_miss += ["*.crossattention.*", *sorted(ours - theirs)]
@@ -248,7 +265,9 @@ def load_into(
             report.notes.append(f"pos_embed interpolated from {tuple(tensor.shape)} to {wanted[name]}")
             tensor = interpolate_pos_embed(tensor, wanted[name][1], num_prefix_positions)
         elif tuple(tensor.shape) != wanted[name]:
-            report.notes.append(f"{name}: the last {EXTRA_TOKENS} rows keep the model's values")
+            tensor = tensor[: wanted[name][0]]
+            kept = wanted[name][0] - len(tensor)
+            report.notes.append(f"{name}: {len(tensor)} rows" + (f", {kept} keep the model's values" if kept else ""))
         write(name, tensor)
         report.written.append(name)
     return report
@@ -274,6 +293,20 @@ def _text_layers(names: Iterable[str]) -> set[str]:
     return {match[0] + "*" for match in found if match}
 
 
+def text_layer_differences(config: Mapping[str, Any], text: TextConfig) -> list[str]:
+    """Why a BERT of this config.json has layers that would not compute in our decoder what they do in it."""
+    ours = {
+        "num_attention_heads": text.num_attention_heads,
+        "intermediate_size": text.intermediate_size,
+        "hidden_act": "gelu",
+    }
+    return [
+        f"{key} is {config[key]} in the file, {value} in the decoder"
+        for key, value in ours.items()
+        if config.get(key, value) != value
+    ]
+
+
 def _misfit(name: str, stored: tuple[int, ...], wanted: tuple[int, ...], kind: str, prefix: int) -> str:
     if stored == wanted:
         return ""
@@ -284,6 +317,8 @@ def _misfit(name: str, stored: tuple[int, ...], wanted: tuple[int, ...], kind: s
         return ""
     rows_to_add = wanted[0] - stored[0] if stored and wanted and stored[1:] == wanted[1:] else 0
     if kind == "bert" and name in VOCABULARY and rows_to_add == EXTRA_TOKENS:
+        return ""
+    if kind == "bert" and name == TEXT_POSITIONS and stored[1:] == wanted[1:]:
         return ""
     return f"{stored} in the file, {wanted} in the model"
 
@@ -313,84 +348,3 @@ def interpolate_pos_embed(pos_embed: Tensor, positions: int, num_prefix_position
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     grid = grid.permute(0, 2, 3, 1).flatten(1, 2)
     return torch.cat([prefix, grid.to(pos_embed.dtype)], dim=1)
-
-
-@dataclass(frozen=True)
-class BlipGeometry:
-    """All sizes and constants that transformers' BLIP needs to compute what our model computes."""
-
-    image_size: int
-    patch_size: int
-    vision_width: int
-    vision_depth: int
-    vision_heads: int
-    vision_mlp_dim: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    vocab_size: int = 30524
-    max_position_embeddings: int = 512
-    vision_eps: float = ORIGINAL_VISION_EPS
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    label_smoothing: float = 0.1
-    vision_features: tuple[str, ...] = ()  # what transformers' BLIP lacks: "layer scale", "4 register tokens", ...
-
-
-def geometry_from_transformers_config(config: Mapping[str, Any]) -> BlipGeometry:
-    """The geometry that a transformers BLIP config.json (as a dict) describes; says in the log which epsilon was taken.
-
-    What the file leaves out has transformers' own default, since that is what transformers would compute with; but for
-    the vision epsilon, where that default (1e-5) is not what any of BLIP's weights were trained with.
-    """
-    if config.get("model_type") != "blip":
-        raise UserError(f"a config.json of model_type {config.get('model_type')!r} describes no BLIP captioner")
-    vision, text = config.get("vision_config"), config.get("text_config")
-    if not isinstance(vision, Mapping) or not isinstance(text, Mapping):
-        raise UserError("config.json has no vision_config or no text_config")
-    for name, section in (("vision_config", vision), ("text_config", text)):
-        if section.get("hidden_act", "gelu") != "gelu":
-            raise UserError(f"config.json: {name}.hidden_act is {section['hidden_act']!r}; BLIP's is 'gelu'")
-    if "layer_norm_eps" in vision:
-        eps = _number(vision, "layer_norm_eps", ORIGINAL_VISION_EPS)
-        logger.info("vision LayerNorm epsilon %g: config.json states it (the original BLIP has 1e-6)", eps)
-    else:
-        eps = ORIGINAL_VISION_EPS
-        logger.warning("vision LayerNorm epsilon 1e-6: config.json states none, and the original BLIP has 1e-6")
-    return BlipGeometry(
-        image_size=_whole(vision, "image_size", 384),
-        patch_size=_whole(vision, "patch_size", 16),
-        vision_width=_whole(vision, "hidden_size", 768),
-        vision_depth=_whole(vision, "num_hidden_layers", 12),
-        vision_heads=_whole(vision, "num_attention_heads", 12),
-        vision_mlp_dim=_whole(vision, "intermediate_size", 3072),
-        hidden_size=_whole(text, "hidden_size", 768),
-        num_hidden_layers=_whole(text, "num_hidden_layers", 12),
-        num_attention_heads=_whole(text, "num_attention_heads", 8),
-        intermediate_size=_whole(text, "intermediate_size", 3072),
-        vocab_size=_whole(text, "vocab_size", 30524),
-        max_position_embeddings=_whole(text, "max_position_embeddings", 512),
-        vision_eps=eps,
-        layer_norm_eps=_number(text, "layer_norm_eps", 1e-12),
-        hidden_dropout_prob=_number(text, "hidden_dropout_prob", 0.0),
-        attention_probs_dropout_prob=_number(text, "attention_probs_dropout_prob", 0.0),
-        label_smoothing=_number(text, "label_smoothing", 0.0),
-    )
-
-
-def _whole(section: Mapping[str, Any], key: str, default: int) -> int:
-    value = section.get(key, default)
-    if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:  # image_size: [384, 384]
-        value = value[0]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"config.json: {key} is {value!r}, not a whole number above 0")
-    return value
-
-
-def _number(section: Mapping[str, Any], key: str, default: float) -> float:
-    value = section.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise UserError(f"config.json: {key} is {value!r}, not a number from 0 to 1")
-    return float(value)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from blipds.errors import UserError
 from blipds.models.checkpoint_names import TIED, matches, to_transformers_name
-from blipds.models.checkpoints import BlipGeometry
+from blipds.models.geometry import BlipGeometry
 
-DEC, SEP, PAD = 30522, 102, 0  # bert-base-uncased's vocabulary with [DEC] and [ENC] behind it
+TOKEN_IDS = (30522, 102, 0)  # [DEC], [SEP], [PAD] of bert-base-uncased with [DEC] and [ENC] behind it
 
 
 def save_blip(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], epoch: int = 0) -> None:
@@ -50,26 +50,28 @@ def save_transformers(
     prompt: str,
     generation: Mapping[str, Any],
     card_text: str = "",
+    overwrite: bool = False,
 ) -> None:
     """A folder that `BlipForConditionalGeneration.from_pretrained` loads and that computes what our model computes.
 
     tensors: under our names. tokenizer: of transformers, saved as it is. generation: arguments of transformers'
     `generate` (max_length, min_length, num_beams, ...). card_text: Markdown for the card (metrics, run config).
     The folder appears complete or not at all. UserError: geometry that transformers' BLIP cannot express, or the folder
-    exists and is not empty.
+    exists and is not empty; with `overwrite` an earlier export is replaced, and only what is one (its config.json says
+    model_type "blip").
     """
     from transformers import BlipImageProcessor, BlipProcessor, GenerationConfig
 
     renamed = _renamed(tensors, geometry)
     _check_complete(renamed, geometry)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists already; choose another output or remove it")
+    _check_free(folder, overwrite)
+    token_ids = (tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         temporary.chmod(0o755)  # mkdtemp's folders are closed to others
         save_file(renamed, temporary / "model.safetensors", metadata={"format": "pt"})
-        _write_json(temporary / "config.json", transformers_config(geometry))
+        _write_json(temporary / "config.json", transformers_config(geometry, token_ids))
         image_processor = BlipImageProcessor(
             size={"height": geometry.image_size, "width": geometry.image_size},
             image_mean=list(image_mean),
@@ -77,18 +79,34 @@ def save_transformers(
             resample=3,  # PIL's bicubic
         )
         BlipProcessor(image_processor, tokenizer).save_pretrained(temporary)
-        settings = GenerationConfig(bos_token_id=DEC, eos_token_id=SEP, pad_token_id=PAD, **generation)
+        settings = GenerationConfig(
+            bos_token_id=token_ids[0], eos_token_id=token_ids[1], pad_token_id=token_ids[2], **generation
+        )
         settings.save_pretrained(temporary)
         (temporary / "README.md").write_text(model_card(folder.name, prompt, generation, card_text))
         if folder.exists():
-            folder.rmdir()
+            shutil.rmtree(folder)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def transformers_config(geometry: BlipGeometry) -> dict[str, Any]:
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{folder}: exists already; choose another output, or replace an earlier export with --force")
+    try:
+        is_export = json.loads((folder / "config.json").read_text()).get("model_type") == "blip"
+    except (OSError, ValueError, AttributeError):
+        is_export = False
+    if not is_export:
+        raise UserError(f"{folder}: not an earlier export (no config.json of a BLIP in it); it is not overwritten")
+
+
+def transformers_config(geometry: BlipGeometry, token_ids: tuple[int, int, int] = TOKEN_IDS) -> dict[str, Any]:
     """config.json for `BlipForConditionalGeneration`; whatever has a default that differs from BLIP is written out."""
+    start, end, padding = token_ids
     return {
         "architectures": ["BlipForConditionalGeneration"],
         "model_type": "blip",
@@ -129,10 +147,10 @@ def transformers_config(geometry: BlipGeometry) -> dict[str, Any]:
             "is_decoder": True,
             "use_cache": True,
             "tie_word_embeddings": True,
-            "bos_token_id": DEC,
-            "eos_token_id": SEP,
-            "sep_token_id": SEP,
-            "pad_token_id": PAD,
+            "bos_token_id": start,
+            "eos_token_id": end,
+            "sep_token_id": end,
+            "pad_token_id": padding,
         },
     }
 

@@ -5,8 +5,9 @@ from functools import partial
 from typing import Any
 
 import timm
+from timm.models import PretrainedCfg, get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from blipds.errors import UserError
 
@@ -48,3 +49,52 @@ def checkpoint_last(blocks: Iterable[nn.Module], count: int | None, checkpoint_f
     first = 0 if count is None else max(len(blocks) - count, 0)
     for block in blocks[first:]:
         block.forward = partial(checkpoint_fn, block.forward)
+
+
+# --- timm's own weights ----------------------------------------------------------------------------------------------
+
+
+def pretrained_encoder(vit_type: str, hub_name: str | None = None) -> dict[str, Tensor]:
+    """The weights that timm has for the named encoder, or those of a hub repository in timm's layout; timm's names.
+
+    timm finds, downloads and caches them, and renames what other projects wrote; pickles with `weights_only=True`.
+    They come at the image size they were trained with. Raises UserError where they cannot be had.
+    """
+    name = f"hf-hub:{hub_name}" if hub_name else BLIP_ENCODERS.get(vit_type, (vit_type, {}))[0]
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # of the network, of the hub, of timm's checks: all of them are "not to be had"
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"model.vit_pretrained: timm has no weights for '{hub_name or vit_type}' ({reason})") from error
+
+
+def encoder_mean_std(vit_type: str, hub_name: str | None = None) -> tuple[list[float], list[float]] | None:
+    """What pixels are normalised with for timm's weights, by timm's own table; None for a name that it has not.
+
+    hub_name: `timm/<name>.<tag>`, whose mean and std may differ from those of the encoder's default tag. No network.
+    """
+    names = [hub_name.partition("/")[2]] if hub_name else []
+    for name in [*names, BLIP_ENCODERS.get(vit_type, (vit_type, {}))[0]]:
+        found: PretrainedCfg | None = None
+        try:
+            found = get_pretrained_cfg(name)
+        except (RuntimeError, ValueError):
+            continue
+        if found is not None:
+            return [float(value) for value in found.mean], [float(value) for value in found.std]
+    return None
+
+
+# --- LayerNorm epsilon -----------------------------------------------------------------------------------------------
+
+
+def layer_norm_eps(encoder: nn.Module) -> float | None:
+    """The epsilon of all its LayerNorms; None where they differ (or where it has none)."""
+    found = {module.eps for module in encoder.modules() if isinstance(module, nn.LayerNorm)}
+    return found.pop() if len(found) == 1 else None
+
+
+def set_layer_norm_eps(encoder: nn.Module, eps: float) -> None:
+    for module in encoder.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps

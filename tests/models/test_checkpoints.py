@@ -1,7 +1,6 @@
 """Checkpoints of every kind in and out. Reference values: the oracle (the original BLIP code) and transformers."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,8 @@ from torch import Tensor
 
 from blipds.errors import UserError
 from blipds.models.checkpoint_names import from_transformers_name, to_transformers_name
-from blipds.models.checkpoints import (
-    BlipGeometry,
-    geometry_from_transformers_config,
-    interpolate_pos_embed,
-    load_into,
-    open_checkpoint,
-)
+from blipds.models.checkpoints import checkpoint_of, interpolate_pos_embed, load_into, open_checkpoint
+from blipds.models.geometry import BlipGeometry, geometry_from_transformers_config, stated_vision_eps
 from blipds.models.hf_export import save_blip, save_blipds, save_transformers, transformers_config
 
 VOCAB = Path(__file__).parents[2] / "blipds" / "data" / "bert-base-uncased-vocab.txt"
@@ -513,15 +507,14 @@ def test_an_export_never_overwrites(tmp_path: Path) -> None:
     assert in_folder(tmp_path) == ["hf"] and in_folder(tmp_path / "hf") == ["mine.txt"]
 
 
-def test_the_epsilon_that_a_config_states_is_kept(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="blipds")
+def test_the_epsilon_that_a_config_states_is_kept() -> None:
     config = transformers_config(TINY)
     config["vision_config"]["layer_norm_eps"] = 1e-5
     assert geometry_from_transformers_config(config).vision_eps == 1e-5
-    assert "1e-05: config.json states it" in caplog.text
+    assert "1e-05: config.json states it" in stated_vision_eps(config)[1]
     del config["vision_config"]["layer_norm_eps"]
     assert geometry_from_transformers_config(config).vision_eps == 1e-6
-    assert "config.json states none, and the original BLIP has 1e-6" in caplog.text
+    assert "1e-06: no config.json states one, and the original has 1e-6" in stated_vision_eps(config)[1]
 
 
 def test_what_a_config_leaves_out_has_transformers_default() -> None:
@@ -612,6 +605,33 @@ def test_a_bert_layer_comes_whole_or_not_at_all(tmp_path: Path) -> None:
     query = "bert.encoder.layer.0.attention.self.query.weight"
     save_file({name: tensor for name, tensor in given.items() if name != query}, tmp_path / "torn.safetensors")
     refused(tmp_path / "torn.safetensors", shapes_of(bert), r"missing text_decoder\." + query)
+
+
+def test_a_bert_of_more_or_fewer_positions(tmp_path: Path) -> None:
+    positions = "text_decoder.bert.embeddings.position_embeddings.weight"
+    table = torch.arange(24.0).view(6, 4)
+    stored = {"embeddings.word_embeddings.weight": torch.zeros(8, 4), "embeddings.position_embeddings.weight": table}
+    save_file(stored, tmp_path / "bert.safetensors")
+    for rows, taken in ((4, 4), (6, 6), (9, 6)):
+        found = load(tmp_path / "bert.safetensors", {EMBEDDINGS: (8, 4), positions: (rows, 4)})[positions]
+        assert torch.equal(found, table[:taken])
+
+
+def test_what_is_left_out_is_in_neither_list_of_errors(tiny: tuple[Path, dict[str, Tensor]]) -> None:
+    path, tensors = tiny
+    written = load(path, shapes_of(tensors), leave_out=["visual_encoder.blocks.*"])
+    assert written.keys() == {name for name in tensors if ".blocks." not in name}
+
+
+def test_tensors_in_memory_are_a_checkpoint() -> None:
+    tensors = {"patch_embed.proj.weight": torch.ones(2, 3, 4, 4), "head.weight": torch.ones(2)}
+    tensors["norm.bias"] = torch.zeros(2)
+    checkpoint = checkpoint_of("timm's own", tensors)
+    assert (checkpoint.kind, checkpoint.left_aside) == ("timm", ["head.weight"])
+    written: dict[str, Tensor] = {}
+    shapes = {"visual_encoder.patch_embed.proj.weight": (2, 3, 4, 4), "visual_encoder.norm.bias": (2,)}
+    load_into(shapes, checkpoint, written.__setitem__)
+    assert_same(written, {"visual_encoder." + name: t for name, t in tensors.items() if name != "head.weight"})
 
 
 def test_a_bert_of_another_width_or_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,207 @@
+#!/usr/bin/env python
+"""Turn a checkpoint into what other tools load: a transformers folder, or a BLIP/LAVIS .pth.
+
+    python launch/export.py --checkpoint output/coco_large/<run> --format hf --output my-captioner
+    python launch/export.py --checkpoint output/coco_large/<run> --format blip --output my_captioner.pth
+
+The checkpoint is a run directory (its best), one of a run's checkpoints (<run>/checkpoints/step_00001000, or latest),
+whatever ZeRO stage and number of ranks wrote it; the run's own config.yaml gives the geometry, the image size, mean and
+std, the prompt and the decoding, and its metrics.jsonl the numbers for the model card. Any other checkpoint that
+finetune.py reads can be exported too, with a --cfg-path that says how the model is built:
+
+    python launch/export.py --cfg-path run_configs/caption_coco_base.yaml --checkpoint x.pth --format hf --output x
+
+hf    config, safetensors, tokenizer, image processor, generation config and a model card (README.md) with the metrics,
+      the run config and the call that captions as this project does. BlipForConditionalGeneration,
+      AutoModelForImageTextToText and the image-text-to-text pipeline load it as it is. An image encoder that
+      transformers' BLIP cannot express (layer scale, registers, ...) is refused with the reason.
+blip  the dict {model, config, epoch} that the original BLIP code and LAVIS load; any image encoder.
+
+Weights are written in fp32. No GPU is needed, and no optimizer state is read.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blipds import cli
+from blipds.captioner import Captioner, load_weights
+from blipds.config import Config
+from blipds.data.datasets import build_image_processor
+from blipds.engine.checkpoints import STATE, find_checkpoint
+from blipds.errors import UserError
+from blipds.models import BlipCaption, build_model
+from blipds.models.geometry import ORIGINAL_VISION_EPS, constants_of, geometry_of
+from blipds.models.hf_export import save_blip, save_transformers
+
+SHOWN_METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="what to export: a path, URL or hub name")
+    parser.add_argument("--format", required=True, choices=["hf", "blip"], help="transformers folder, or BLIP .pth")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR|FILE.pth", help="where to write it")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export at --output")
+    cli.add_config_arguments(parser, False, "run config; default: the config.yaml of the run that the checkpoint is of")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    location = find_checkpoint(args.checkpoint, "best")
+    run_dir = run_directory(Path(location).expanduser())
+    config = load_config(args, run_dir)
+    if args.print_config:
+        print(cli.as_yaml(config), end="")
+        return
+    model, tensors = read(config, location)
+    output = args.output.expanduser()
+    if args.format == "blip":
+        write_blip(output, model, tensors, config, args.force)
+    else:
+        write_transformers(output, model, tensors, config, card_text(config, run_dir, location), args.force)
+    print(f"{output}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers, from {location}")
+
+
+def run_directory(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint is of: <run>/checkpoints/step_N, or the weights file in it."""
+    for folder in (checkpoint, checkpoint.parent):
+        if folder.parent.name == "checkpoints" and (folder.parent.parent / "config.yaml").is_file():
+            return folder.parent.parent
+    return None
+
+
+def load_config(args: argparse.Namespace, run_dir: Path | None) -> Config:
+    if args.cfg_path is None:
+        if run_dir is None:
+            raise UserError(
+                f"--checkpoint {args.checkpoint} lies in no run directory, so nothing says how its model is built; "
+                "give the run config with --cfg-path"
+            )
+        args.cfg_path = run_dir / "config.yaml"
+    return cli.load_config(args)
+
+
+def read(config: Config, location: str) -> tuple[BlipCaption, dict[str, Tensor]]:
+    """The model without memory for its weights (its geometry is what counts), and the checkpoint's tensors in fp32."""
+    with torch.device("meta"):
+        model = build_model(config.model, checkpoint_fn=lambda function, *inputs: function(*inputs))
+    tensors: dict[str, Tensor] = {}
+    cache_root = Path(config.env.cache_root).expanduser()
+    load_weights(model, location, cache_root, print, write=lambda name, tensor: tensors.update({name: tensor.float()}))
+    return model, tensors
+
+
+def write_blip(path: Path, model: BlipCaption, tensors: dict[str, Tensor], config: Config, force: bool) -> None:
+    if path.is_dir() or path.suffix != ".pth":
+        raise UserError(f"--output {path}: --format blip writes one file, FILE.pth")
+    if path.exists() and not force:
+        raise UserError(f"{path} exists already; choose another output, or replace it with --force")
+    constants = constants_of(model)
+    if any(eps != ORIGINAL_VISION_EPS for eps in constants.values()):
+        print(
+            f"careful: {constants}; the original code and LAVIS compute with {ORIGINAL_VISION_EPS:g} whatever it says"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_blip(path, tensors, asdict(config.model) | constants)
+
+
+def write_transformers(
+    folder: Path, model: BlipCaption, tensors: dict[str, Tensor], config: Config, card: str, force: bool
+) -> None:
+    captioner = Captioner.from_config(config)
+    processors = [
+        build_image_processor(dataset.vis_processor.eval, config.model.image_size)
+        for dataset in config.datasets.values()
+    ]
+    statistics = {(processor.mean, processor.std) for processor in processors}
+    if len(statistics) > 1:
+        raise UserError(f"the datasets normalise images with different mean and std ({statistics}); one must be chosen")
+    mean, std = statistics.pop()
+    save_transformers(
+        folder,
+        tensors,
+        geometry_of(model),
+        captioner.tokenizer.tokenizer,
+        image_mean=mean,
+        image_std=std,
+        prompt=config.model.prompt,
+        generation=generation_arguments(config),
+        card_text=card,
+        overwrite=force,
+    )
+
+
+def generation_arguments(config: Config) -> dict[str, Any]:
+    """The run's decoding as arguments of transformers' `generate`."""
+    run = config.run
+    arguments: dict[str, Any] = {
+        "num_beams": run.num_beams,
+        "max_length": run.max_len,
+        "min_length": run.min_len,
+        "do_sample": run.use_nucleus_sampling,
+    }
+    if run.use_nucleus_sampling:  # both of the original codes penalise repetition by 1.1 here, whatever the config says
+        return arguments | {"top_p": run.top_p, "temperature": run.temperature, "repetition_penalty": 1.1}
+    if run.num_beams > 1:
+        arguments["length_penalty"] = run.length_penalty
+    return arguments | {"repetition_penalty": run.repetition_penalty}
+
+
+def card_text(config: Config, run_dir: Path | None, location: str) -> str:
+    """Metrics of the run, and its config, as Markdown."""
+    parts = []
+    if run_dir is not None and (lines := evaluations(run_dir, Path(location))):
+        columns = [name for name in SHOWN_METRICS if any(line.get(name) is not None for line in lines)]
+        parts.append("## Metrics\n")
+        parts.append("| split | step | " + " | ".join(columns) + " | weights |")
+        parts.append("|---" * (len(columns) + 3) + "|")
+        for line in lines:
+            values = ["" if line.get(name) is None else f"{line[name]:.4f}" for name in columns]
+            parts.append(f"| {line['split']} | {line['step']} | {' | '.join(values)} | {weights_of(line)} |")
+        parts.append("\nCIDEr and the others as fractions, computed by pycocoevalcap over PTB tokens.\n")
+    parts.append(f"## Run config\n\n```yaml\n{cli.as_yaml(config)}```\n")
+    return "\n".join(parts)
+
+
+def weights_of(line: dict[str, Any]) -> str:
+    """The note of an evaluation, a path of the training machine shortened to its last part."""
+    what, _, precision = str(line.get("note", "")).rpartition(", ")
+    return f"{Path(what).name}, {precision}"
+
+
+def evaluations(run_dir: Path, checkpoint: Path) -> list[dict[str, Any]]:
+    """Lines of kind "eval" in metrics.jsonl about this checkpoint: the last of each split and way of evaluating.
+
+    Where the run never evaluated it, its best line; a line that a crash tore is passed over.
+    """
+    path = run_dir / "metrics.jsonl"
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if line.get("kind") == "eval":
+            lines.append(line)
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    step = json.loads((folder / STATE).read_text())["global_step"] if (folder / STATE).exists() else None
+    here = [line for line in lines if folder.name in str(line.get("note", "")) or trained_at(line, step)]
+    if not here and lines:
+        here = [max(lines, key=lambda line: line.get("agg_metrics") or 0.0)]
+    return list({(line["split"], weights_of(line)): line for line in here}.values())
+
+
+def trained_at(line: dict[str, Any], step: int | None) -> bool:
+    """Whether the loop itself evaluated at this step (a later evaluation names its checkpoint instead)."""
+    return line["step"] == step and str(line.get("note", "")).startswith("training weights")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,303 @@
+"""Batches: labels by hand and by the oracle, and which samples meet in a global batch."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision import transforms
+
+from blipds.data.annotations import annotations_of
+from blipds.data.datasets import CaptionDataset, Sample
+from blipds.data.loader import Collator, EpochOrder, EvalLoader, Images, TrainLoader, derive_seed
+from blipds.data.processors import CLIP_MEAN, CLIP_STD, BlipImageEval, BlipImageTrain
+from blipds.data.tokenizer import CaptionTokenizer
+from blipds.errors import UserError
+
+DEC, SEP, PAD = 30522, 102, 0
+A, PICTURE, OF, DOG, DOGS, CAT = 1037, 3861, 1997, 3899, 6077, 4937
+PROMPT = [DEC, A, PICTURE, OF]
+WORDS = ["dog", "cat", "horse", "boy", "girl", "man", "woman", "bird", "boat", "car", "tree"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return CaptionTokenizer()
+
+
+class Noise:
+    """A picture that no other number has."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def open(self):
+        if self.number is None:
+            raise OSError("broken")
+        pixels = np.random.default_rng(self.number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        return Image.fromarray(pixels)
+
+    def __str__(self):
+        return f"noise {self.number}"
+
+
+class Record:
+    def __init__(self, number, captions):
+        self.image, self.image_id = Noise(number), str(number)
+        self.captions = tuple(f"a picture of {caption}" for caption in captions)
+
+
+def noise_dataset(images=7, captions=3, processor=BlipImageTrain(8), training=True, broken=()):
+    """Seven images, three captions each: 21 pairs."""
+    records = [
+        Record(None if i in broken else i, [f"{WORDS[i]} {WORDS[k]}" for k in range(captions)]) for i in range(images)
+    ]
+    return CaptionDataset("noise", annotations_of(records), processor, str, 1, training)
+
+
+def loader(tokenizer, datasets, micro_batch=8, accumulation=1, rank=0, world_size=1, **arguments):
+    shape = {"micro_batch": micro_batch, "accumulation": accumulation, "rank": rank, "world_size": world_size}
+    return TrainLoader(datasets, tokenizer, seed=1, **shape, **arguments)
+
+
+def contents(windows):
+    """For each optimizer step its samples, fillers left out: (pixels, caption)."""
+    steps = []
+    for window in windows:
+        samples = []
+        for batch in window:
+            rows = zip(batch.images.pixels, batch.input_ids[:, 0].tolist(), strict=True)
+            found = [(pixels.numpy().tobytes(), tokens(row)) for pixels, row in rows]
+            samples += [(pixels, ids) for pixels, ids in found if len(ids) > 1]  # a filler is [DEC] alone
+        steps.append(samples)
+    return steps
+
+
+def tokens(row):
+    return tuple(token for token in row if token != PAD)
+
+
+# --- labels ---
+
+
+def blank(*captions):
+    return Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), list(captions))
+
+
+def test_labels_of_one_caption(tokenizer):
+    batch = Collator(tokenizer, BlipImageEval(4))([blank("a picture of a dog")])
+    assert batch.input_ids.tolist() == [[[*PROMPT, A, DOG, SEP]]]
+    # the prompt's last token, at 3, predicts the caption's first word; the last word, at 5, the end
+    assert batch.label_positions.tolist() == [3, 4, 5]
+    assert batch.labels.tolist() == [A, DOG, SEP]
+    assert (batch.num_images, batch.num_captions, batch.errors) == (1, 1, [])
+
+
+def test_labels_of_two_images_with_two_captions_and_one(tokenizer):
+    samples = [blank("a picture of a dog", "a picture of dogs"), blank("a picture of cat")]
+    batch = Collator(tokenizer, BlipImageEval(4))(samples)
+    assert batch.input_ids.tolist() == [
+        [[*PROMPT, A, DOG, SEP], [*PROMPT, DOGS, SEP, PAD]],
+        [[*PROMPT, CAT, SEP, PAD], [DEC, PAD, PAD, PAD, PAD, PAD, PAD]],
+    ]
+    # rows of seven tokens: the second begins at 7, the third at 14
+    assert batch.label_positions.tolist() == [3, 4, 5, 7 + 3, 7 + 4, 14 + 3, 14 + 4]
+    assert batch.labels.tolist() == [A, DOG, SEP, DOGS, SEP, CAT, SEP]
+    assert (batch.num_images, batch.num_captions) == (2, 3)
+
+
+def test_fillers_and_unreadable_images_have_no_labels(tokenizer):
+    collate = Collator(tokenizer, BlipImageEval(4))
+    broken = Sample(None, [], "x.jpg: broken")
+    batch = collate([blank("a picture of dogs"), Sample(None, []), broken])
+    assert batch.images.pixels.shape == (3, 3, 4, 4)
+    assert batch.input_ids.shape == (3, 1, 6)
+    assert batch.label_positions.tolist() == [3, 4]
+    assert (batch.num_images, batch.num_captions, batch.errors) == (1, 1, ["x.jpg: broken"])
+
+    empty = collate([Sample(None, []), broken])
+    assert (len(empty.labels), len(empty.label_positions), empty.num_images, empty.num_captions) == (0, 0, 0, 0)
+    assert empty.input_ids[..., 0].tolist() == [[DEC], [DEC]]
+    assert empty.label_positions.dtype == empty.labels.dtype == empty.input_ids.dtype == torch.int64
+
+
+def test_labels_equal_the_oracles(tokenizer, shared):
+    captions = json.loads((shared / "oracle" / "golden.json").read_text())["forward"]["captions"]
+    oracle = load_file(shared / "oracle" / "forward.safetensors")
+    batch = Collator(tokenizer, BlipImageEval(4))([blank(caption) for caption in captions])
+
+    assert torch.equal(batch.input_ids.squeeze(1), oracle["input_ids"])
+    predicted = torch.full_like(oracle["labels"], -100)  # the oracle's labels lie at their own tokens
+    predicted.view(-1)[batch.label_positions + 1] = batch.labels
+    assert torch.equal(predicted, oracle["labels"])
+
+
+# --- pixels ---
+
+
+def test_normalised_pixels_equal_torchvisions():
+    image = Noise(0).open()
+    expected = transforms.Compose([transforms.ToTensor(), transforms.Normalize(CLIP_MEAN, CLIP_STD)])(image)
+    images = Images(BlipImageEval(12)(image).unsqueeze(0), CLIP_MEAN, CLIP_STD)
+    assert torch.equal(images.to(torch.device("cpu"), torch.float32)[0], expected)
+    assert images.to(torch.device("cpu"), torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_normalising_leaves_the_bytes_alone():
+    images = Images(torch.full((1, 3, 2, 2), 7, dtype=torch.uint8), CLIP_MEAN, CLIP_STD)
+    images.to(torch.device("cpu"), torch.float32)
+    assert images.pixels.unique().tolist() == [7]
+
+
+# --- global batches ---
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "accumulation", "num_workers"),
+    [(1, 8, 1, 2), (2, 4, 1, 0), (2, 2, 2, 1), (1, 2, 4, 0), (8, 1, 1, 0)],
+)
+def test_global_batches_do_not_depend_on_ranks_and_workers(
+    tokenizer, world_size, micro_batch, accumulation, num_workers
+):
+    """The same pairs with the same augmented pixels; the last of three global batches holds 21 - 16 = 5."""
+    dataset = noise_dataset()
+    expected = contents(loader(tokenizer, [dataset]).windows(epoch=1))
+    assert [len(step) for step in expected] == [8, 8, 5]
+
+    steps = [[], [], []]
+    for rank in range(world_size):
+        mine = loader(
+            tokenizer, [dataset], micro_batch, accumulation, rank, world_size, num_workers=num_workers
+        )
+        windows = list(mine.windows(epoch=1))
+        assert len(windows) == mine.steps_per_epoch == 3
+        assert all(len(window) == accumulation for window in windows)
+        assert all(len(batch.images.pixels) == micro_batch for window in windows for batch in window)
+        for step, samples in zip(steps, contents(windows), strict=True):
+            step += samples
+    assert [sorted(step) for step in steps] == [sorted(step) for step in expected]
+
+
+def test_each_pair_once_an_epoch(tokenizer):
+    mine = loader(tokenizer, [noise_dataset()])
+    epochs = [contents(mine.windows(epoch)) for epoch in (0, 1)]
+    pairs = {tokens(tokenizer.encode(c)) for record in noise_dataset().records for c in record.captions}
+    assert len(pairs) == 21
+    for steps in epochs:
+        assert Counter(caption for step in steps for _, caption in step) == dict.fromkeys(pairs, 1)
+    # in another order, with other pixels
+    captions = [[caption for step in steps for _, caption in step] for steps in epochs]
+    assert captions[0] != captions[1]
+    assert not {pixels for pixels, _ in epochs[0][0]} & {pixels for step in epochs[1] for pixels, _ in step}
+
+
+def test_the_counts_leave_fillers_out(tokenizer):
+    ranks = [loader(tokenizer, [noise_dataset()], 2, 2, rank, 2) for rank in (0, 1)]
+    last = [batch for rank in ranks for batch in list(rank.windows(0))[-1]]
+    assert sum(batch.num_images for batch in last) == sum(batch.num_captions for batch in last) == 5
+    assert sum(len(batch.labels) for batch in last) == 5 * 3  # two words and the end
+
+
+def test_without_shuffling_the_order_is_the_files(tokenizer):
+    dataset = noise_dataset(processor=BlipImageEval(8))
+    captions = [tokens(tokenizer.encode(c)) for record in dataset.records for c in record.captions]
+    for epoch in (0, 1):
+        steps = contents(loader(tokenizer, [dataset], shuffle=False).windows(epoch))
+        assert [[caption for _, caption in step] for step in steps] == [captions[:8], captions[8:16], captions[16:]]
+
+
+def test_resuming_gives_the_same_batches(tokenizer):
+    mine = loader(tokenizer, [noise_dataset()], micro_batch=2, accumulation=2)
+    whole = contents(mine.windows(epoch=3))
+    assert len(whole) == 6
+    for first_step in (0, 2, 5):
+        assert contents(mine.windows(epoch=3, first_step=first_step)) == whole[first_step:]
+    with_workers = loader(tokenizer, [noise_dataset()], micro_batch=2, accumulation=2, num_workers=1)
+    next(with_workers.windows(epoch=0))  # left in the middle, as a crash or a limit does
+    assert contents(with_workers.windows(epoch=3, first_step=4)) == whole[4:]
+
+
+def test_datasets_share_mean_and_std(tokenizer):
+    other = noise_dataset(processor=replace(BlipImageTrain(8), std=(0.5, 0.5, 0.5)))
+    other.name = "other"
+    with pytest.raises(UserError, match=r"^datasets\.other: mean and std differ from those of noise$"):
+        loader(tokenizer, [noise_dataset(), other])
+
+
+# --- orders ---
+
+
+def samples(order, epoch):
+    return [(dataset, sample) for dataset, sample, _ in order.keys(epoch)]
+
+
+def test_datasets_are_concatenated():
+    order = EpochOrder([2, 3], None, seed=1, shuffle=False)
+    assert samples(order, 0) == samples(order, 5) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    shuffled = EpochOrder([2, 3], None, seed=1, shuffle=True)
+    assert sorted(samples(shuffled, 0)) == samples(order, 0)
+
+
+def test_ratios_without_shuffling():
+    """Nine samples an epoch, 1 : 2: three of dataset 0 and six of dataset 1, each from where it stopped."""
+    order = EpochOrder([6, 3], [1, 2], seed=1, shuffle=False)
+    assert len(order) == 9
+    twice = [(1, 0), (1, 1), (1, 2)] * 2
+    assert samples(order, 0) == [(0, 0), (0, 1), (0, 2), *twice]
+    assert samples(order, 1) == [(0, 3), (0, 4), (0, 5), *twice]
+
+
+def test_ratios_with_shuffling():
+    order = EpochOrder([6, 3], [1, 2], seed=1, shuffle=True)
+    epochs = [samples(order, epoch) for epoch in range(4)]
+    for first, second in (epochs[:2], epochs[2:]):
+        assert Counter(first + second) == {(0, s): 1 for s in range(6)} | {(1, s): 4 for s in range(3)}
+    assert [s for s in epochs[0] if s[0] == 0] != [s for s in epochs[2] if s[0] == 0]
+
+
+def test_the_seed_decides():
+    orders = [EpochOrder([50], None, seed, shuffle=True) for seed in (1, 1, 2)]
+    keys = [order.keys(epoch=0) for order in orders]
+    assert keys[0] == keys[1]
+    assert samples(orders[0], 0) != samples(orders[2], 0)
+    seeds = [seed for epoch in range(3) for *_, seed in orders[0].keys(epoch)]
+    assert len(set(seeds)) == 150  # each sample is augmented anew in each epoch
+
+
+def test_derived_seeds():
+    """The first eight bytes of BLAKE2b, without the sign bit."""
+    assert 0 <= derive_seed(1, "x", 2) < 2**63
+    assert derive_seed(1, "x", 2) == derive_seed("1", "x", "2")
+    assert len({derive_seed(1, 23), derive_seed(12, 3), derive_seed(123), derive_seed(1, 2, 3)}) == 4
+
+
+# --- evaluation ---
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_shares_cover_each_image_once(tokenizer, workers):
+    dataset = noise_dataset(images=10, processor=BlipImageEval(8), training=False)
+    shares = [EvalLoader(dataset, tokenizer, batch=2, rank=rank, world_size=3, workers=workers) for rank in range(3)]
+    batches = [list(share) for share in shares]
+    assert [len(share) for share in shares] == [len(share) for share in batches] == [2, 2, 2]
+    assert [sum(len(batch.indices) for batch in share) for share in batches] == [4, 3, 3]
+    seen = {index: pixels for share in batches for b in share for index, pixels in zip(b.indices, b.images.pixels)}
+    assert sorted(seen) == list(range(10))
+    assert all(torch.equal(seen[index], dataset[index].pixels) for index in range(10))
+
+
+def test_evaluation_names_unreadable_images(tokenizer):
+    dataset = noise_dataset(images=4, processor=BlipImageEval(8), training=False, broken={0, 2, 3})
+    first, second = EvalLoader(dataset, tokenizer, batch=2, rank=0, world_size=1, workers=0)
+    assert (first.indices, first.errors) == ([1], ["noise None: broken"])
+    assert (second.indices, len(second.errors)) == ([], 2)
+
+
+def test_more_ranks_than_images(tokenizer):
+    dataset = noise_dataset(images=1, training=False)
+    assert len(EvalLoader(dataset, tokenizer, batch=2, rank=1, world_size=2, workers=0)) == 0
+    assert list(EvalLoader(dataset, tokenizer, batch=2, rank=1, world_size=2, workers=1)) == []

@@ -1,0 +1,73 @@
+"""Token ids against the oracle (the original code) and bert-base-uncased's vocabulary."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from blipds.data.tokenizer import VOCABULARY, CaptionTokenizer
+from blipds.errors import UserError
+
+DEC, SEP = 30522, 102
+A, PICTURE, OF, DOG, DOGS = 1037, 3861, 1997, 3899, 6077
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return CaptionTokenizer()
+
+
+def test_special_tokens(tokenizer):
+    assert len(tokenizer) == 30524
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (DEC, SEP, 0)
+    assert tokenizer.tokenizer.convert_tokens_to_ids("[ENC]") == 30523
+
+
+def test_the_vocabulary_in_the_package_is_berts(shared):
+    assert VOCABULARY.read_bytes() == (shared / "vocab" / "bert-base-uncased-vocab.txt").read_bytes()
+
+
+def test_prompt(tokenizer):
+    assert tokenizer.prompt_ids == [DEC, A, PICTURE, OF]
+    assert CaptionTokenizer(prompt="").prompt_ids == [DEC]
+
+
+def test_ids_equal_the_oracles(tokenizer, shared):
+    captions = json.loads((shared / "oracle" / "golden.json").read_text())["forward"]["captions"]
+    oracle = load_file(shared / "oracle" / "forward.safetensors")
+    assert len(captions) == 16
+    for caption, ids, mask in zip(captions, oracle["input_ids"], oracle["attention_mask"], strict=True):
+        assert tokenizer.encode(caption) == ids[mask.bool()].tolist()
+
+
+def test_truncation_keeps_the_closing_token():
+    tokenizer = CaptionTokenizer(max_txt_len=6)
+    assert tokenizer.encode("a picture of a dog") == [DEC, A, PICTURE, OF, A, SEP]
+    assert tokenizer.encode("a picture of dogs") == [DEC, A, PICTURE, OF, DOGS, SEP]
+
+
+def test_decoding_cuts_prompt_and_special_tokens(tokenizer):
+    assert tokenizer.decode([DEC, A, PICTURE, OF, A, DOG, SEP, 0, 0]) == "a dog"
+    assert tokenizer.decode([DEC, A, PICTURE, OF, A, DOG]) == "a dog"
+    assert tokenizer.decode([DEC, A, PICTURE, OF]) == ""
+    assert CaptionTokenizer(prompt="").decode([DEC, A, DOG, SEP]) == "a dog"
+
+
+def test_other_sources(tokenizer, tmp_path):
+    """A vocabulary file, and a folder that knows nothing of [DEC]."""
+    from transformers import BertTokenizer
+
+    BertTokenizer(vocab=str(VOCABULARY)).save_pretrained(tmp_path)
+    for source in (str(VOCABULARY), str(tmp_path)):
+        other = CaptionTokenizer(source)
+        assert len(other) == 30524
+        assert other.encode("a picture of a dog") == tokenizer.encode("a picture of a dog")
+
+
+def test_errors(tmp_path):
+    with pytest.raises(UserError, match="no such vocabulary file: /nowhere/vocab.txt"):
+        CaptionTokenizer("/nowhere/vocab.txt")
+    with pytest.raises(UserError, match=f"^model.tokenizer '{tmp_path}': "):
+        CaptionTokenizer(str(tmp_path))
+    with pytest.raises(UserError, match=r"model.prompt 'a picture of ' fills model.max_txt_len \(5 tokens\)"):
+        CaptionTokenizer(max_txt_len=5)

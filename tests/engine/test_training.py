@@ -1,0 +1,117 @@
+"""The loop under DeepSpeed computes what the original code computes, whatever the stage and the number of ranks."""
+
+import json
+
+import pytest
+from launching import launch
+
+STAGES = (0, 1, 2, 3)
+
+
+def ds(stage, accumulation="auto"):
+    fp32 = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
+    return {"zero_optimization": {"stage": stage}, "steps_per_print": 10**9, **fp32}
+
+
+def train(folder, ranks, specs):
+    """{setting: {losses, grad_norms, weight_sums}} of one launch"""
+    spec, losses = folder / f"spec{ranks}.json", folder / f"losses{ranks}.json"
+    spec.write_text(json.dumps(specs))
+    process = launch(ranks, "tests/engine/grid.py", spec, losses)
+    assert process.returncode == 0, process.stdout[-4000:]
+    return json.loads(losses.read_text())
+
+
+@pytest.fixture(scope="module")
+def oracle(shared):
+    return json.loads((shared / "oracle" / "golden.json").read_text())["train"]
+
+
+@pytest.fixture(scope="module")
+def oracle_config(shared, oracle, tmp_path_factory):
+    """A run config that trains the oracle's pairs in the oracle's order, without augmentation."""
+    folder = tmp_path_factory.mktemp("oracle")
+    prompt = "a picture of "
+    pairs = [
+        {"image": image, "caption": caption.removeprefix(prompt), "image_id": number}
+        for number, (image, caption) in enumerate(oracle["pairs"])
+    ]
+    (folder / "train.json").write_text(json.dumps(pairs))
+    path = folder / "run.yaml"
+    path.write_text(
+        f"""
+model:
+  load_pretrained: false
+  finetuned: {shared}/oracle/tiny_blip.pth
+  vit_kwargs: {{embed_dim: 96, depth: 4, num_heads: 4}}
+  image_size: 96
+  med_config_path: {shared}/oracle/med_config.json
+datasets:
+  custom_caption:
+    build_info: {{annotations: {{train: {{storage: {folder}/train.json}}}}}}
+    images: {shared}/data/flickr8k/images
+    vis_processor: {{train: {{name: blip_image_eval}}}}
+    text_processor: {{train: {{max_words: 100}}}}
+run:
+  lr_sched: constant_lr
+  init_lr: {oracle["lr"]}
+  weight_decay: {oracle["weight_decay"]}
+  shuffle: false
+  num_workers: 0
+  valid_splits: []
+"""
+    )
+    return path
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_eight_losses_of_the_original_code(ranks, oracle, oracle_config, tmp_path):
+    specs = [
+        {
+            "name": f"{decay} {stage}",
+            "cfg": str(oracle_config),
+            "ds": ds(stage),
+            "options": [f"run.weight_decay_on={decay}", f"run.batch_size_train={8 // ranks}"],
+            "steps": 8,
+        }
+        for stage in STAGES
+        for decay in ("all", "matrices")
+    ]
+    results = train(tmp_path, ranks, specs)
+    for stage in STAGES:
+        assert results[f"all {stage}"]["losses"] == pytest.approx(oracle["loss_decay_all"], rel=1e-5)
+        assert results[f"matrices {stage}"]["losses"] == pytest.approx(oracle["loss_decay_matrices_only"], rel=1e-5)
+
+
+SHAPES = "run_configs/shapes_tiny.yaml"
+NO_DROPOUT = "model.med_config_path=tests/engine/no_dropout.json"
+
+
+def shapes_spec(name, stage, micro, accumulation, steps, *options):
+    sizes = [f"run.batch_size_train={micro}", f"run.accum_grad_iters={accumulation}", "run.num_workers=0"]
+    few = ["datasets.shapes_caption.num_images.train=70", "run.valid_splits=[]", "run.warmup_steps=0", NO_DROPOUT]
+    options = [*few, *sizes, *options]
+    return {"name": name, "cfg": SHAPES, "ds": ds(stage), "options": options, "steps": steps}
+
+
+def test_one_computation_however_it_is_shared_out(tmp_path):
+    """20 steps of 16 images; 70 images an epoch, so that the last global batch of each is completed with fillers."""
+    clip = "run.max_grad_norm=0.5"
+    two = train(
+        tmp_path,
+        2,
+        [
+            *(shapes_spec(f"zero{stage}", stage, 8, 1, 20, clip) for stage in STAGES),
+            shapes_spec("accumulated", 2, 4, 2, 20, clip),
+            shapes_spec("checkpointed", 3, 8, 1, 20, clip, "model.vit_grad_ckpt=true", "model.text_grad_ckpt=true"),
+            shapes_spec("frozen", 3, 8, 1, 6, "model.freeze_vit=true"),
+            shapes_spec("frozen zero0", 0, 8, 1, 6, "model.freeze_vit=true"),
+        ],
+    )
+    one = train(tmp_path, 1, [shapes_spec("one rank", 0, 16, 1, 20, clip)])["one rank"]
+    for name in ("zero0", "zero1", "zero2", "zero3", "accumulated", "checkpointed"):
+        assert two[name]["losses"] == pytest.approx(one["losses"], rel=1e-4), name
+        assert two[name]["grad_norms"] == pytest.approx(one["grad_norms"], rel=1e-3), name
+        assert two[name]["weight_sums"] == pytest.approx(one["weight_sums"], rel=1e-3, abs=1e-3), name
+    assert one["losses"][-1] < one["losses"][0] - 1
+    assert two["frozen"]["losses"] == pytest.approx(two["frozen zero0"]["losses"], rel=1e-4)

@@ -1,0 +1,37 @@
+"""Starts real ranks through the real launcher."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from blipds.distributed import free_port
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LAUNCHER = Path(sys.executable).with_name("deepspeed")
+
+
+def environment() -> dict[str, str]:
+    """This environment, with the virtual environment's programs first and no GPU, so that figures are the CPU's."""
+    path = f"{LAUNCHER.parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+
+
+def command(ranks: int, script: Path | str, *arguments: object) -> list[str]:
+    """What a person types: deepspeed for several ranks, python for one."""
+    port = ["--master_port", str(free_port())]  # other runs on this machine may hold the usual one
+    start = [str(LAUNCHER), "--num_accelerators", str(ranks), *port] if ranks > 1 else [sys.executable]
+    return [*start, str(REPOSITORY / script), *map(str, arguments)]
+
+
+def launch(ranks: int, script: Path | str, *arguments: object, timeout: float = 600) -> subprocess.CompletedProcess:
+    """Runs to the end from the repository's root; stdout and stderr come back as one text."""
+    return subprocess.run(
+        command(ranks, script, *arguments),
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )

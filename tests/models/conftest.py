@@ -1,0 +1,38 @@
+"""The oracle: a small captioner trained by the original BLIP code, and what that code computes with it."""
+
+import json
+
+import pytest
+
+from blipds.captioner import load_weights
+from blipds.config import ModelConfig
+from blipds.models import build_model
+
+
+@pytest.fixture(scope="session")
+def golden(shared):
+    return json.loads((shared / "oracle" / "golden.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def build_oracle(shared):
+    """build_oracle() gives a fresh model with the oracle's weights, in evaluation mode."""
+
+    def build():
+        config = ModelConfig(
+            vit_type="base",
+            vit_kwargs={"embed_dim": 96, "depth": 4, "num_heads": 4},
+            image_size=96,
+            med_config_path=str(shared / "oracle" / "med_config.json"),
+        )
+        model = build_model(config, checkpoint_fn=lambda function, *inputs: function(*inputs))
+        load_weights(model, str(shared / "oracle" / "tiny_blip.pth"), shared, say=lambda line: None)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def oracle_model(build_oracle):
+    """One model for all tests that only read it."""
+    return build_oracle()
