@@ -206,21 +206,30 @@ def fill_image_statistics(config: Config) -> list[str]:
     """Gives image processors without mean and std those of the encoder named by `vit_pretrained`; lines about it.
 
     What the run config states stays. Evaluation needs them as training does, so the resolved config carries them.
+    UserError where a whole checkpoint is asked for, too: nothing says then which of the two the statistics are of.
     """
     section = config.model
-    if not section.vit_pretrained:
+    processors = [
+        processor
+        for dataset in config.datasets.values()
+        for processor in (dataset.vis_processor.train, dataset.vis_processor.eval)
+        if processor.mean is None or processor.std is None
+    ]
+    if not section.vit_pretrained or not processors:
         return []
     found = encoder_mean_std(section.vit_type, hub_name_of(section.vit_pretrained))
     if found is None:
         return []
     mean, std = found
-    filled = False
-    for dataset in config.datasets.values():
-        for processor in (dataset.vis_processor.train, dataset.vis_processor.eval):
-            filled |= processor.mean is None or processor.std is None
-            processor.mean = mean if processor.mean is None else processor.mean
-            processor.std = std if processor.std is None else processor.std
-    return [f"images: mean {mean}, std {std}, from timm's table for {section.vit_type}"] if filled else []
+    if section.load_finetuned or section.load_pretrained:
+        raise UserError(
+            "model.vit_pretrained is given, but load_finetuned or load_pretrained asks for a whole checkpoint: "
+            f"drop one, or give mean and std to all vis_processors (the encoder's by timm's table: {mean} and {std})"
+        )
+    for processor in processors:
+        processor.mean = mean if processor.mean is None else processor.mean
+        processor.std = std if processor.std is None else processor.std
+    return [f"images: mean {mean}, std {std}, from timm's table for {section.vit_type}"]
 
 
 def hub_name_of(source: bool | str | None) -> str | None:

@@ -97,14 +97,14 @@ def as_json(section: dict[str, Any]) -> str:
 
 
 def open_run_dir(config: Config, resumed: Path | None = None) -> Path:
-    """`run.output_dir`/<job id>, the same on every rank. An existing run is gone on with only if asked. Collective."""
+    """`run.output_dir`/<job id>, the same on every rank; the monitor makes it. Collective.
+
+    An existing run is gone on with only if asked.
+    """
     if resumed is not None:
         return resumed
     job_id = config.run.job_id or distributed.broadcast(time.strftime("%Y%m%d-%H%M%S"))
     run_dir = Path(config.run.output_dir).expanduser() / job_id
     if distributed.broadcast(run_dir.exists() and any(run_dir.iterdir())):
-        raise UserError(f"{run_dir} holds a run already: go on with --resume {run_dir}, or give another run.job_id")
-    if distributed.is_main():
-        run_dir.mkdir(parents=True, exist_ok=True)
-    distributed.barrier()
+        raise UserError(f"{run_dir} holds a run already: finetune.py --resume {run_dir} goes on with it, else give another run.job_id")
     return run_dir

@@ -56,6 +56,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check("model.image_size", self.image_size, self.image_size > 0, "a positive number of pixels")
+        good = self.prompt == "" or self.prompt.endswith(" ")
+        check("model.prompt", self.prompt, good, "a text that ends in a space (in --options: 'model.prompt=\"a photo of \"')")
         check("model.max_txt_len", self.max_txt_len, self.max_txt_len > 1, "at least 2 tokens")
         check("model.label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "0 or more, below 1")
         if self.vit_ckpt_layer is not None:
@@ -194,7 +196,9 @@ class RunConfig:
         one_of("run.task", self.task, ["captioning"])
         one_of("run.runner", self.runner, ["runner_base", "runner_iter"])
         one_of("run.weight_decay_on", self.weight_decay_on, ["matrices", "all"])
-        for name in ("batch_size_train", "batch_size_eval", "accum_grad_iters", "num_beams", "log_freq", "max_epoch"):
+        for name in ("batch_size_train", "batch_size_eval", "accum_grad_iters", "num_beams", "max_epoch"):
+            check(f"run.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        for name in ("log_freq", "val_freq", "save_freq"):
             check(f"run.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in ("num_workers", "warmup_steps", "max_bad_images", "weight_decay", "init_lr", "min_lr", "min_len"):
             check(f"run.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")

@@ -29,7 +29,7 @@ def initialise() -> torch.device:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
+    if device_type() == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         # gloo beside nccl: objects are gathered on the host, without a detour over the GPU
@@ -53,7 +53,8 @@ def initialise() -> torch.device:
 
 
 def device_type() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """cuda where there is a GPU, unless DeepSpeed is told otherwise by DS_ACCELERATOR=cpu"""
+    return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
 
 
 def shut_down() -> None:

@@ -11,22 +11,22 @@ from blipds.registry import SCHEDULES
 class Schedule:
     """What all schedules share: plain values under the run config's names, and LAVIS's warm-up.
 
-    `steps_per_epoch` counts optimiser steps. `warmup_lr` None (or below 0, as LAVIS writes it) means not given.
+    `total_steps` counts the optimiser steps of the whole run. `warmup_lr` None (or below 0, as LAVIS writes it) means not given.
     A warm-up longer than the run (a quick try with few images) is cut off where the run ends.
     Raises UserError where values contradict each other.
     """
 
     init_lr: float
     max_epoch: int
-    steps_per_epoch: int
+    total_steps: int
     min_lr: float = 0.0
     warmup_lr: float | None = None
     warmup_steps: int = 0
     lr_decay_rate: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_epoch < 1 or self.steps_per_epoch < 1:
-            raise UserError(f"nothing to schedule: {self.max_epoch} epochs of {self.steps_per_epoch} steps")
+        if self.max_epoch < 1 or self.total_steps < 1:
+            raise UserError(f"nothing to schedule: {self.total_steps} steps in {self.max_epoch} epochs")
         if not 0 <= self.min_lr <= self.init_lr:
             raise UserError(f"run.min_lr ({self.min_lr}) must lie between 0 and run.init_lr ({self.init_lr})")
         if self.start_lr > self.init_lr:
@@ -104,5 +104,5 @@ class CosineStepLR(Schedule):
     def lr(self, epoch: int, step: int, global_step: int) -> float:
         if global_step < self.warmup_steps:
             return self.warmed_up(global_step)
-        rest = self.max_epoch * self.steps_per_epoch - self.warmup_steps
+        rest = self.total_steps - self.warmup_steps
         return self.cosine(min(1.0, (global_step - self.warmup_steps) / rest))

@@ -166,7 +166,7 @@ def card_text(config: Config, run_dir: Path | None, location: str) -> str:
             values = ["" if line.get(name) is None else f"{line[name]:.4f}" for name in columns]
             parts.append(f"| {line['split']} | {line['step']} | {' | '.join(values)} | {weights_of(line)} |")
         parts.append("\nCIDEr and the others as fractions, computed by pycocoevalcap over PTB tokens.\n")
-    parts.append(f"## Run config\n\n```yaml\n{cli.as_yaml(config)}```\n")
+    parts.append(f"## Run config\n\n<details>\n\n```yaml\n{cli.as_yaml(config)}```\n\n</details>\n")
     return "\n".join(parts)
 
 

@@ -131,7 +131,7 @@ def train(config: Config, ds_config: dict, device: torch.device, run_dir: Path, 
     schedule = SCHEDULES[run.lr_sched](
         init_lr=run.init_lr,
         max_epoch=plan.epochs,
-        steps_per_epoch=plan.epoch_steps,
+        total_steps=plan.total_steps,
         min_lr=run.min_lr,
         warmup_lr=run.warmup_lr,
         warmup_steps=run.warmup_steps,

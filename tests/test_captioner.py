@@ -1,6 +1,7 @@
 """What a model starts from: whole checkpoints, an image encoder, a BERT; and the constants that no tensor shows."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from blipds import cli
 from blipds.captioner import fill_image_statistics, hub_name_of, load_initial_weights, load_weights, take_constants
 from blipds.config import Config, DatasetConfig, ModelConfig
 from blipds.errors import UserError
@@ -250,8 +252,9 @@ def test_heads_are_seen_in_the_config_alone(tmp_path: Path) -> None:
 
 
 def test_statistics_are_the_encoder_s_unless_given() -> None:
+    parts = {"load_finetuned": False, "load_pretrained": False}
     config = Config(
-        model=ModelConfig(vit_type="vit_small_patch14_dinov2", vit_pretrained=True),
+        model=ModelConfig(vit_type="vit_small_patch14_dinov2", vit_pretrained=True, **parts),
         datasets={"custom_caption": DatasetConfig()},
     )
     processors = config.datasets["custom_caption"].vis_processor
@@ -261,9 +264,36 @@ def test_statistics_are_the_encoder_s_unless_given() -> None:
     assert (processors.eval.mean, processors.eval.std) == IMAGENET
     assert fill_image_statistics(config) == []
 
+    both = Config(model=ModelConfig(vit_pretrained=True), datasets={"custom_caption": DatasetConfig()})
+    with pytest.raises(UserError, match=r"asks for a whole checkpoint: drop one, or give mean and std"):
+        fill_image_statistics(both)
+
     plain = Config(datasets={"custom_caption": DatasetConfig()})
     assert fill_image_statistics(plain) == []
     assert plain.datasets["custom_caption"].vis_processor.eval.mean is None
+
+
+def test_the_resolved_config_carries_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("""
+        model: {model_type: tiny, vit_type: vit_small_patch14_dinov2, vit_pretrained: some/path/vit.safetensors}
+        datasets: {shapes_caption: {}}
+        run: {lr_scale: {visual_encoder: 0.1, text_decoder.cls: 2}, lr_layer_decay: 0.75}
+    """)
+    args = Namespace(cfg_path=tmp_path / "run.yaml", options=["run.lr_scale.text_decoder=3"], plugin=[])
+    config = cli.load_config(args)
+    (tmp_path / "config.yaml").write_text(cli.as_yaml(config))
+    assert capsys.readouterr().out.startswith("images: mean [0.485, 0.456, 0.406]")
+    again = cli.load_config(Namespace(cfg_path=tmp_path / "config.yaml", options=[], plugin=[]))
+    assert again == config
+    assert (again.datasets["shapes_caption"].vis_processor.eval.std, again.run.lr_layer_decay) == (IMAGENET[1], 0.75)
+    assert again.run.lr_scale == {"visual_encoder": 0.1, "text_decoder.cls": 2.0, "text_decoder": 3.0}
+
+
+@pytest.mark.parametrize("option", ["run.lr_scale.text_decoder=0", "run.lr_layer_decay=0", "run.lr_layer_decay=1.1"])
+def test_rates_out_of_range(tmp_path: Path, option: str) -> None:
+    (tmp_path / "run.yaml").write_text("model: {model_type: tiny}\ndatasets: {shapes_caption: {}}\n")
+    with pytest.raises(UserError, match=option.partition("=")[0]):
+        cli.load_config(Namespace(cfg_path=tmp_path / "run.yaml", options=[option], plugin=[]))
 
 
 def test_statistics_of_timm_s_table() -> None:

@@ -224,6 +224,8 @@ def test_lavis_evaluation_processors_may_have_an_empty_prompt(load):
         ("run: {weight_decay_on: al}", "run.weight_decay_on is 'al'; did you mean 'all'? allowed: all, matrices"),
         ("model: 5", "model is 5; expected a section with arch, "),
         ("run: {batch_size_train: 0}", "run.batch_size_train is 0; allowed: 1 or more"),
+        ("run: {val_freq: 0}", "run.val_freq is 0; allowed: 1 or more"),
+        ("model: {prompt: a photo of}", "model.prompt is 'a photo of'; allowed: a text that ends in a space"),
         ("run: {limit_train: 0}", "run.limit_train is 0; allowed: more than 0, or null"),
         ("run: {top_p: 1.5}", "run.top_p is 1.5; allowed: more than 0, at most 1"),
         ("model: {label_smoothing: 1}", "model.label_smoothing is 1.0; allowed: 0 or more, below 1"),

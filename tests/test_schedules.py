@@ -17,14 +17,13 @@ def build(name, **changes):
         "warmup_steps": 0,
         "lr_decay_rate": 0.5,
         "max_epoch": 4,
-        "steps_per_epoch": 10,
+        "total_steps": 40,
     }
     return SCHEDULES[name](**(values | changes))
 
 
 def rates(schedule, *positions):
-    steps = schedule.steps_per_epoch
-    return [schedule.lr(epoch, step, epoch * steps + step) for epoch, step in positions]
+    return [schedule.lr(epoch, step, epoch * 10 + step) for epoch, step in positions]
 
 
 def exactly(*values):
@@ -103,7 +102,7 @@ def test_cosine_by_the_step_warms_up_across_epochs():
         ({"warmup_lr": 2e-5, "warmup_steps": 5}, "run.warmup_lr"),
         ({"warmup_steps": -1}, "run.warmup_steps"),
         ({"max_epoch": 0}, "nothing to schedule"),
-        ({"steps_per_epoch": 0}, "nothing to schedule"),
+        ({"total_steps": 0}, "nothing to schedule"),
     ],
 )
 def test_contradictions(name, changes, line):

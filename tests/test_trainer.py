@@ -5,9 +5,7 @@ from dataclasses import replace
 from blipds.trainer import Plan
 
 # three epochs of ten steps
-PLAN = Plan(
-    epoch_steps=10, total_steps=30, log_steps=4, val_epochs=1, val_steps=None, save_epochs=1, save_last=True
-)
+PLAN = Plan(epoch_steps=10, total_steps=30, log_steps=4, val_epochs=1, val_steps=None, save_epochs=1, save_last=True)
 # runner_iter: 25 steps, an inner epoch of 10
 ITERATIONS = replace(PLAN, total_steps=25)
 

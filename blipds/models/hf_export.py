@@ -71,6 +71,7 @@ def save_transformers(
     try:
         temporary.chmod(0o755)  # mkdtemp's folders are closed to others
         save_file(renamed, temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / "model.safetensors").chmod(0o644)  # safetensors closes its files to others, too
         _write_json(temporary / "config.json", transformers_config(geometry, token_ids))
         image_processor = BlipImageProcessor(
             size={"height": geometry.image_size, "width": geometry.image_size},
@@ -168,7 +169,6 @@ tags:
 # {name}
 
 A BLIP image captioner, finetuned with blipds.
-{card_text.strip()}
 
 ## Captioning with transformers
 
@@ -192,6 +192,8 @@ caption = processor.decode(ids[0], skip_special_tokens=True)[len(prompt) :]
 - `backend="pil"` resizes as in training; without it pixels differ by up to one step of 255.
 - Greedy search (`num_beams=1`) gives the captions of blipds. Beam search may now and then choose another of its beams:
   transformers normalises scores by the length without the prompt, blipds as the code behind BLIP's published numbers.
+
+{card_text.strip()}
 """
 
 

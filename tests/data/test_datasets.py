@@ -191,7 +191,7 @@ def test_unknown_dataset(folder):
 def test_no_image_folder(folder):
     given = config(folder)
     given.datasets["custom_caption"].images = None
-    with pytest.raises(UserError, match="no image folder: give datasets.<name>.images"):
+    with pytest.raises(UserError, match=r"no image folder: give datasets\.<name>\.images"):
         build_dataset("custom_caption", given, "train", training=True)
 
 

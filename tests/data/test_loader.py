@@ -51,7 +51,10 @@ class Record:
         self.captions = tuple(f"a picture of {caption}" for caption in captions)
 
 
-def noise_dataset(images=7, captions=3, processor=BlipImageTrain(8), training=True, broken=()):
+AUGMENTED = BlipImageTrain(8)
+
+
+def noise_dataset(images=7, captions=3, processor=AUGMENTED, training=True, broken=()):
     """Seven images, three captions each: 21 pairs."""
     records = [
         Record(None if i in broken else i, [f"{WORDS[i]} {WORDS[k]}" for k in range(captions)]) for i in range(images)
@@ -170,9 +173,7 @@ def test_global_batches_do_not_depend_on_ranks_and_workers(
 
     steps = [[], [], []]
     for rank in range(world_size):
-        mine = loader(
-            tokenizer, [dataset], micro_batch, accumulation, rank, world_size, num_workers=num_workers
-        )
+        mine = loader(tokenizer, [dataset], micro_batch, accumulation, rank, world_size, num_workers=num_workers)
         windows = list(mine.windows(epoch=1))
         assert len(windows) == mine.steps_per_epoch == 3
         assert all(len(window) == accumulation for window in windows)
@@ -222,7 +223,7 @@ def test_resuming_gives_the_same_batches(tokenizer):
 
 
 def test_datasets_share_mean_and_std(tokenizer):
-    other = noise_dataset(processor=replace(BlipImageTrain(8), std=(0.5, 0.5, 0.5)))
+    other = noise_dataset(processor=replace(AUGMENTED, std=(0.5, 0.5, 0.5)))
     other.name = "other"
     with pytest.raises(UserError, match=r"^datasets\.other: mean and std differ from those of noise$"):
         loader(tokenizer, [noise_dataset(), other])
@@ -285,7 +286,9 @@ def test_evaluation_shares_cover_each_image_once(tokenizer, workers):
     batches = [list(share) for share in shares]
     assert [len(share) for share in shares] == [len(share) for share in batches] == [2, 2, 2]
     assert [sum(len(batch.indices) for batch in share) for share in batches] == [4, 3, 3]
-    seen = {index: pixels for share in batches for b in share for index, pixels in zip(b.indices, b.images.pixels)}
+    seen = {}
+    for batch in (batch for share in batches for batch in share):
+        seen |= zip(batch.indices, batch.images.pixels, strict=True)
     assert sorted(seen) == list(range(10))
     assert all(torch.equal(seen[index], dataset[index].pixels) for index in range(10))
 

@@ -65,7 +65,7 @@ def test_other_sources(tokenizer, tmp_path):
 
 
 def test_errors(tmp_path):
-    with pytest.raises(UserError, match="no such vocabulary file: /nowhere/vocab.txt"):
+    with pytest.raises(UserError, match=r"no such vocabulary file: /nowhere/vocab\.txt"):
         CaptionTokenizer("/nowhere/vocab.txt")
     with pytest.raises(UserError, match=f"^model.tokenizer '{tmp_path}': "):
         CaptionTokenizer(str(tmp_path))

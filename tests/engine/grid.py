@@ -67,7 +67,7 @@ def run_setting(spec, device):
         load_weights(model, location, Path("."), say=lambda line: None)
     groups = parameter_groups(model, run.weight_decay, run.weight_decay_on)
     engine = Engine(model, ds_config, groups, precision(ds_config))
-    schedule = SCHEDULES[run.lr_sched](init_lr=run.init_lr, max_epoch=100, steps_per_epoch=loader.steps_per_epoch)
+    schedule = SCHEDULES[run.lr_sched](init_lr=run.init_lr, max_epoch=100, total_steps=spec["steps"])
     recorder = Recorder()
     plan = Plan(
         epoch_steps=loader.steps_per_epoch,

@@ -1,8 +1,10 @@
 """Learning rates by name prefix and by depth, and the optimizer's groups that carry them: exact values."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
+from launching import launch
 from torch import nn
 
 from blipds.engine import Engine, parameter_groups
@@ -113,3 +115,16 @@ def test_the_step_sets_each_group_s_rate():
     engine._deepspeed = SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups), step=lambda: None)
     engine.step(8e-4, measure=False)
     assert [group["lr"] for group in groups] == [8e-4, 2e-4]
+
+
+def test_under_every_zero_stage_adam_s_first_step_is_the_scaled_rate(tmp_path):
+    """The first step of Adam moves each weight by its learning rate, whatever the gradient (weight decay 0)."""
+    scales = {"visual_encoder.weight": 0.1, "text_decoder.weight": 1.0, "text_decoder.bias": 0.25}
+    process = launch(1, "tests/engine/first_steps.py", json.dumps(scales), tmp_path / "moved.json")
+    assert process.returncode == 0, process.stdout[-4000:]
+    moved = json.loads((tmp_path / "moved.json").read_text())
+    assert moved.keys() == {"0", "1", "2", "3"}
+    for stage, by_name in moved.items():
+        assert by_name.keys() == scales.keys()
+        for name, distance in by_name.items():
+            assert distance == pytest.approx(2e-3 * scales[name], rel=1e-3), (stage, name)

@@ -72,8 +72,8 @@ def test_captions_see_only_their_own_image_and_text(decoder, captions):
     other_image[1] += 1
     other_text[0, 1, 0] = (other_text[0, 1, 0] + 1) % 50
     after = decoder(other_text, other_image, ALL).view(IMAGES, CAPTIONS, -1)
-    same = [[bool(torch.allclose(after[i, k], before[i, k], atol=1e-5)) for k in range(CAPTIONS)] for i in range(IMAGES)]
-    assert same == [[True, False, True], [False, False, False]]
+    same = torch.isclose(after, before, atol=1e-5).all(-1)
+    assert same.tolist() == [[True, False, True], [False, False, False]]
 
 
 @torch.no_grad()
@@ -117,7 +117,8 @@ def test_defaults_are_bert_bases():
 
 def test_reads_a_bert_config(tmp_path):
     path = tmp_path / "bert.json"
-    path.write_text(json.dumps({"hidden_size": 64, "num_attention_heads": 4, "type_vocab_size": 2, "hidden_act": "gelu"}))
+    values = {"hidden_size": 64, "num_attention_heads": 4, "type_vocab_size": 2, "hidden_act": "gelu"}
+    path.write_text(json.dumps(values))
     assert read_text_config(str(path)) == TextConfig(hidden_size=64, num_attention_heads=4)
 
 

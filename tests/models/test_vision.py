@@ -1,5 +1,7 @@
 """Geometry: what is built for a name; parameter counts from the papers' checkpoints (shared/reference.md)."""
 
+import json
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -79,25 +81,14 @@ def test_what_cannot_be_built(vit_type, vit_kwargs, message):
         build_vision_transformer(vit_type, 32, **vit_kwargs, depth=1)
 
 
-def test_more_text_than_positions(tmp_path):
-    config = ModelConfig(med_config_path="configs/models/med_config_tiny.json", max_txt_len=65)
-    with torch.device("meta"), pytest.raises(UserError, match="max_txt_len is 65, but the text decoder has 64 positions"):
+def test_more_text_than_positions():
+    config = ModelConfig(max_txt_len=513)
+    message = "max_txt_len is 513, but the text decoder has 512 positions"
+    with torch.device("meta"), pytest.raises(UserError, match=message):
         build_model(config, checkpoint_fn=direct)
 
 
 # --- freezing and activation checkpointing ---
-
-
-def tiny(**changes):
-    """A model of two blocks and two layers without dropout, the same weights every time."""
-    torch.manual_seed(0)
-    config = ModelConfig(
-        vit_kwargs={"embed_dim": 32, "depth": 4, "num_heads": 2},
-        image_size=32,
-        med_config_path="configs/models/med_config_tiny.json",
-        **changes,
-    )
-    return build_model(config, checkpoint_fn=changes.pop("checkpoint_fn", direct))
 
 
 @pytest.mark.parametrize(("count", "recomputed"), [(None, 4), (0, 0), (1, 1), (3, 3), (9, 4)])
@@ -124,3 +115,59 @@ def test_checkpointing_the_last_blocks_gives_equal_gradients(count, recomputed):
     assert [function.__self__ for function in calls] == list(encoder.blocks)[4 - recomputed :]
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "hidden_dropout_prob": 0.2,
+    "attention_probs_dropout_prob": 0.2,
+}
+
+
+def tiny(folder, checkpoint_fn=direct, **changes):
+    """Four blocks and three layers, the same weights every time."""
+    (folder / "bert.json").write_text(json.dumps(TEXT))
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vit_kwargs={"embed_dim": 32, "depth": 4, "num_heads": 2, "drop_path_rate": 0.5},
+        image_size=32,
+        med_config_path=str(folder / "bert.json"),
+        **changes,
+    )
+    return build_model(config, checkpoint_fn)
+
+
+def gradients_of(model):
+    torch.manual_seed(1)
+    input_ids = torch.randint(30522, (2, 1, 6))
+    loss = model(torch.randn(2, 3, 32, 32), input_ids, torch.tensor([3, 4, 9]), torch.tensor([5, 6, 7]))
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_checkpointing_by_config_gives_equal_gradients(tmp_path):
+    """In training mode: the same dropout and the same dropped paths when the activations are computed again."""
+    calls = []
+
+    def checkpoint_fn(function, *inputs):
+        calls.append(type(function.__self__).__name__)
+        return checkpoint(function, *inputs, use_reentrant=False)
+
+    expected = gradients_of(tiny(tmp_path).train())
+    model = tiny(tmp_path, checkpoint_fn, vit_grad_ckpt=True, vit_ckpt_layer=2, text_grad_ckpt=True).train()
+    found = gradients_of(model)
+    assert calls == ["Block", "Block", "Layer", "Layer", "Layer"]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_frozen_encoder_neither_learns_nor_drops(tmp_path):
+    model = tiny(tmp_path, freeze_vit=True).train()
+    assert not any(module.training for module in model.visual_encoder.modules())
+    assert model.text_decoder.training
+    found = gradients_of(model)
+    assert all(name.startswith("text_decoder.") for name in found)
+    assert len(found) == len(list(model.text_decoder.parameters()))

@@ -1,0 +1,174 @@
+"""launch/finetune.py and launch/evaluate.py as a person runs them: real ranks, a small captioner of drawn shapes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+from launching import REPOSITORY, command, environment, launch
+from PIL import Image
+
+ZERO2, ZERO3 = "ds_configs/zero2.json", "ds_configs/zero3.json"
+
+
+def arguments(output, *options, ds_config=ZERO2):
+    sizes = ["datasets.shapes_caption.num_images.train=90", "run.limit_val=11", "run.batch_size_train=8"]
+    small = ["model.med_config_path=tests/engine/no_dropout.json", "run.num_workers=1", "run.batch_size_eval=4"]
+    options = [*sizes, *small, "run.log_freq=1", f"run.output_dir={output}", "run.job_id=test", *options]
+    return ["--cfg-path", "run_configs/shapes_tiny.yaml", "--ds-config", ds_config, "--options", *options]
+
+
+def lines(run_dir, kind):
+    entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if entry["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The run directory of two epochs on two ranks under ZeRO-3, and what was printed."""
+    output = tmp_path_factory.mktemp("output")
+    process = launch(2, "launch/finetune.py", *arguments(output, "run.max_epoch=2", ds_config=ZERO3))
+    assert process.returncode == 0, process.stdout[-4000:]
+    return output / "test", process.stdout
+
+
+def test_start_block(finished):
+    _, printed = finished
+    assert "batch      8 micro x 1 accumulated x 2 ranks = 16 images a step, about 80 captions" in printed
+    # 90 images in global batches of 16: five whole ones, and the last completed with fillers
+    assert "length     90 samples (450 captions), 6 steps a pass; 12 steps in 2 epochs of 6" in printed
+    assert "ZeRO stage 3" in printed
+
+
+def test_metrics_file(finished):
+    run_dir, _ = finished
+    train = lines(run_dir, "train")
+    assert [line["step"] for line in train] == list(range(1, 13))
+    assert [line["epoch"] for line in train] == [0] * 6 + [1] * 6
+    for line in train:
+        assert {"loss", "lr", "grad_norm", "images_per_s", "captions_per_s", "data_wait"} <= set(line)
+    assert train[-1]["loss"] < train[0]["loss"]
+    val, test = lines(run_dir, "eval")[:2], lines(run_dir, "eval")[2]
+    assert [(line["split"], line["epoch"], line["step"]) for line in val] == [("val", 0, 6), ("val", 1, 12)]
+    assert test["split"] == "test"
+    names = {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "agg_metrics"}
+    assert names <= set(val[0]) and not val[0]["missing"]
+    assert val[0]["agg_metrics"] == pytest.approx(val[0]["CIDEr"] + val[0]["Bleu_4"])
+
+
+def test_every_image_is_captioned_once(finished):
+    """11 images on two ranks: shares of 6 and 5, in batches of 4."""
+    run_dir, _ = finished
+    best = max(lines(run_dir, "eval")[:2], key=lambda line: line["agg_metrics"])
+    for name in ("val_epoch0", "val_epoch1", f"test_epoch{best['epoch']}"):
+        results = json.loads((run_dir / "results" / f"{name}.json").read_text())
+        ids = [result["image_id"] for result in results]
+        split = name.split("_")[0]
+        assert ids == [f"{split}-42-{number:06d}" for number in range(11)]
+        assert all(isinstance(result["caption"], str) for result in results)
+
+
+def test_run_directory(finished):
+    run_dir, _ = finished
+    assert (run_dir / "checkpoints" / "latest").resolve().name == "step_00000012"
+    assert (run_dir / "checkpoints" / "best" / "model.safetensors").exists()
+    assert list((run_dir / "tensorboard").glob("events*"))
+    assert Image.open(run_dir / "samples" / "val_step12.png").width > 100
+    assert json.loads((run_dir / "ds_config.json").read_text())["train_batch_size"] == 16
+    assert "lr_sched: cosine_step_lr" in (run_dir / "config.yaml").read_text()
+
+
+def test_tensorboard_holds_the_curves(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir, _ = finished
+    board = EventAccumulator(str(run_dir / "tensorboard"))
+    board.Reload()
+    losses = [event.value for event in board.Scalars("train/loss")]
+    assert losses == pytest.approx([line["loss"] for line in lines(run_dir, "train")], rel=1e-6)
+    assert {"train/lr", "train/grad_norm", "train/images_per_s", "val/CIDEr"} <= set(board.Tags()["scalars"])
+    assert "val/captions" in board.Tags()["images"]
+
+
+def test_evaluate_writes_what_the_run_wrote(finished, tmp_path):
+    """One rank instead of two, from the command line: the same captions of the best checkpoint, the same scores."""
+    run_dir, _ = finished
+    options = [*arguments(tmp_path)[arguments(tmp_path).index("--options") :]]
+    where = ["--cfg-path", "run_configs/shapes_tiny.yaml", "--checkpoint", run_dir, "--split", "test"]
+    process = launch(1, "launch/evaluate.py", *where, *options)
+    assert process.returncode == 0, process.stdout[-4000:]
+    written = next((run_dir / "results").glob("test_epoch*.json")).read_text()
+    assert (tmp_path / "test" / "results" / "test.json").read_text() == written
+    scores = [next(line for line in lines(d, "eval") if line["split"] == "test") for d in (run_dir, tmp_path / "test")]
+    assert scores[0]["CIDEr"] == scores[1]["CIDEr"]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
+    """fp32, so that losses can be compared to the last digit; killed in the second epoch, after a checkpoint."""
+    fp32 = json.loads((REPOSITORY / ZERO2).read_text())
+    fp32["bf16"]["enabled"] = fp32["fp16"]["enabled"] = False
+    ds_config = tmp_path / "fp32.json"
+    ds_config.write_text(json.dumps(fp32))
+    options = ["run.max_epoch=3", "run.test_splits=[]", "model.med_config_path=configs/models/med_config_tiny.json"]
+    whole = launch(2, "launch/finetune.py", *arguments(tmp_path / "whole", *options, ds_config=ds_config))
+    assert whole.returncode == 0, whole.stdout[-4000:]
+
+    start = command(2, "launch/finetune.py", *arguments(tmp_path / "cut", *options, ds_config=ds_config))
+    log = (tmp_path / "log").open("w")
+    killed = subprocess.Popen(
+        start, cwd=REPOSITORY, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    metrics = tmp_path / "cut" / "test" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and '"step": 8,' in metrics.read_text()):
+        assert killed.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-4000:]
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+
+    again = arguments(tmp_path / "cut", *options, ds_config=ds_config)
+    resumed = launch(2, "launch/finetune.py", *again, "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stdout[-4000:]
+    assert "resumed    after step 6" in resumed.stdout
+    losses = [[line["loss"] for line in lines(tmp_path / run / "test", "train")] for run in ("whole", "cut")]
+    assert losses[0] == losses[1]
+    scores = [[line["CIDEr"] for line in lines(tmp_path / run / "test", "eval")] for run in ("whole", "cut")]
+    assert scores[0] == scores[1]
+
+
+def test_a_mistake_is_one_line_on_two_ranks(tmp_path):
+    started = time.monotonic()
+    process = launch(2, "launch/finetune.py", *arguments(tmp_path, "run.max_epohc=2"), timeout=120)
+    assert process.returncode != 0
+    errors = [line for line in process.stdout.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and "unknown key run.max_epohc; did you mean 'max_epoch'?" in errors[0]
+    assert "Traceback" not in process.stdout
+    assert time.monotonic() - started < 100
+    assert not (tmp_path / "test").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["datasets.flickr8k_caption.images=nowhere"], r"no such image folder: .*nowhere"),
+        (["datasets.nonsense_caption.images=x"], r"unknown dataset 'nonsense_caption'; .*shapes_caption"),
+        (["run.lr_sched=cosine"], r"unknown lr_sched 'cosine'; did you mean 'cosine_step_lr'\?"),
+        (["model.finetuned=nowhere.pth", "model.load_finetuned=true"], r"nowhere.pth: no such file"),
+    ],
+)
+def test_mistakes_are_one_line(options, said, tmp_path):
+    process = launch(1, "launch/finetune.py", *arguments(tmp_path, *options), timeout=120)
+    assert process.returncode == 1
+    assert re.search(rf"^error: .*{said}", process.stdout, re.MULTILINE), process.stdout
+    assert "Traceback" not in process.stdout
+
+
+def test_a_contradicting_deepspeed_config_names_both_places(tmp_path):
+    ds_config = tmp_path / "mine.json"
+    ds_config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 4}))
+    process = launch(1, "launch/finetune.py", *arguments(tmp_path, ds_config=ds_config), timeout=120)
+    assert process.returncode == 1
+    assert "train_micro_batch_size_per_gpu is 4 but run.batch_size_train is 8" in process.stdout
