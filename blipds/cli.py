@@ -102,9 +102,11 @@ def open_run_dir(config: Config, resumed: Path | None = None) -> Path:
     An existing run is gone on with only if asked.
     """
     if resumed is not None:
-        return resumed
+        return resumed.parent.parent  # RUN/checkpoints/step_N
     job_id = config.run.job_id or distributed.broadcast(time.strftime("%Y%m%d-%H%M%S"))
     run_dir = Path(config.run.output_dir).expanduser() / job_id
     if distributed.broadcast(run_dir.exists() and any(run_dir.iterdir())):
-        raise UserError(f"{run_dir} holds a run already: finetune.py --resume {run_dir} goes on with it, else give another run.job_id")
+        raise UserError(
+            f"{run_dir} holds a run already: give another run.job_id, or go on: finetune.py --resume {run_dir}"
+        )
     return run_dir

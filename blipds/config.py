@@ -57,7 +57,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check("model.image_size", self.image_size, self.image_size > 0, "a positive number of pixels")
         good = self.prompt == "" or self.prompt.endswith(" ")
-        check("model.prompt", self.prompt, good, "a text that ends in a space (in --options: 'model.prompt=\"a photo of \"')")
+        check(
+            "model.prompt",
+            self.prompt,
+            good,
+            "a text that ends in a space (in --options: 'model.prompt=\"a photo of \"')",
+        )
         check("model.max_txt_len", self.max_txt_len, self.max_txt_len > 1, "at least 2 tokens")
         check("model.label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "0 or more, below 1")
         if self.vit_ckpt_layer is not None:
@@ -279,7 +284,7 @@ def load_run_config(cfg_path: Path, options: Sequence[str] = ()) -> tuple[Config
     `options` are `key.path=value`, the value read as YAML. Raises UserError with one line that names the key, what was
     given and what is allowed.
     """
-    given = container(OmegaConf.unsafe_merge(read_yaml(cfg_path), read_options(options)))
+    given = with_options(read_yaml(cfg_path), options)
     notices = drop_replaced_keys(given)
     check_schema(given, Config, "")
     layers = [packaged_model(given), packaged_datasets(given), given]
@@ -311,20 +316,20 @@ def read_yaml(path: Path) -> DictConfig:
         raise UserError(f"no such config file: {path}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a directory; a YAML file is expected") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} is not a YAML file of settings: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path} holds no mapping; expected the sections model, datasets, run")
     return loaded
 
 
-def read_options(options: Sequence[str]) -> DictConfig:
+def with_options(given: DictConfig, options: Sequence[str]) -> dict[Any, Any]:
     for option in options:
         if "=" not in option:
             raise UserError(f"--options {option}: expected key.path=value")
     try:
-        return OmegaConf.from_dotlist(list(options))
-    except (OmegaConfBaseException, YAMLError) as error:
+        return container(OmegaConf.merge(given, OmegaConf.from_dotlist(list(options))))
+    except (OmegaConfBaseException, YAMLError, TypeError) as error:
         raise UserError(f"--options {' '.join(options)}: {str(error).splitlines()[0]}") from error
 
 
@@ -358,9 +363,13 @@ def container(config: Container) -> dict[Any, Any]:
 
 def check_schema(value: Any, schema: Any, key: str) -> None:
     """Names the first key that the schema lacks, with the nearest spelling. Types are OmegaConf's to check."""
-    if get_origin(schema) is dict and isinstance(value, dict):
+    if get_origin(schema) is dict and value is not None:
+        if not isinstance(value, dict):
+            raise UserError(f"{key} is {value!r}; expected a mapping")
         for name, inner in value.items():
             check_schema(inner, get_args(schema)[1], f"{key}.{name}" if key else str(name))
+    elif get_origin(schema) is list and isinstance(value, dict):
+        raise UserError(f"{key} is {value!r}; expected a list")
     elif is_dataclass(schema) and value is not None:
         if not isinstance(value, dict):
             raise UserError(f"{key} is {value!r}; expected a section with {', '.join(f.name for f in fields(schema))}")
@@ -379,8 +388,8 @@ def conform(value: Any, schema: Any) -> Any:
             return {}
         hints = get_type_hints(schema)
         return {name: conform(inner, hints[name]) for name, inner in value.items()}
-    if get_origin(schema) is dict and isinstance(value, dict):
-        return {name: conform(inner, get_args(schema)[1]) for name, inner in value.items()}
+    if get_origin(schema) is dict:
+        return {str(name): conform(inner, get_args(schema)[1]) for name, inner in (value or {}).items()}
     if get_origin(schema) is list and isinstance(value, str):
         return [value]
     if isinstance(value, float) and value.is_integer() and int in (schema, *get_args(schema)):

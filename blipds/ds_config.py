@@ -334,6 +334,22 @@ def zero_stage(ds: Section) -> int:
     return stage if isinstance(stage, int) else 0
 
 
+def offloads_optimizer(ds: Section) -> bool:
+    """Whether the optimizer runs on the CPU, which takes DeepSpeed's CPU Adam."""
+    return _get(ds, "zero_optimization.offload_optimizer.device", "none") != "none"
+
+
+def uses_torch_adam(ds: Section) -> bool:
+    return _get(ds, "optimizer.params.torch_adam") is True
+
+
+def with_torch_adam(ds: Section) -> Section:
+    """The same config with torch's fused AdamW in place of DeepSpeed's own."""
+    changed = copy.deepcopy(ds)
+    _put(changed, "optimizer.params.torch_adam", True)
+    return changed
+
+
 def _resolve_run_values(ds: Section, run: RunValues, world_size: int, source: str) -> None:
     """Fill in what the run config owns; a key left out counts as "auto" (DeepSpeed would clip at 1.0)."""
     batch = f"run.batch_size_train {run.micro_batch_size} x run.accum_grad_iters {run.gradient_accumulation_steps}"

@@ -169,7 +169,7 @@ def evaluate_checkpoint(
     run_dir: Path,
     monitor: NullMonitor,
     step: int = 0,
-    epoch: int = 0,
+    epoch: int | None = None,
 ) -> list[Evaluation]:
     """Builds the model on every rank, loads a checkpoint (None: random weights) and evaluates splits. Collective."""
     model = build_model(config.model, checkpoint_fn=lambda function, *inputs: function(*inputs))
@@ -178,9 +178,8 @@ def evaluate_checkpoint(
     model.to(device, DTYPES[precision]).eval()
     evaluations = []
     for evaluator in build_evaluators(config, splits, Captioner.from_config(config)):
-        evaluation = evaluator.evaluate(
-            model, device, DTYPES[precision], run_dir / "results" / f"{evaluator.split}.json"
-        )
+        name = evaluator.split if epoch is None else f"{evaluator.split}_epoch{epoch}"
+        evaluation = evaluator.evaluate(model, device, DTYPES[precision], run_dir / "results" / f"{name}.json")
         note = f"{checkpoint or 'random weights'}, {precision}"
         monitor.evaluation(evaluator.split, epoch, step, evaluation.scores.values, evaluation.scores.missing, note)
         for line in (*evaluation.scores.warnings, *(f"skipped: {error}" for error in evaluation.errors[:10])):

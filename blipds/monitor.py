@@ -30,11 +30,12 @@ class NullMonitor:
         """Logs a training step: `values` under `train/` in TensorBoard, and a line of kind "train"."""
 
     def evaluation(
-        self, split: str, epoch: int, step: int, values: Values, missing: Mapping[str, str], note: str = ""
+        self, split: str, epoch: int | None, step: int, values: Values, missing: Mapping[str, str], note: str = ""
     ) -> None:
         """Logs an evaluation: `values` under `{split}/`, a line of kind "eval", and a line for the terminal.
 
-        `missing` says why a metric has no value; `note` which weights and precision were used.
+        `epoch` is None outside of training. `missing` says why a metric has no value; `note` which weights and
+        precision were used.
         """
 
     def captions(
@@ -103,12 +104,13 @@ class Monitor(NullMonitor):
         self._log("train", {"kind": "train", "step": step, "epoch": epoch}, values)
 
     def evaluation(
-        self, split: str, epoch: int, step: int, values: Values, missing: Mapping[str, str], note: str = ""
+        self, split: str, epoch: int | None, step: int, values: Values, missing: Mapping[str, str], note: str = ""
     ) -> None:
         head = {"kind": "eval", "split": split, "epoch": epoch, "step": step}
         self._log(split, head, values, {"missing": dict(missing), "note": note})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
-        self.say(f"{split} at step {step} (epoch {epoch + 1}): {shown}{f'  [{note}]' if note else ''}")
+        when = "" if epoch is None else f" at step {step} (epoch {epoch + 1})"
+        self.say(f"{split}{when}: {shown}{f'  [{note}]' if note else ''}")
         for name, reason in missing.items():
             self.say(f"  {name} is missing: {reason}")
 

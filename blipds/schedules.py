@@ -11,7 +11,8 @@ from blipds.registry import SCHEDULES
 class Schedule:
     """What all schedules share: plain values under the run config's names, and LAVIS's warm-up.
 
-    `total_steps` counts the optimiser steps of the whole run. `warmup_lr` None (or below 0, as LAVIS writes it) means not given.
+    `total_steps` counts the optimiser steps of the whole run.
+    `warmup_lr` None (or below 0, as LAVIS writes it) means not given.
     A warm-up longer than the run (a quick try with few images) is cut off where the run ends.
     Raises UserError where values contradict each other.
     """

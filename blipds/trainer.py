@@ -10,7 +10,7 @@ import torch
 from blipds import distributed
 from blipds.data.loader import Batch, TrainLoader, derive_seed
 from blipds.engine import Engine
-from blipds.engine.checkpoints import CheckpointFolder
+from blipds.engine.checkpoints import CheckpointFolder, shape_of
 from blipds.errors import UserError
 from blipds.evaluator import Evaluator
 from blipds.monitor import NullMonitor
@@ -258,9 +258,10 @@ class Trainer:
 
     def save(self, best: bool) -> None:
         """Saves the run's state. Collective."""
-        shape = {
-            "world_size": distributed.world_size(),
-            "zero_stage": self.engine.stage,
-            "precision": self.engine.precision,
-        }
-        self.checkpoints.save(self.engine, asdict(self.state) | shape, best)
+        shape = shape_of(self.engine, self.loader.global_batch)
+        self.checkpoints.save(self.engine, asdict(self.state), shape, best)
+
+    def close(self) -> None:
+        """Lets go of the engine's memory. Collective."""
+        self.monitor.close()
+        self.engine.close()

@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # small tensors: more threads only get in each other's way, by a factor of 20 on busy cores
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

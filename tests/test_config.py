@@ -291,7 +291,7 @@ def test_keys_that_do_not_go_together(load, text, message):
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("run: {seed: 1", "run.yaml is not YAML"),
+        ("run: {seed: 1", "run.yaml is not a YAML file"),
         ("run: {seed: 1, seed: 2}", "duplicate key seed"),
         ("- run", "run.yaml holds no mapping; expected the sections model, datasets, run"),
     ],

@@ -14,7 +14,7 @@ FLOORS = (
     {"models", "data", "metrics", "schedules", "monitor"},
     {"engine"},
     {"trainer", "evaluator", "captioner", "planner"},
-    {"cli"},
+    {"building", "cli"},
 )
 HEAVY = ("deepspeed", "pycocoevalcap", "tensorboard", "torch.utils.tensorboard")
 TOP_LEVEL = {

@@ -242,6 +242,11 @@ class TrainLoader:
         )
 
     @property
+    def global_batch(self) -> int:
+        """Samples in an optimizer step, all ranks and accumulated micro-batches together."""
+        return self.batches.global_batch
+
+    @property
     def steps_per_epoch(self) -> int:
         return len(self.batches)
 

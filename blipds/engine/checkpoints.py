@@ -23,9 +23,9 @@ class CheckpointFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def save(self, engine: Engine, state: dict[str, Any], best: bool) -> None:
+    def save(self, engine: Engine, run: dict[str, Any], shape: dict[str, Any], best: bool) -> None:
         """Writes `step_N` under a temporary name, renames it, and moves `latest` (and `best`) to it. Collective."""
-        name = f"step_{state['global_step']:08d}"
+        name = f"step_{run['global_step']:08d}"
         target, partial = self.folder / name, self.folder / f"{name}.partial"
         if distributed.is_main():
             shutil.rmtree(partial, ignore_errors=True)
@@ -37,7 +37,7 @@ class CheckpointFolder:
         if is_main:
             constants = json.dumps(constants_of(engine.model))  # type: ignore[arg-type]
             save_file(weights, partial / WEIGHTS, metadata={"format": "blipds", "config": constants})
-            (partial / STATE).write_text(json.dumps(state, indent=2))
+            (partial / STATE).write_text(json.dumps({"run": run, "shape": shape}, indent=2))
         distributed.barrier()
         if is_main:
             shutil.rmtree(target, ignore_errors=True)
@@ -62,21 +62,41 @@ class CheckpointFolder:
                 shutil.rmtree(folder)
 
 
-def load_state(engine: Engine, checkpoint: Path) -> dict[str, Any]:
-    """Brings the engine back to a checkpoint of the same shape (ranks, ZeRO stage); returns its state. Collective."""
-    state = json.loads((checkpoint / STATE).read_text())
-    shape = {"world_size": distributed.world_size(), "zero_stage": engine.stage, "precision": engine.precision}
+def shape_of(engine: Engine, global_batch: int) -> dict[str, Any]:
+    """What must be the same when a run goes on: DeepSpeed's files fit nothing else, and the data's order follows."""
+    return {
+        "ranks": distributed.world_size(),
+        "zero_stage": engine.stage,
+        "precision": engine.precision,
+        "global_batch": global_batch,
+    }
+
+
+def read_state(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """{"run": where the run stood, "shape": see `shape_of`} of a run's checkpoint."""
+    try:
+        state = json.loads((checkpoint / STATE).read_text())
+        return {"run": dict(state["run"]), "shape": dict(state["shape"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint} is no checkpoint of a run ({STATE}: {error})") from error
+
+
+def load_engine(engine: Engine, checkpoint: Path, shape: dict[str, Any]) -> None:
+    """Brings the engine back to a checkpoint of the same shape. Collective."""
+    written = read_state(checkpoint)["shape"]
     for key, here in shape.items():
-        if state[key] != here:
-            raise UserError(f"{checkpoint} was written with {key} {state[key]}, this run has {here}")
+        if written.get(key) != here:
+            raise UserError(f"{checkpoint} was written with {key} {written.get(key)}, but this run has {here}")
     engine.load(checkpoint, RESUME)
-    return state
 
 
 def find_checkpoint(location: str, link: str) -> str:
-    """The checkpoint meant by a run directory or its `checkpoints` folder: where `link` points. Others as they are."""
+    """The checkpoint meant by a run directory or its `checkpoints` folder: where `link` points. Others as they are.
+
+    A run without a best checkpoint (nothing was scored) has a latest one.
+    """
     path = Path(location).expanduser()
-    for candidate in (path / "checkpoints" / link, path / link):
+    for candidate in (path / "checkpoints" / link, path / link, path / "checkpoints" / "latest", path / "latest"):
         if candidate.exists():
             return str(candidate.resolve())
     return location

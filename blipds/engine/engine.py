@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
     return checkpoint(function, *inputs, use_reentrant=False)
 
 
-def default_precision(device: torch.device) -> str:
+def default_precision(device: torch.device) -> Literal["bf16", "fp16", "fp32"]:
     """What "auto" in the DeepSpeed JSON means: bf16 where the device does it well, fp16 on older GPUs, else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"

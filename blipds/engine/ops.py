@@ -1,6 +1,6 @@
 """What DeepSpeed compiles on first use: built once on each node, before the ranks need it.
 
-    python -m blipds.engine.ops     compiles for the device at hand, so that later starts are quick
+python -m blipds.engine.ops     compiles for the device at hand, so that later starts are quick
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def prepare_ops(offload: bool, say: Callable[[str], None] = print) -> bool:
 
 
 def load_everywhere(builder_name: str, say: Callable[[str], None]) -> str:
-    """Loads an op on every rank, the first of each node before the others; returns a reason if any failed. Collective."""
+    """Loads an op on every rank, the first of each node ahead; returns a reason if any failed. Collective."""
     failure = load_op(builder_name, say) if distributed.local_rank() == 0 else ""
     failures = distributed.gather(failure)
     if not any(failures):

@@ -3,26 +3,17 @@
     deepspeed --num_accelerators 2 tests/engine/grid.py SPEC.json LOSSES.json
 
 One launch runs many settings, since a launch costs more than the steps. SPEC.json is a list of
-{name, ds: a DeepSpeed config with "auto", options: [key=value, ...], cfg: path, steps}.
+{name, cfg: run config, options: [key=value, ...], ds: DeepSpeed config}.
 """
 
 import json
 import sys
 from pathlib import Path
 
-import torch
-
-from blipds import cli, distributed
-from blipds.captioner import Captioner, initial_weights, load_weights
+from blipds import building, cli, distributed
 from blipds.config import load_run_config
-from blipds.data.datasets import build_dataset
-from blipds.data.loader import TrainLoader
-from blipds.ds_config import RunValues, check_keys, precision, resolve_ds_config
-from blipds.engine import Engine, checkpointed, parameter_groups, prepare_ops
-from blipds.models import build_model
+from blipds.ds_config import check_keys
 from blipds.monitor import NullMonitor
-from blipds.registry import SCHEDULES
-from blipds.trainer import Plan, RunState, Trainer
 
 
 class Recorder(NullMonitor):
@@ -37,64 +28,22 @@ class Recorder(NullMonitor):
 
 def run_setting(spec, device):
     config, _ = load_run_config(Path(spec["cfg"]), spec["options"])
-    run = config.run
-    values = RunValues(
-        run.batch_size_train, run.accum_grad_iters, run.init_lr, (0.9, run.beta2), run.weight_decay, run.max_grad_norm
-    )
-    ds_config = resolve_ds_config(
-        check_keys(spec["ds"], spec["name"]),
-        values,
-        world_size=distributed.world_size(),
-        default_precision="fp32",
-        hidden_size=64,
-        source=spec["name"],
-    )
-    torch.manual_seed(run.seed)
-    captioner = Captioner.from_config(config)
-    loader = TrainLoader(
-        [build_dataset(name, config, "train", training=True) for name in config.datasets],
-        captioner.tokenizer,
-        micro_batch=run.batch_size_train,
-        accumulation=run.accum_grad_iters,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        seed=run.seed,
-        shuffle=run.shuffle,
-    )
-    model = build_model(config.model, checkpointed)
-    location = initial_weights(config.model)
-    if location is not None:
-        load_weights(model, location, Path("."), say=lambda line: None)
-    groups = parameter_groups(model, run.weight_decay, run.weight_decay_on)
-    engine = Engine(model, ds_config, groups, precision(ds_config))
-    schedule = SCHEDULES[run.lr_sched](init_lr=run.init_lr, max_epoch=100, total_steps=spec["steps"])
+    ds_config = building.resolve(config, check_keys(spec["ds"], spec["name"]), device, spec["name"])
     recorder = Recorder()
-    plan = Plan(
-        epoch_steps=loader.steps_per_epoch,
-        total_steps=spec["steps"],
-        log_steps=1,
-        val_epochs=1,
-        val_steps=None,
-        save_epochs=10**9,
-        save_last=False,
-    )
-    trainer = Trainer(
-        engine, loader, schedule, [], recorder, plan, Path("."), seed=run.seed, max_bad_images=0, state=RunState()
-    )
+    trainer = building.build_trainer(config, ds_config, Path(), recorder)
     trainer.train()
-    weights = {name: weight for name, weight in engine.weights()}
-    engine.close()
+    weight_sums = {name: weight.double().abs().sum().item() for name, weight in trainer.engine.weights()}
+    trainer.close()
     return {
         "losses": [line["loss"] for line in recorder.lines],
         "grad_norms": [line["grad_norm"] for line in recorder.lines],
-        "weight_sums": {name: weight.double().abs().sum().item() for name, weight in weights.items()},
+        "weight_sums": weight_sums,
     }
 
 
 def main():
     specs, output = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
     device = distributed.initialise()
-    prepare_ops(offload=False)
     results = {spec["name"]: run_setting(spec, device) for spec in specs}
     if distributed.is_main():
         output.write_text(json.dumps(results))

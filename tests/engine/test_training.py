@@ -13,6 +13,10 @@ def ds(stage, accumulation="auto"):
     return {"zero_optimization": {"stage": stage}, "steps_per_print": 10**9, **fp32}
 
 
+def iterations(steps):
+    return ["run.runner=runner_iter", f"run.max_iters={steps}", "run.log_freq=1", "run.save_last=false"]
+
+
 def train(folder, ranks, specs):
     """{setting: {losses, grad_norms, weight_sums}} of one launch"""
     spec, losses = folder / f"spec{ranks}.json", folder / f"losses{ranks}.json"
@@ -71,8 +75,7 @@ def test_the_eight_losses_of_the_original_code(ranks, oracle, oracle_config, tmp
             "name": f"{decay} {stage}",
             "cfg": str(oracle_config),
             "ds": ds(stage),
-            "options": [f"run.weight_decay_on={decay}", f"run.batch_size_train={8 // ranks}"],
-            "steps": 8,
+            "options": [f"run.weight_decay_on={decay}", f"run.batch_size_train={8 // ranks}", *iterations(8)],
         }
         for stage in STAGES
         for decay in ("all", "matrices")
@@ -90,8 +93,8 @@ NO_DROPOUT = "model.med_config_path=tests/engine/no_dropout.json"
 def shapes_spec(name, stage, micro, accumulation, steps, *options):
     sizes = [f"run.batch_size_train={micro}", f"run.accum_grad_iters={accumulation}", "run.num_workers=0"]
     few = ["datasets.shapes_caption.num_images.train=70", "run.valid_splits=[]", "run.warmup_steps=0", NO_DROPOUT]
-    options = [*few, *sizes, *options]
-    return {"name": name, "cfg": SHAPES, "ds": ds(stage), "options": options, "steps": steps}
+    options = [*few, *sizes, *iterations(steps), "run.save_freq=1000", *options]
+    return {"name": name, "cfg": SHAPES, "ds": ds(stage), "options": options}
 
 
 def test_one_computation_however_it_is_shared_out(tmp_path):

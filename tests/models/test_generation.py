@@ -125,14 +125,21 @@ def test_maximum_length():
 
 
 def test_an_ending_counts_only_among_the_best_beams():
-    """END is third at first (.2, log -1.61): left out, though nothing that follows is as likely. a END has .17."""
+    """Step 2: a END .295, aa .2832, b END .2788, ba .123. b END is third: left out, or the search would be over.
+
+    Then its -.639 would be the worst of two that are kept, and step 3's best, aab .1416, has -1.955 / 3 = -.652. So
+    step 4 finds aab END .1388, -1.975 / 4 = -.494, better than a END, -.610.
+    """
     table = {
-        "": (0.2, 0.5, 0.3),
-        "a": (0.34, 0.35, 0.31),
-        "b": (0.40, 0.31, 0.29),
+        "": (0.0, 0.59, 0.41),
+        "a": (0.50, 0.48, 0.02),
+        "b": (0.68, 0.30, 0.02),
+        "aa": (0.02, 0.48, 0.50),
+        "ba": (0.02, 0.50, 0.48),
+        "aaa": (0.98, 0.012, 0.008),
+        "aab": (0.98, 0.012, 0.008),
     }
-    assert beam(table, length_penalty=0.0, max_len=3) == ["aa"]  # .175 against .17
-    assert beam({**table, "a": (0.34, 0.33, 0.33)}, length_penalty=0.0, max_len=3) == ["a"]  # .17 against .165
+    assert beam(table, max_len=5) == ["aab"]
 
 
 def test_a_search_stops_when_nothing_can_become_better():
@@ -141,6 +148,19 @@ def test_a_search_stops_when_nothing_can_become_better():
     # divided by the lengths -.511 is the worst that is kept, the best candidate has -1.35 / 3 = -.450: it goes on
     with pytest.raises(KeyError, match="aaa"):
         beam(TABLE, length_penalty=1.0, max_len=10)
+
+
+def test_the_bound_divides_by_the_length_before_the_new_token():
+    # kept after step 2: a END .295, -.610, and b END .287, -.624. Step 3's best, aab .1416: -1.955 / 3 = -.652 ends it,
+    # -1.955 / 4 = -.489 would not
+    table = {
+        "": (0.0, 0.59, 0.41),
+        "a": (0.50, 0.40, 0.10),
+        "b": (0.70, 0.20, 0.10),
+        "aa": (0.02, 0.38, 0.60),
+        "ba": (0.02, 0.50, 0.48),
+    }
+    assert beam(table, max_len=10) == ["a"]
 
 
 def test_the_best_hypotheses_are_kept():

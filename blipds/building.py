@@ -1,0 +1,181 @@
+"""Builds the parts of a training run from its configs."""
+
+from pathlib import Path
+
+import torch
+
+from blipds import distributed
+from blipds.captioner import Captioner, load_initial_weights, take_constants
+from blipds.config import Config
+from blipds.data.datasets import build_dataset
+from blipds.data.loader import TrainLoader
+from blipds.data.tokenizer import CaptionTokenizer
+from blipds.ds_config import (
+    RunValues,
+    Section,
+    offloads_optimizer,
+    precision,
+    resolve_ds_config,
+    uses_torch_adam,
+    with_torch_adam,
+    zero_stage,
+)
+from blipds.engine import Engine, checkpointed, default_precision, parameter_groups, prepare_ops
+from blipds.engine.checkpoints import load_engine, read_state, shape_of
+from blipds.evaluator import build_evaluators
+from blipds.models import build_model, read_text_config
+from blipds.models.checkpoints import open_checkpoint
+from blipds.models.lr_scales import lr_scales
+from blipds.monitor import NullMonitor
+from blipds.registry import SCHEDULES
+from blipds.schedules import Schedule
+from blipds.trainer import Plan, RunState, Trainer
+
+
+def build_trainer(
+    config: Config, ds_config: Section, run_dir: Path, monitor: NullMonitor, resumed: Path | None = None
+) -> Trainer:
+    """Everything from annotation files to the engine, ready to train; `resumed` is a checkpoint of a run. Collective.
+
+    Small and cheap parts come first, so that what a user can mend shows before the model is built.
+    """
+    run = config.run
+    torch.manual_seed(run.seed)
+    captioner = Captioner.from_config(config)
+    loader = build_loader(config, captioner.tokenizer)
+    evaluators = build_evaluators(config, run.valid_splits, captioner)
+    plan = build_plan(config, loader.steps_per_epoch)
+    schedule = build_schedule(config, plan)
+    engine = build_engine(config, ds_config, resumed, monitor)
+    state = RunState()
+    if resumed is not None:
+        state = RunState(**read_state(resumed)["run"])
+        load_engine(engine, resumed, shape_of(engine, loader.global_batch))
+    for line in start_block(config, ds_config, engine.model, plan, loader, run_dir, state):
+        monitor.say(line)
+    return Trainer(
+        engine,
+        loader,
+        schedule,
+        evaluators,
+        monitor,
+        plan,
+        run_dir,
+        seed=run.seed,
+        max_bad_images=run.max_bad_images,
+        state=state,
+    )
+
+
+def resolve(config: Config, ds_config: Section, device: torch.device, source: str) -> Section:
+    """The DeepSpeed config with every "auto" filled in from the run config; contradictions are UserErrors."""
+    run = config.run
+    values = RunValues(
+        micro_batch_size=run.batch_size_train,
+        gradient_accumulation_steps=run.accum_grad_iters,
+        learning_rate=run.init_lr,
+        betas=(0.9, run.beta2),
+        weight_decay=run.weight_decay,
+        max_grad_norm=run.max_grad_norm,
+    )
+    return resolve_ds_config(
+        ds_config,
+        values,
+        world_size=distributed.world_size(),
+        default_precision=default_precision(device),
+        hidden_size=read_text_config(config.model.med_config_path).hidden_size,
+        source=source,
+    )
+
+
+def build_loader(config: Config, tokenizer: CaptionTokenizer) -> TrainLoader:
+    run = config.run
+    datasets = [
+        build_dataset(name, config, split, training=True) for name in config.datasets for split in run.train_splits
+    ]
+    ratios = run.train_dataset_ratios
+    return TrainLoader(
+        datasets,
+        tokenizer,
+        micro_batch=run.batch_size_train,
+        accumulation=run.accum_grad_iters,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        seed=run.seed,
+        shuffle=run.shuffle,
+        ratios=None if ratios is None else [ratios[dataset.name] for dataset in datasets],
+        num_workers=run.num_workers,
+    )
+
+
+def build_plan(config: Config, steps_per_epoch: int) -> Plan:
+    run = config.run
+    if run.runner == "runner_iter":
+        assert run.max_iters is not None
+        total = run.max_iters
+        epoch_steps = min(run.iters_per_inner_epoch or steps_per_epoch, total)
+    else:
+        epoch_steps = steps_per_epoch
+        total = run.max_epoch * steps_per_epoch
+    return Plan(epoch_steps, total, run.log_freq, run.val_freq, run.val_steps, run.save_freq, run.save_last)
+
+
+def build_schedule(config: Config, plan: Plan) -> Schedule:
+    run = config.run
+    return SCHEDULES[run.lr_sched](
+        init_lr=run.init_lr,
+        max_epoch=plan.epochs,
+        total_steps=plan.total_steps,
+        min_lr=run.min_lr,
+        warmup_lr=run.warmup_lr,
+        warmup_steps=run.warmup_steps,
+        lr_decay_rate=run.lr_decay_rate,
+    )
+
+
+def build_engine(config: Config, ds_config: Section, resumed: Path | None, monitor: NullMonitor) -> Engine:
+    """The model with its initial weights in a DeepSpeed engine. Collective."""
+    run = config.run
+    model = build_model(config.model, checkpointed)
+    if resumed is None:
+        load_initial_weights(model, config, monitor.say)
+    else:
+        take_constants(model, open_checkpoint(resumed))  # the weights come with the engine's own files
+    if not uses_torch_adam(ds_config) and not prepare_ops(offloads_optimizer(ds_config), monitor.say):
+        ds_config = with_torch_adam(ds_config)
+    scales = lr_scales((name for name, _ in model.named_parameters()), run.lr_scale, run.lr_layer_decay)
+    groups = parameter_groups(model, run.weight_decay, run.weight_decay_on, scales)
+    return Engine(model, ds_config, groups, precision(ds_config))
+
+
+def start_block(
+    config: Config,
+    ds_config: Section,
+    model: torch.nn.Module,
+    plan: Plan,
+    loader: TrainLoader,
+    run_dir: Path,
+    state: RunState,
+) -> list[str]:
+    """The arithmetic of the run, for a person to check before it has cost an hour."""
+    run, ranks = config.run, distributed.world_size()
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    trainable = sum(size for size, learns in sizes if learns)
+    frozen = sum(size for size, learns in sizes if not learns)
+    images = run.batch_size_train * run.accum_grad_iters * ranks
+    samples = sum(len(dataset) for dataset in loader.datasets)
+    captions = sum(len(group) for dataset in loader.datasets for _, group in dataset.groups)
+    micro, accumulated = run.batch_size_train, run.accum_grad_iters
+    lines = [
+        f"model      {config.model.arch} {config.model.model_type}: {trainable:,} parameters, and {frozen:,} frozen",
+        f"batch      {micro} micro x {accumulated} accumulated x {ranks} ranks = {images} images a step, "
+        f"about {images * captions / samples:.0f} captions",
+        f"length     {samples:,} samples ({captions:,} captions), {loader.steps_per_epoch} steps a pass; "
+        f"{plan.total_steps} steps in {plan.epochs} epochs of {plan.epoch_steps}",
+        f"engine     ZeRO stage {zero_stage(ds_config)}, {precision(ds_config)}, {run.lr_sched} from {run.init_lr:g}",
+        f"directory  {run_dir}",
+        f"watch      tensorboard --logdir {run_dir.parent}",
+    ]
+    if state.global_step:
+        lines.append(f"resumed    after step {state.global_step}")
+    return lines
