@@ -30,7 +30,9 @@ def lines(run_dir, kind):
 def finished(tmp_path_factory):
     """The run directory of two epochs on two ranks under ZeRO-3, and what was printed."""
     output = tmp_path_factory.mktemp("output")
-    process = launch(2, "launch/finetune.py", *arguments(output, "run.max_epoch=2", "run.test_splits=[test]", ds_config=ZERO3))
+    process = launch(
+        2, "launch/finetune.py", *arguments(output, "run.max_epoch=2", "run.test_splits=[test]", ds_config=ZERO3)
+    )
     assert process.returncode == 0, process.stdout[-4000:]
     return output / "test", process.stdout
 

@@ -50,7 +50,7 @@ POSITIONS = {
     "bottom right": (0.75, 0.75),
     "middle": (0.50, 0.50),
 }
-JITTER = 0.05
+JITTER = 0.01
 
 
 # --- scenes ----------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def _make_scene(scene_id: str, unseen: bool) -> Scene:
         x, y = POSITIONS[position]
         spots = [(x + _jitter(rng), y + _jitter(rng))]
     else:
-        across = rng.uniform(0.25, 0.75)  # the coordinate that both share, but for a little
+        across = rng.choice((0.25, 0.5, 0.75))  # the coordinate that both share, but for a little
         spots = [(0.25 + _jitter(rng), across + _jitter(rng)), (0.75 + _jitter(rng), across + _jitter(rng))]
         if rng.random() < 0.5:
             spots = [(y, x) for x, y in spots]
