@@ -33,7 +33,7 @@ from blipds import cli
 from blipds.captioner import Captioner, load_weights
 from blipds.config import Config
 from blipds.data.datasets import build_image_processor
-from blipds.engine.checkpoints import STATE, find_checkpoint
+from blipds.engine.checkpoints import STATE, find_checkpoint, read_state
 from blipds.errors import UserError
 from blipds.models import BlipCaption, build_model
 from blipds.models.geometry import ORIGINAL_VISION_EPS, constants_of, geometry_of
@@ -191,7 +191,7 @@ def evaluations(run_dir: Path, checkpoint: Path) -> list[dict[str, Any]]:
         if line.get("kind") == "eval":
             lines.append(line)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    step = json.loads((folder / STATE).read_text())["global_step"] if (folder / STATE).exists() else None
+    step = read_state(folder)["run"]["global_step"] if (folder / STATE).exists() else None
     here = [line for line in lines if folder.name in str(line.get("note", "")) or trained_at(line, step)]
     if not here and lines:
         here = [max(lines, key=lambda line: line.get("agg_metrics") or 0.0)]

@@ -226,7 +226,7 @@ def run_dir(tmp_path: Path) -> Path:
         with torch.no_grad():
             model.visual_encoder.norm.bias.fill_(step)
         save(checkpoint / "model.safetensors", model)
-        (checkpoint / "state.json").write_text(json.dumps({"global_step": step}))
+        (checkpoint / "state.json").write_text(json.dumps({"run": {"global_step": step}, "shape": {}}))
     (folder / "checkpoints" / "best").symlink_to("step_00000020")
     (folder / "checkpoints" / "latest").symlink_to("step_00000030")
     lines = [

@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+import torch
 from launching import REPOSITORY, command, environment, launch
 from PIL import Image
 
@@ -15,7 +16,8 @@ ZERO2, ZERO3 = "ds_configs/zero2.json", "ds_configs/zero3.json"
 
 
 def arguments(output, *options, ds_config=ZERO2):
-    sizes = ["datasets.shapes_caption.num_images.train=90", "run.limit_val=11", "run.batch_size_train=8"]
+    shapes = ["datasets.shapes_caption.num_images.train=90", "datasets.shapes_caption.captions_per_image=all"]
+    sizes = [*shapes, "run.limit_val=11", "run.batch_size_train=8"]
     small = ["model.med_config_path=tests/engine/no_dropout.json", "run.num_workers=1", "run.batch_size_eval=4"]
     options = [*sizes, *small, "run.log_freq=1", f"run.output_dir={output}", "run.job_id=test", *options]
     return ["--cfg-path", "run_configs/shapes_tiny.yaml", "--ds-config", ds_config, "--options", *options]
@@ -139,6 +141,48 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     assert losses[0] == losses[1]
     scores = [[line["CIDEr"] for line in lines(tmp_path / run / "test", "eval")] for run in ("whole", "cut")]
     assert scores[0] == scores[1]
+
+
+def test_a_checkpoint_of_two_ranks_under_zero3_exports_as_one_under_zero0(tmp_path):
+    exported = []
+    for stage in (0, 3):
+        ds_config = tmp_path / f"stage{stage}.json"
+        ds_config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "bf16": {"enabled": False}}))
+        options = ["run.runner=runner_iter", "run.max_iters=3", "run.valid_splits=[]", "run.test_splits=[]"]
+        output = tmp_path / f"zero{stage}"
+        process = launch(2, "launch/finetune.py", *arguments(output, *options, ds_config=ds_config))
+        assert process.returncode == 0, process.stdout[-4000:]
+        file = tmp_path / f"zero{stage}.pth"
+        process = launch(1, "launch/export.py", "--checkpoint", output / "test", "--format", "blip", "--output", file)
+        assert process.returncode == 0, process.stdout[-4000:]
+        exported.append(torch.load(file, weights_only=True)["model"])
+    zero0, zero3 = exported
+    assert zero0.keys() == zero3.keys() and len(zero0) > 100
+    for name, tensor in zero0.items():
+        # three steps of Adam at 1e-3: far less than one step's difference in any weight
+        assert torch.allclose(tensor.double(), zero3[name].double(), atol=1e-5), name
+
+
+def test_evaluate_writes_the_captions_of_the_original_code(shared, tmp_path):
+    """The oracle's checkpoint, by the command line alone: geometry by vit_kwargs and med_config_path, no run config."""
+    golden = json.loads((shared / "oracle" / "golden.json").read_text())["generate"]
+    config = tmp_path / "run.yaml"
+    config.write_text("datasets: {flickr8k_caption: {}}")
+    process = launch(
+        1,
+        "launch/evaluate.py",
+        *("--cfg-path", config, "--split", "val", "--options"),
+        f"model.finetuned={shared}/oracle/tiny_blip.pth",
+        "model.vit_kwargs={embed_dim: 96, depth: 4, num_heads: 4}",
+        "model.image_size=96",
+        f"model.med_config_path={shared}/oracle/med_config.json",
+        f"env.cache_root={shared}/data",
+        *("run.limit_val=64", "run.num_workers=0", f"run.output_dir={tmp_path}", "run.job_id=oracle"),
+    )
+    assert process.returncode == 0, process.stdout[-4000:]
+    results = json.loads((tmp_path / "oracle" / "results" / "val.json").read_text())
+    assert [f"{result['image_id']}.jpg" for result in results] == golden["images"]
+    assert [result["caption"] for result in results] == golden["captions"]["beam3_max20_min5"]
 
 
 def test_a_mistake_is_one_line_on_two_ranks(tmp_path):

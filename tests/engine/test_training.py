@@ -92,7 +92,13 @@ NO_DROPOUT = "model.med_config_path=tests/engine/no_dropout.json"
 
 def shapes_spec(name, stage, micro, accumulation, steps, *options):
     sizes = [f"run.batch_size_train={micro}", f"run.accum_grad_iters={accumulation}", "run.num_workers=0"]
-    few = ["datasets.shapes_caption.num_images.train=70", "run.valid_splits=[]", "run.warmup_steps=0", NO_DROPOUT]
+    few = [
+        "datasets.shapes_caption.num_images.train=70",
+        "datasets.shapes_caption.captions_per_image=all",
+        "run.valid_splits=[]",
+        "run.warmup_steps=0",
+        NO_DROPOUT,
+    ]
     options = [*few, *sizes, *iterations(steps), "run.save_freq=1000", *options]
     return {"name": name, "cfg": SHAPES, "ds": ds(stage), "options": options}
 
