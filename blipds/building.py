@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from blipds import distributed
-from blipds.captioner import Captioner, load_initial_weights, take_constants
+from blipds.captioner import Captioner
 from blipds.config import Config
 from blipds.data.datasets import build_dataset
 from blipds.data.loader import TrainLoader
@@ -30,6 +30,7 @@ from blipds.monitor import NullMonitor
 from blipds.registry import SCHEDULES
 from blipds.schedules import Schedule
 from blipds.trainer import Plan, RunState, Trainer
+from blipds.weights import load_initial_weights, take_constants
 
 
 def build_trainer(

@@ -80,7 +80,7 @@ def load_config(args: argparse.Namespace) -> Config:
         for notice in notices:
             print(f"not used: {notice}")
     if config.model.vit_pretrained:
-        from blipds.captioner import fill_image_statistics  # timm's table: heavy to import
+        from blipds.weights import fill_image_statistics  # timm's table: heavy to import
 
         for line in fill_image_statistics(config):
             if distributed.is_main():

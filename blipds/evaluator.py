@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from blipds import distributed
-from blipds.captioner import Captioner, load_weights
+from blipds.captioner import Captioner
 from blipds.config import Config
 from blipds.data.datasets import CaptionDataset, build_dataset, has_split
 from blipds.data.loader import EvalLoader
@@ -19,6 +19,7 @@ from blipds.errors import UserError
 from blipds.metrics import Scores, score_captions
 from blipds.models import BlipCaption, build_model
 from blipds.monitor import NullMonitor
+from blipds.weights import load_weights
 
 SHOWN_IMAGES = 8  # on the contact sheet of each evaluation
 

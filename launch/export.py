@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from blipds import cli
-from blipds.captioner import Captioner, load_weights
+from blipds.captioner import Captioner
 from blipds.config import Config
 from blipds.data.datasets import build_image_processor
 from blipds.engine.checkpoints import STATE, find_checkpoint, read_state
@@ -38,6 +38,7 @@ from blipds.errors import UserError
 from blipds.models import BlipCaption, build_model
 from blipds.models.geometry import ORIGINAL_VISION_EPS, constants_of, geometry_of
 from blipds.models.hf_export import save_blip, save_transformers
+from blipds.weights import load_weights
 
 SHOWN_METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE")
 

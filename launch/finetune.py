@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from blipds import building, cli, distributed
-from blipds.captioner import initial_weights
 from blipds.config import Config
 from blipds.ds_config import load_ds_config
 from blipds.engine.checkpoints import find_checkpoint, newest_run, read_state
 from blipds.evaluator import evaluate_checkpoint
 from blipds.monitor import Monitor, NullMonitor
+from blipds.weights import initial_weights
 
 DEFAULT_DS_CONFIG = Path(__file__).parent.parent / "ds_configs" / "zero2.json"
 

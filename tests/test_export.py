@@ -16,13 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from blipds.captioner import Captioner, load_weights
+from blipds.captioner import Captioner
 from blipds.config import Config, load_run_config
 from blipds.errors import UserError
 from blipds.models import BlipCaption, build_model
 from blipds.models.geometry import constants_of
 from blipds.models.hf_export import save_blipds
 from blipds.models.vision import layer_norm_eps
+from blipds.weights import load_weights
 
 PROMPT = "a picture of "
 Export = Callable[..., str]

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "blipds"
 FLOORS = (
     {"__init__", "errors", "registry", "config", "ds_config", "distributed", "download"},
     {"models", "data", "metrics", "schedules", "monitor"},
-    {"engine"},
+    {"engine", "weights"},
     {"trainer", "evaluator", "captioner", "planner"},
     {"building", "cli"},
 )

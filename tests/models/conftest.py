@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from blipds.captioner import load_weights
 from blipds.config import ModelConfig
 from blipds.models import build_model
+from blipds.weights import load_weights
 
 
 @pytest.fixture(scope="session")

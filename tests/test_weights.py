@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blipds import cli
-from blipds.captioner import fill_image_statistics, hub_name_of, load_initial_weights, load_weights, take_constants
 from blipds.config import Config, DatasetConfig, ModelConfig
 from blipds.errors import UserError
 from blipds.models import BlipCaption, build_model, vision
@@ -20,6 +19,7 @@ from blipds.models.checkpoints import interpolate_pos_embed, open_checkpoint
 from blipds.models.geometry import constants_of, geometry_of
 from blipds.models.hf_export import save_blip, transformers_config
 from blipds.models.vision import encoder_mean_std, layer_norm_eps
+from blipds.weights import fill_image_statistics, hub_name_of, load_initial_weights, load_weights, take_constants
 
 WIDTH, DEPTH = 24, 2
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
