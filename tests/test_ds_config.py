@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from blipds.ds_config import NOT_HERE, SCHEMA, RunValues, check_keys, load_ds_config, precision, resolve_ds_config
+from blipds.ds_config import RunValues, check_keys, load_ds_config, precision, resolve_ds_config
+from blipds.ds_schema import NOT_HERE, SCHEMA
 from blipds.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
