@@ -110,6 +110,7 @@ class Trainer:
         self.state = state
         self.bad_images: list[str] = []  # of this rank, since the start
         self.totals = Totals(engine.device)
+        self.shown: dict[str, str] = {}  # behind the progress bar, renewed at log steps
 
     def train(self) -> None:
         """Trains from where `state` stands to the end of the plan. Collective."""
@@ -131,6 +132,7 @@ class Trainer:
 
             if plan.logs(step):
                 self.log(learning_rate, norm)
+            self.monitor.advance((step - 1) % plan.epoch_steps + 1, self.shown)
             improved = self.validate() if plan.validates(step) else False
             if improved or plan.saves(step):
                 self.save(best=improved or not self.evaluators)
@@ -195,14 +197,13 @@ class Trainer:
         if engine.loss_scale is not None:
             values |= {"loss_scale": engine.loss_scale, "skipped_steps": engine.skipped_steps}
         self.monitor.train(step, self.plan.epoch_of(step), values)
-        shown = {
+        self.shown = {
             "loss": f"{values['loss']:.4f}",
             "lr": f"{learning_rate:.2e}",
             "img/s": f"{values['images_per_s']:.1f}",
             "cap/s": f"{values['captions_per_s']:.1f}",
             "wait": f"{values['data_wait']:.0%}",
         }
-        self.monitor.advance((step - 1) % self.plan.epoch_steps + 1, shown)
         self.totals = Totals(engine.device)
         if errors:
             self.report_bad_images(self.bad_images)
