@@ -110,7 +110,7 @@ class Monitor(NullMonitor):
         self._log(split, head, values, {"missing": dict(missing), "note": note})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
         when = "" if epoch is None else f" at step {step} (epoch {epoch + 1})"
-        self.say(f"{split}{when}: {shown}{f'  [{note}]' if note else ''}")
+        self.say(f"{split}{when}: {shown or 'captions only, no references'}{f'  [{note}]' if note else ''}")
         for name, reason in missing.items():
             self.say(f"  {name} is missing: {reason}")
 

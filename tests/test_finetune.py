@@ -185,6 +185,49 @@ def test_evaluate_writes_the_captions_of_the_original_code(shared, tmp_path):
     assert [result["caption"] for result in results] == golden["captions"]["beam3_max20_min5"]
 
 
+@pytest.fixture
+def collection(tmp_path):
+    """Options for a collection of one's own: 12 images, of which two are no images."""
+    (tmp_path / "images").mkdir()
+    entries = []
+    for number in range(12):
+        Image.new("RGB", (40, 30), (20 * number, 100, 50)).save(tmp_path / "images" / f"{number}.png")
+        entries.append({"image": f"{number}.png", "caption": f"number {number}", "image_id": f"n{number}"})
+    for number in (3, 7):
+        (tmp_path / "images" / f"{number}.png").write_bytes(b"no image")
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    (tmp_path / "run.yaml").write_text(
+        f"""
+model: {{model_type: tiny, med_config_path: tests/engine/no_dropout.json}}
+datasets:
+  custom_caption:
+    build_info:
+      annotations: {{train: {{storage: {tmp_path}/train.json}}, val: {{storage: {tmp_path}/train.json}}}}
+    images: {tmp_path}/images
+run: {{output_dir: {tmp_path}/output, job_id: test, max_epoch: 1, batch_size_train: 2, num_workers: 1, log_freq: 1}}
+"""
+    )
+    return tmp_path
+
+
+def test_unreadable_images_are_named_and_left_out(collection):
+    process = launch(2, "launch/finetune.py", "--cfg-path", collection / "run.yaml")
+    assert process.returncode == 0, process.stdout[-4000:]
+    bad = (collection / "output" / "test" / "bad_images.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in bad] == [f"{collection}/images/{number}.png" for number in (3, 7)]
+    results = json.loads((collection / "output" / "test" / "results" / "val_epoch0.json").read_text())
+    assert [result["image_id"] for result in results] == [f"n{number}" for number in range(12) if number not in (3, 7)]
+
+
+def test_too_many_unreadable_images_end_the_run(collection):
+    process = launch(
+        2, "launch/finetune.py", "--cfg-path", collection / "run.yaml", "--options", "run.max_bad_images=1"
+    )
+    assert process.returncode != 0 and "Traceback" not in process.stdout
+    errors = [line for line in process.stdout.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and "2 images cannot be read, more than run.max_bad_images (1)" in errors[0]
+
+
 def test_a_mistake_is_one_line_on_two_ranks(tmp_path):
     started = time.monotonic()
     process = launch(2, "launch/finetune.py", *arguments(tmp_path, "run.max_epohc=2"), timeout=120)

@@ -37,6 +37,7 @@ class CheckpointFolder:
         if is_main:
             constants = json.dumps(constants_of(engine.model))  # type: ignore[arg-type]
             save_file(weights, partial / WEIGHTS, metadata={"format": "blipds", "config": constants})
+            (partial / WEIGHTS).chmod(0o644)  # safetensors leaves it to its owner alone
             (partial / STATE).write_text(json.dumps({"run": run, "shape": shape}, indent=2))
         distributed.barrier()
         if is_main:
