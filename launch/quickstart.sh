@@ -7,7 +7,7 @@ install_blipds ""
 cd "$root"
 
 echo "== DeepSpeed's compiled parts"
-python -m blipds.engine.ops
+python -m blipds.engine
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=$((gpus > 0 ? gpus : 2))

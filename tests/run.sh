@@ -12,6 +12,6 @@ ruff format --check .
 echo "== mypy"
 mypy
 echo "== DeepSpeed's compiled parts"
-python -m blipds.engine.ops
+python -m blipds.engine
 echo "== pytest"
 python -m pytest --durations=10 "$@"
