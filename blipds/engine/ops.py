@@ -1,7 +1,4 @@
-"""What DeepSpeed compiles on first use: built once on each node, before the ranks need it.
-
-python -m blipds.engine.ops     compiles for the device at hand, so that later starts are quick
-"""
+"""What DeepSpeed compiles on first use: built once on each node, before the ranks need it."""
 
 import contextlib
 import io
@@ -87,7 +84,3 @@ def clear_stale_lock(lock: Path) -> bool:
                 return False
     lock.unlink(missing_ok=True)
     return True
-
-
-if __name__ == "__main__":
-    prepare_ops(offload=False)
