@@ -70,7 +70,11 @@ class Evaluator:
         mine: dict[int, str] = {}
         errors: list[str] = []
         progress = tqdm(
-            self.loader, desc=f"caption {self.split}", unit="batch", leave=False, disable=not distributed.is_main()
+            self.loader,
+            desc=f"caption {self.split}",
+            unit="batch",
+            leave=False,
+            disable=None if distributed.is_main() else True,
         )
         for batch in progress:
             errors += batch.errors

@@ -31,7 +31,8 @@ run_dir = Path(sys.argv[1])
 config, _ = load_run_config(run_dir / "config.yaml")
 dataset = build_dataset("shapes_caption", config, "test", training=False)
 references = {record.image_id: list(record.captions) for record in dataset.records}
-captions = {entry["image_id"]: entry["caption"] for entry in json.loads((run_dir / "results/test.json").read_text())}
+results = next(run_dir.glob("results/test_epoch*.json"))
+captions = {entry["image_id"]: entry["caption"] for entry in json.loads(results.read_text())}
 lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 cider = next(line["CIDEr"] for line in reversed(lines) if line.get("split") == "test")
 human = score_held_out_reference(references).values["CIDEr"]
@@ -40,7 +41,7 @@ print(f"CIDEr of one given caption against the other four: {human:.2f}\n")
 for image_id in list(captions)[:5]:
     print(f"  {captions[image_id]}\n      given: {references[image_id][0]}")
 print(f"""
-captions     {run_dir}/results/test.json
+captions     {results}
 samples      {run_dir}/samples
 checkpoint   {run_dir}/checkpoints/best
 curves       tensorboard --logdir {run_dir.parent}""")
