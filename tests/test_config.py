@@ -102,7 +102,7 @@ def test_precedence(load):
     # dataclass < packaged model < run config < --options
     assert config.model.label_smoothing == 0.1
     assert config.model.image_size == 64
-    assert config.model.vit_kwargs == {"embed_dim": 128, "depth": 4, "num_heads": 2, "patch_size": 8}
+    assert config.model.vit_kwargs == {"embed_dim": 128, "depth": 4, "num_heads": 4, "patch_size": 8}
     assert config.model.max_txt_len == 30
     assert config.model.prompt == "an image of "
     # dataclass < packaged dataset < run config < --options
@@ -120,7 +120,7 @@ def test_options_choose_the_packaged_model(load):
 
 def test_options_reach_into_open_dictionaries(load):
     config = load("model: {model_type: tiny}", "model.vit_kwargs.depth=2")
-    assert config.model.vit_kwargs == {"embed_dim": 128, "depth": 2, "num_heads": 2, "patch_size": 8}
+    assert config.model.vit_kwargs == {"embed_dim": 128, "depth": 2, "num_heads": 4, "patch_size": 8}
 
 
 def test_an_empty_config_is_all_defaults(load):

@@ -111,7 +111,11 @@ def test_evaluate_writes_what_the_run_wrote(finished, tmp_path):
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
-    """fp32, so that losses can be compared to the last digit; killed in the second epoch, after a checkpoint."""
+    """fp32; killed in the second epoch, after a checkpoint.
+
+    Not to the last digit yet: DeepSpeed's CPU Adam multiplies its bias corrections up from step to step, and after a
+    resume computes them anew as powers, which differ by a rounding (csrc/adam/cpu_adam_impl.cpp, IncrementStep).
+    """
     fp32 = json.loads((REPOSITORY / ZERO2).read_text())
     fp32["bf16"]["enabled"] = fp32["fp16"]["enabled"] = False
     ds_config = tmp_path / "fp32.json"
@@ -138,9 +142,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     assert resumed.returncode == 0, resumed.stdout[-4000:]
     assert "resumed    after step 6" in resumed.stdout
     losses = [[line["loss"] for line in lines(tmp_path / run / "test", "train")] for run in ("whole", "cut")]
-    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     scores = [[line["CIDEr"] for line in lines(tmp_path / run / "test", "eval")] for run in ("whole", "cut")]
-    assert scores[0] == scores[1]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
 
 
 def test_a_checkpoint_of_two_ranks_under_zero3_exports_as_one_under_zero0(tmp_path):
