@@ -202,7 +202,7 @@ _NOT_HERE: Mapping[str, str] = {
     "blipds has no optimizer that uses it": "optimizer.legacy_fusion "
     "zero_optimization.save_muon_momentum_buffer_in_memory",
     "it updates weights from stale gradients, and blipds keeps every step exact": "zero_optimization.zenflow",
-    "it restarts the program with other batch sizes; launch/plan.py says what fits": "autotuning",
+    "it restarts the program with other batch sizes; the run config owns them": "autotuning",
     "it is for language models and inference": "hybrid_engine weight_quantization data_types.keep_in_fp32_modules",
     "DeepSpeed reads it and trains the same": "vocabulary_size disable_allgather",
     'it is the old name of "bf16"': "bfloat16",
