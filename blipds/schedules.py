@@ -1,6 +1,7 @@
 """Learning-rate schedules: LAVIS's three, and a cosine by the step."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from blipds.errors import UserError
@@ -8,7 +9,7 @@ from blipds.registry import SCHEDULES
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(ABC):
     """What all schedules share: plain values under the run config's names, and LAVIS's warm-up.
 
     `total_steps` counts the optimiser steps of the whole run.
@@ -48,9 +49,9 @@ class Schedule:
         """From `init_lr` at progress 0 to `min_lr` at progress 1."""
         return self.min_lr + (self.init_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
+    @abstractmethod
     def lr(self, epoch: int, step: int, global_step: int) -> float:
         """The rate for the step about to be taken; `step` counts inside the epoch, and all three count from 0."""
-        raise NotImplementedError
 
 
 @SCHEDULES.register("constant_lr")

@@ -113,8 +113,8 @@ def test_evaluate_writes_what_the_run_wrote(finished, tmp_path):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     """fp32; killed in the second epoch, after a checkpoint.
 
-    Not to the last digit yet: DeepSpeed's CPU Adam multiplies its bias corrections up from step to step, and after a
-    resume computes them anew as powers, which differ by a rounding (csrc/adam/cpu_adam_impl.cpp, IncrementStep).
+    Not to the last digit yet. The likely cause: DeepSpeed's CPU Adam multiplies its bias corrections up from step to
+    step, and after a resume computes them as powers, a rounding away (csrc/includes/cpu_adam.h, IncrementStep).
     """
     fp32 = json.loads((REPOSITORY / ZERO2).read_text())
     fp32["bf16"]["enabled"] = fp32["fp16"]["enabled"] = False
