@@ -85,7 +85,10 @@ class ImagesConfig:
 
 @dataclass
 class BuildInfo:
-    """`datasets.<name>.build_info:`; relative paths start at `env.cache_root`."""
+    """`datasets.<name>.build_info:`; relative paths start at `env.cache_root`.
+
+    Where only `storage` is to be said, the path may stand in the section's place: `annotations.train: my/train.csv`.
+    """
 
     annotations: dict[str, AnnotationConfig] = field(default_factory=dict)
     images: ImagesConfig = field(default_factory=ImagesConfig)
@@ -370,7 +373,7 @@ def check_schema(value: Any, schema: Any, key: str) -> None:
             check_schema(inner, get_args(schema)[1], f"{key}.{name}" if key else str(name))
     elif get_origin(schema) is list and isinstance(value, dict):
         raise UserError(f"{key} is {value!r}; expected a list")
-    elif is_dataclass(schema) and value is not None:
+    elif is_dataclass(schema) and value is not None and not is_storage(value, schema):
         if not isinstance(value, dict):
             raise UserError(f"{key} is {value!r}; expected a section with {', '.join(f.name for f in fields(schema))}")
         hints = get_type_hints(schema)
@@ -381,11 +384,18 @@ def check_schema(value: Any, schema: Any, key: str) -> None:
             check_schema(inner, hints[name], here)
 
 
+def is_storage(value: Any, schema: Any) -> bool:
+    """Whether a path, or a list of them, stands in the place of a split's section."""
+    return schema is AnnotationConfig and isinstance(value, str | list)
+
+
 def conform(value: Any, schema: Any) -> Any:
     """LAVIS writes one file name for a list of one, whole floats for integers, and empty sections."""
     if is_dataclass(schema):
         if value is None:
             return {}
+        if is_storage(value, schema):
+            value = {"storage": value}
         hints = get_type_hints(schema)
         return {name: conform(inner, hints[name]) for name, inner in value.items()}
     if get_origin(schema) is dict:

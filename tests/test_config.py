@@ -193,6 +193,20 @@ def test_one_name_for_a_list(load):
     assert config.run.valid_splits == ["val"]
 
 
+def test_a_path_in_place_of_a_splits_section(load):
+    config = load(
+        "datasets: {coco_caption: {build_info: {annotations: {train: a.tar, val: [b.csv, c.csv]}}}}",
+        "datasets.coco_caption.build_info.annotations.test=d",
+    )
+    annotations = config.datasets["coco_caption"].build_info.annotations
+    assert {split: files.storage for split, files in annotations.items()} == {
+        "train": ["a.tar"],
+        "val": ["b.csv", "c.csv"],
+        "test": ["d"],
+    }
+    assert annotations["train"].md5 == ["aa31ac474cf6250ebb81d18348a07ed8"]  # the packaged rest of the section stays
+
+
 def test_lavis_evaluation_processors_may_have_an_empty_prompt(load):
     config = load("datasets: {coco_caption: {text_processor: {eval: {name: blip_caption, prompt: ''}}}}")
     assert config.datasets["coco_caption"].text_processor.eval.prompt == ""
