@@ -3,8 +3,8 @@
     python tests/benchmarks/shards.py [--rounds 3] [--image-size 128]
 
 Packs the photographs into shards in a temporary folder, then for two ranks with two workers each, one rank after the
-other: images a second of an epoch, once from files and once from shards, alternating. Every epoch is checked: each image
-exactly once over the two ranks, and the same again where it is begun, left in the middle, and taken up from there.
+other: images a second of an epoch, once from files and once from shards, alternating. Every epoch is checked: each
+image exactly once over the two ranks, and so too where it is left in the middle and taken up from there.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 
-from packing import shards  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from packing import shards
+from tqdm import tqdm
 
-from blipds.data.annotations import read_annotations  # noqa: E402
-from blipds.data.datasets import CaptionDataset  # noqa: E402
-from blipds.data.loader import TrainLoader  # noqa: E402
-from blipds.data.processors import BlipImageTrain  # noqa: E402
-from blipds.data.tokenizer import CaptionTokenizer  # noqa: E402
+from blipds.data.annotations import read_annotations
+from blipds.data.datasets import CaptionDataset
+from blipds.data.loader import TrainLoader
+from blipds.data.processors import BlipImageTrain
+from blipds.data.tokenizer import CaptionTokenizer
 
 FLICKR8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "flickr8k"
 
