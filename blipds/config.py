@@ -5,6 +5,7 @@ of each dataset (`blipds/configs`), the run config, `--options`. Names and meani
 run_configs/README.md explains every key.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -104,6 +105,16 @@ class ImageProcessorConfig:
     max_scale: float | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("mean", -math.inf), ("std", 0)):
+            values = getattr(self, name)
+            good = values is None or (len(values) == 3 and all(lowest < value < math.inf for value in values))
+            check(f"vis_processor: {name}", values, good, "three numbers" + " above 0" * (name == "std"))
+        low = 0.5 if self.min_scale is None else self.min_scale
+        high = 1.0 if self.max_scale is None else self.max_scale
+        allowed = "more than 0, at most 1, the smaller one first"
+        check("vis_processor: [min_scale, max_scale]", [low, high], 0 < low <= high <= 1, allowed)
 
 
 @dataclass
@@ -209,7 +220,8 @@ class RunConfig:
         for name in ("log_freq", "val_freq", "save_freq"):
             check(f"run.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in ("num_workers", "warmup_steps", "max_bad_images", "weight_decay", "init_lr", "min_lr", "min_len"):
-            check(f"run.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
+            check(f"run.{name}", getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
+        check("run.length_penalty", self.length_penalty, math.isfinite(self.length_penalty), "a number")
         for name in ("max_iters", "iters_per_inner_epoch", "limit_train", "limit_val", "val_steps", "max_grad_norm"):
             value = getattr(self, name)
             check(f"run.{name}", value, value is None or value > 0, "more than 0, or null")

@@ -78,6 +78,8 @@ def read_annotations(
             others.add(entry.split)
     if not gathered.images and others:
         raise UserError(f"{paths[0]}: no split '{split}'; it has {', '.join(sorted(map(str, others)))}")
+    if not gathered.images:
+        raise UserError(f"{paths[0]}: no image in it")
     annotations = gathered.annotations()
     if captions_needed:
         return captioned(annotations, paths[0])

@@ -126,6 +126,9 @@ def annotated(dataset: DatasetConfig, config: Config, split: str, training: bool
             f"no annotation file for split '{split}': give datasets.<name>.build_info.annotations.{split}.storage; "
             f"{nearest(split, known)}"
         )
+    for storage in splits[split].storage:
+        if storage.startswith("pipe:") or "://" in storage:
+            raise UserError(f"{storage}: streams are not read; download it, and give the path of the file")
     cache_root = Path(config.env.cache_root).expanduser()
     images = dataset.images or dataset.build_info.images.storage
     image_root = None if images is None else cache_root / Path(images).expanduser()

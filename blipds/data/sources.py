@@ -47,10 +47,15 @@ class ShardImage:
     offset: int
     size: int
 
+    @property
+    def path(self) -> Path:
+        """The file that changes where the image does."""
+        return Path(self.shard)
+
     def open(self) -> Image.Image:
         with open(self.shard, "rb") as file:  # noqa: PTH123 (a Path costs as much as the open)
             file.seek(self.offset)
-            return load_image(str(self), io.BytesIO(file.read(self.size)))
+            return load_image(str(self), data=io.BytesIO(file.read(self.size)))
 
     def __str__(self) -> str:
         return f"{self.shard}/{self.member}"

@@ -195,6 +195,14 @@ def test_without_an_image_folder_names_start_beside_the_file(folder):
     assert str(dataset.records[0].image) == str(folder / "my" / "a.png")
 
 
+@pytest.mark.parametrize("storage", ["pipe:cat a.tar", "https://example.org/{000..012}.tar"])
+def test_streams_are_refused(folder, storage):
+    given = config(folder)
+    given.datasets["custom_caption"].build_info.annotations["train"].storage = [storage]
+    with pytest.raises(UserError, match="streams are not read; download it"):
+        build_dataset("custom_caption", given, "train", training=True)
+
+
 def test_has_split(folder):
     dataset = config(folder).datasets["custom_caption"]
     dataset.build_info.annotations["test"] = AnnotationConfig()

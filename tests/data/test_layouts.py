@@ -275,6 +275,7 @@ def test_unclear_folders(tmp_path, photographs):
         ('{"images": [{"sentences": []}]}', "image 0: expected 'filename', 'split', 'sentences' with 'raw'"),
         ("image,caption\na.jpg,one\n,two\n", "line 3: expected an object with 'image', a file name"),
         ('image,caption\na.jpg,"one\n', "line 2: unexpected end of data"),
+        ("image,caption\n", "no image in it"),
         ("a.jpg#0\tone\nb.jpg two\n", "line 2: expected name.jpg#0<TAB>caption; got 'b.jpg two'"),
     ],
 )
