@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -84,6 +84,8 @@ class ImageProcessor(Protocol):
     def mean(self) -> tuple[float, float, float]: ...
     @property
     def std(self) -> tuple[float, float, float]: ...
+    @property
+    def is_random(self) -> bool: ...
     def __call__(self, image: Image.Image) -> Tensor: ...
 
 
@@ -98,6 +100,7 @@ class BlipImageEval:
     image_size: int
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    is_random: ClassVar[bool] = False
 
     def __call__(self, image: Image.Image) -> Tensor:
         return to_pixels(_resize(image, self.image_size))
@@ -117,6 +120,7 @@ class BlipImageTrain:
     max_scale: float = 1.0
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    is_random: ClassVar[bool] = True
 
     def __call__(self, image: Image.Image) -> Tensor:
         box = random_crop_box(image.width, image.height, self.min_scale, self.max_scale)
