@@ -24,7 +24,7 @@ from blipds.ds_config import (
 from blipds.engine import Engine, checkpointed, default_precision, parameter_groups, prepare_ops
 from blipds.engine.checkpoints import load_engine, read_state, shape_of
 from blipds.errors import UserError
-from blipds.evaluator import build_evaluators
+from blipds.evaluator import Evaluator, build_evaluators
 from blipds.image_embeds import cache_image_embeds
 from blipds.models import build_model, read_text_config
 from blipds.models.checkpoints import open_checkpoint
@@ -62,6 +62,8 @@ def build_trainer(
         read_from_cache(config, engine, datasets, monitor)
     for line in start_block(config, ds_config, engine.model, plan, loader, run_dir, state):
         monitor.say(line)
+    for line in data_notices(loader, evaluators):
+        monitor.say(f"data       {line}")
     return Trainer(
         engine,
         loader,
@@ -212,4 +214,14 @@ def start_block(
     ]
     if state.global_step:
         lines.append(f"resumed    after step {state.global_step}")
+    return lines
+
+
+def data_notices(loader: TrainLoader, evaluators: list[Evaluator]) -> list[str]:
+    """What was left out of the training data, and which images are trained on and evaluated."""
+    lines = [f"{dataset.name}: {notice}" for dataset in loader.datasets for notice in dataset.notices]
+    trained = {str(record.image) for dataset in loader.datasets for record in dataset.records}
+    for evaluator in evaluators:
+        if shared := [record.image for record in evaluator.dataset.records if str(record.image) in trained]:
+            lines.append(f"{len(shared)} images of {evaluator.split} are trained on too; the first: {shared[0]}")
     return lines
