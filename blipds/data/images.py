@@ -168,7 +168,8 @@ class EmbedStore:
 def embeds_key(encoder: str, records: Sequence[Record], processor: ImageProcessor) -> str:
     """What features depend on, in 32 hexadecimal digits: encoder (a hash of its weights), processor, and the images.
 
-    A file is known by its path, size and time of change; reading every byte would cost as much as decoding.
+    A file (for an image in a shard: the shard) is known by its path, size and time of change; reading every byte would
+    cost as much as decoding.
     """
     digest = hashlib.blake2b(f"{encoder}\n{processor!r}\n".encode(), digest_size=16)
     for record in records:

@@ -17,6 +17,7 @@ import csv
 import io
 import json
 import os
+import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -195,7 +196,7 @@ def id_of(row: dict[str, Any], name: str, place: str) -> str | int:
 
 def default_id(name: str) -> str | int:
     """The number at the end of a COCO file name, else the name without its suffix."""
-    stem = str(PurePosixPath(name).with_suffix(""))
+    stem = posixpath.splitext(posixpath.normpath(name))[0]
     number = COCO_NUMBER.search(stem)
     return int(number[1]) if number else stem
 

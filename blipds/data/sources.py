@@ -78,6 +78,8 @@ def inside(root: str, image: str) -> Path:
     path = os.path.normpath(os.path.join(root, image))  # noqa: PTH118 (a Path for each caption is slow)
     if CONTROL.search(image):
         raise UserError(f"image name {image!r} holds control characters")
+    if path == root:
+        raise UserError(f"image name {image!r} names the image folder {root} itself")
     if os.path.commonpath([root, path]) != root:
         raise UserError(
             f"image {image!r} lies outside of the image folder {root}; where it is meant, give a folder above it as "
