@@ -47,10 +47,10 @@ def build_trainer(
     evaluators = build_evaluators(config, run.valid_splits, captioner)
     plan = build_plan(config, loader.steps_per_epoch)
     schedule = build_schedule(config, plan)
+    state = RunState() if resumed is None else RunState(**read_state(resumed)["run"])
+    loader.start(*divmod(state.global_step, loader.steps_per_epoch))  # images are read while the model is built
     engine = build_engine(config, ds_config, resumed, monitor)
-    state = RunState()
     if resumed is not None:
-        state = RunState(**read_state(resumed)["run"])
         load_engine(engine, resumed, shape_of(engine, loader.global_batch))
     for line in start_block(config, ds_config, engine.model, plan, loader, run_dir, state):
         monitor.say(line)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from blipds.data.processors import load_image
+from blipds.data.processors import Shrink, load_image
 from blipds.errors import UserError
 
 COCO_NUMBER = re.compile(r"_(\d{12})$")  # COCO_val2014_000000391895
@@ -19,16 +19,16 @@ COCO_NUMBER = re.compile(r"_(\d{12})$")  # COCO_val2014_000000391895
 class ImageSource(Protocol):
     """Where an image comes from; `str()` of it names the image in messages."""
 
-    def open(self) -> Image.Image:
-        """The image as RGB; OSError where it cannot be read."""
+    def open(self, shrink: Shrink | None = None) -> Image.Image:
+        """The image as RGB; OSError where it cannot be read. It may be smaller by `shrink(width, height)`."""
 
 
 @dataclass(frozen=True)
 class ImageFile:
     path: Path
 
-    def open(self) -> Image.Image:
-        return load_image(self.path)
+    def open(self, shrink: Shrink | None = None) -> Image.Image:
+        return load_image(self.path, shrink)
 
     def __str__(self) -> str:
         return str(self.path)

@@ -67,7 +67,7 @@ class CaptionDataset(Dataset[Sample]):
         record, captions = self.groups[index]
         image = self.records[record].image
         try:
-            picture = image.open()
+            picture = image.open(self.image_processor.shrink)
         except OSError as error:
             return Sample(None, [], f"{image}: {error}")
         with torch.random.fork_rng(devices=[]):

@@ -35,7 +35,7 @@ class Noise:
     def __init__(self, number):
         self.number = number
 
-    def open(self):
+    def open(self, shrink=None):
         if self.number is None:
             raise OSError("broken")
         pixels = np.random.default_rng(self.number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
@@ -220,6 +220,20 @@ def test_resuming_gives_the_same_batches(tokenizer):
     with_workers = loader(tokenizer, [noise_dataset()], micro_batch=2, accumulation=2, num_workers=1)
     next(with_workers.windows(epoch=0))  # left in the middle, as a crash or a limit does
     assert contents(with_workers.windows(epoch=3, first_step=4)) == whole[4:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_workers_started_early_give_the_same_batches(tokenizer, num_workers):
+    """As building does it; what was started for another place (an evaluation's, a resumed run's) is left."""
+    whole = contents(loader(tokenizer, [noise_dataset()], micro_batch=4).windows(epoch=3))
+    mine = loader(tokenizer, [noise_dataset()], micro_batch=4, num_workers=num_workers)
+    state = torch.get_rng_state()
+    mine.start(epoch=3, first_step=2)
+    assert torch.equal(torch.get_rng_state(), state)  # the model's random weights are drawn after it
+    assert contents(mine.windows(epoch=3, first_step=2)) == whole[2:]
+    mine.start(epoch=1)
+    assert contents(mine.windows(epoch=3, first_step=4)) == whole[4:]
+    assert contents(mine.windows(epoch=3, first_step=5)) == whole[5:]
 
 
 def test_datasets_share_mean_and_std(tokenizer):
