@@ -1,5 +1,6 @@
 """Builds the parts of a training run from its configs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from blipds import distributed
 from blipds.captioner import Captioner
 from blipds.config import Config
-from blipds.data.datasets import build_dataset
+from blipds.data.datasets import CaptionDataset, build_dataset
 from blipds.data.loader import TrainLoader
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.ds_config import (
@@ -22,7 +23,9 @@ from blipds.ds_config import (
 )
 from blipds.engine import Engine, checkpointed, default_precision, parameter_groups, prepare_ops
 from blipds.engine.checkpoints import load_engine, read_state, shape_of
+from blipds.errors import UserError
 from blipds.evaluator import build_evaluators
+from blipds.image_embeds import cache_image_embeds
 from blipds.models import build_model, read_text_config
 from blipds.models.checkpoints import open_checkpoint
 from blipds.models.lr_scales import lr_scales
@@ -45,13 +48,19 @@ def build_trainer(
     captioner = Captioner.from_config(config)
     loader = build_loader(config, captioner.tokenizer)
     evaluators = build_evaluators(config, run.valid_splits, captioner)
+    datasets = [*loader.datasets, *(evaluator.dataset for evaluator in evaluators)]
+    if config.model.cache_image_embeds:
+        refuse_random_processors(datasets)
     plan = build_plan(config, loader.steps_per_epoch)
     schedule = build_schedule(config, plan)
     state = RunState() if resumed is None else RunState(**read_state(resumed)["run"])
-    loader.start(*divmod(state.global_step, loader.steps_per_epoch))  # images are read while the model is built
+    if not config.model.cache_image_embeds:  # images are read while the model is built, unless features replace them
+        loader.start(*divmod(state.global_step, loader.steps_per_epoch))
     engine = build_engine(config, ds_config, resumed, monitor)
     if resumed is not None:
         load_engine(engine, resumed, shape_of(engine, loader.global_batch))
+    if config.model.cache_image_embeds:
+        read_from_cache(config, engine, datasets, monitor)
     for line in start_block(config, ds_config, engine.model, plan, loader, run_dir, state):
         monitor.say(line)
     return Trainer(
@@ -147,6 +156,31 @@ def build_engine(config: Config, ds_config: Section, resumed: Path | None, monit
     scales = lr_scales((name for name, _ in model.named_parameters()), run.lr_scale, run.lr_layer_decay)
     groups = parameter_groups(model, run.weight_decay, run.weight_decay_on, scales)
     return Engine(model, ds_config, groups, precision(ds_config))
+
+
+def refuse_random_processors(datasets: Sequence[CaptionDataset]) -> None:
+    for dataset in datasets:
+        if dataset.image_processor.is_random:
+            raise UserError(
+                f"model.cache_image_embeds keeps one encoding an image, but the processor of datasets.{dataset.name} "
+                "draws at random: give vis_processor.train.name=blip_image_eval"
+            )
+
+
+def read_from_cache(config: Config, engine: Engine, datasets: Sequence[CaptionDataset], monitor: NullMonitor) -> None:
+    """Makes the datasets give features instead of pixels. Collective."""
+    model, run = config.model, config.run
+    given = model.cache_image_embeds
+    folder = given if isinstance(given, str) else f"{config.env.cache_root}/image_embeds"
+    cache_image_embeds(
+        engine,
+        datasets,
+        Path(folder).expanduser(),
+        encoder_name=f"{model.vit_type} {sorted(model.vit_kwargs.items())}",
+        batch_size=run.batch_size_eval,
+        num_workers=run.num_workers,
+        say=monitor.say,
+    )
 
 
 def start_block(

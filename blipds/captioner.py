@@ -14,7 +14,7 @@ from blipds.models.generation import GenerationConfig
 
 
 class Captioner:
-    """Turns pixels into captions. The model comes with each call: during training it is the engine's."""
+    """Turns images into captions. The model comes with each call: during training it is the engine's."""
 
     def __init__(self, tokenizer: CaptionTokenizer, generation: GenerationConfig, seed: int) -> None:
         if generation.max_len <= len(tokenizer.prompt_ids):
@@ -42,12 +42,15 @@ class Captioner:
         tokenizer = CaptionTokenizer(config.model.tokenizer, config.model.prompt, config.model.max_txt_len)
         return cls(tokenizer, generation, run.seed)
 
-    def caption(self, model: BlipCaption, pixel_values: Tensor, names: Sequence[object]) -> list[str]:
-        """One caption an image, pixel_values (I, 3, H, W). `names` seed nucleus sampling, image by image."""
-        device = pixel_values.device
+    def caption(self, model: BlipCaption, images: dict[str, Tensor], names: Sequence[object]) -> list[str]:
+        """One caption an image. `images` is {"pixel_values": (I, 3, H, W)} or {"image_embeds": (I, N, width)}.
+
+        `names` seed nucleus sampling, image by image.
+        """
+        device = next(iter(images.values())).device
         prompt_ids = torch.tensor(self.tokenizer.prompt_ids, device=device)
         uniform = self.uniform(names).to(device) if self.generation.use_nucleus_sampling else None
-        sequences = model.generate(pixel_values, prompt_ids, self.tokenizer.eos_token_id, self.generation, uniform)
+        sequences = model.generate(prompt_ids, self.tokenizer.eos_token_id, self.generation, uniform, **images)
         return [self.tokenizer.decode(sequence) for sequence in sequences]
 
     def uniform(self, names: Sequence[object]) -> Tensor:

@@ -47,6 +47,7 @@ class ModelConfig:
     vit_ckpt_layer: int | None = None
     text_grad_ckpt: bool = False
     freeze_vit: bool = False
+    cache_image_embeds: bool | str = False
     image_size: int = 384
     med_config_path: str | None = None
     tokenizer: str | None = None
@@ -65,6 +66,10 @@ class ModelConfig:
         )
         check("model.max_txt_len", self.max_txt_len, self.max_txt_len > 1, "at least 2 tokens")
         check("model.label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "0 or more, below 1")
+        if self.cache_image_embeds and not self.freeze_vit:
+            raise UserError(
+                "model.cache_image_embeds needs model.freeze_vit: features of an encoder that learns change"
+            )
         if self.vit_ckpt_layer is not None:
             check("model.vit_ckpt_layer", self.vit_ckpt_layer, self.vit_ckpt_layer >= 0, "0 or more blocks")
 

@@ -51,14 +51,9 @@ class Evaluator:
         self.dataset = dataset
         self.captioner = captioner
         self.references = references
-        self.loader = EvalLoader(
-            dataset,
-            captioner.tokenizer,
-            batch=batch_size,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            workers=num_workers,
-        )
+        # each image once, without fillers: the shares of the ranks may differ by one
+        mine = range(distributed.rank(), len(dataset.records), distributed.world_size())
+        self.loader = EvalLoader(dataset, mine, batch_size=batch_size, num_workers=num_workers)
 
     def evaluate(
         self, model: BlipCaption, device: torch.device, dtype: torch.dtype, results: Path | None = None
@@ -80,8 +75,8 @@ class Evaluator:
             errors += batch.errors
             if batch.indices:
                 names = [self.dataset.records[index].image_id for index in batch.indices]
-                pixel_values = batch.images.to(device, dtype)
-                mine.update(zip(batch.indices, self.captioner.caption(model, pixel_values, names), strict=True))
+                images = batch.images.model_inputs(device, dtype)
+                mine.update(zip(batch.indices, self.captioner.caption(model, images, names), strict=True))
         shares = distributed.gather((mine, errors))
         captions = dict(sorted(item for share, _ in shares for item in share.items()))
         errors = [error for _, share in shares for error in share]

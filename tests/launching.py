@@ -25,9 +25,13 @@ def command(ranks: int, script: Path | str, *arguments: object) -> list[str]:
 
 
 def launch(ranks: int, script: Path | str, *arguments: object, timeout: float = 600) -> subprocess.CompletedProcess:
-    """Runs to the end from the repository's root; stdout and stderr come back as one text."""
-    return subprocess.run(
-        command(ranks, script, *arguments),
+    """Runs to the end from the repository's root; stdout and stderr come back as one text.
+
+    A run that ends well leaves no shared memory behind.
+    """
+    typed = command(ranks, script, *arguments)
+    process = subprocess.run(
+        typed,
         cwd=REPOSITORY,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -35,3 +39,7 @@ def launch(ranks: int, script: Path | str, *arguments: object, timeout: float = 
         text=True,
         timeout=timeout,
     )
+    if process.returncode == 0 and ranks > 1:
+        port = typed[typed.index("--master_port") + 1]
+        assert list(Path("/dev/shm").glob(f"*_{port}_*")) == []
+    return process

@@ -230,6 +230,10 @@ def test_lavis_evaluation_processors_may_have_an_empty_prompt(load):
         ("run: {top_p: 1.5}", "run.top_p is 1.5; allowed: more than 0, at most 1"),
         ("model: {label_smoothing: 1}", "model.label_smoothing is 1.0; allowed: 0 or more, below 1"),
         (
+            "model: {cache_image_embeds: true}",
+            "model.cache_image_embeds needs model.freeze_vit: features of an encoder that learns change",
+        ),
+        (
             "datasets: {coco_caption: {captions_per_image: every}}",
             "datasets.coco_caption.captions_per_image is 'every'; allowed: a number from 1, or all",
         ),

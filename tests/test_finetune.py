@@ -243,12 +243,19 @@ def test_a_mistake_is_one_line_on_two_ranks(tmp_path):
     assert not (tmp_path / "test").exists()
 
 
+AUGMENTED = "datasets.shapes_caption.vis_processor.train.name=blip_image_train"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["datasets.flickr8k_caption.images=nowhere"], r"no such image folder: .*nowhere"),
         (["datasets.nonsense_caption.images=x"], r"unknown dataset 'nonsense_caption'; .*shapes_caption"),
         (["run.lr_sched=cosine"], r"unknown lr_sched 'cosine'; did you mean 'cosine_step_lr'\?"),
+        (
+            ["model.freeze_vit=true", "model.cache_image_embeds=true", AUGMENTED],
+            r"cache_image_embeds keeps one encoding an image.*name=blip_image_eval",
+        ),
         (["model.finetuned=nowhere.pth", "model.load_finetuned=true"], r"nowhere.pth: no such file"),
     ],
 )

@@ -1,6 +1,6 @@
 """Datasets by name, and the samples that they give."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from blipds.config import Config, DatasetConfig, ImageProcessorConfig
 from blipds.data.annotations import Annotations, Record, annotations_of, read_annotations
+from blipds.data.images import ImageBatch, ImageReader, PixelReader
 from blipds.data.processors import ImageProcessor
 from blipds.data.shapes import make_scenes
 from blipds.errors import UserError, nearest
@@ -19,9 +20,12 @@ from blipds.registry import DATASETS, PROCESSORS
 
 @dataclass(frozen=True)
 class Sample:
-    """An image with the captions that share its encoding; `error` names an image that could not be read."""
+    """An image with the captions that share its encoding; `error` names an image that could not be read.
 
-    pixels: Tensor | None
+    `image` is what the dataset's reader gives: uint8 pixels (3, H, W), or features (tokens, width).
+    """
+
+    image: Tensor | None
     captions: list[str]
     error: str | None = None
 
@@ -46,6 +50,7 @@ class CaptionDataset(Dataset[Sample]):
         self.name = name
         self.records = annotations.records
         self.image_processor = image_processor
+        self.reader: ImageReader = PixelReader(self.records, image_processor)
         self.text_processor = text_processor
         self.groups: list[tuple[int, tuple[int, ...]]]  # (record, its captions)
         if not training:
@@ -65,18 +70,26 @@ class CaptionDataset(Dataset[Sample]):
     def sample(self, index: int, seed: int) -> Sample:
         """Sample `index`, augmented by a random state that `seed` alone decides."""
         record, captions = self.groups[index]
-        image = self.records[record].image
-        try:
-            picture = image.open(self.image_processor.shrink)
-        except OSError as error:
-            return Sample(None, [], f"{image}: {error}")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            pixels = self.image_processor(picture)
-        return Sample(pixels, [self.text_processor(self.records[record].captions[k]) for k in captions])
+        image, error = self.image(record, seed)
+        if image is None:
+            return Sample(None, [], error)
+        return Sample(image, [self.text_processor(self.records[record].captions[k]) for k in captions])
 
     def __getitem__(self, index: int) -> Sample:
         return self.sample(index, seed=0)
+
+    def image(self, record: int, seed: int = 0) -> tuple[Tensor | None, str | None]:
+        """The image of a record, or a line that says why it cannot be read."""
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return self.reader.read(record), None
+        except OSError as error:
+            return None, f"{self.records[record].image}: {error}"
+
+    def image_batch(self, images: Sequence[Tensor | None]) -> ImageBatch:
+        """Images of this dataset, stacked; None becomes a blank."""
+        return self.reader.batch(images)
 
 
 def build_dataset(name: str, config: Config, split: str, training: bool) -> CaptionDataset:

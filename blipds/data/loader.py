@@ -1,7 +1,7 @@
 """Batches: which samples, in which order, on which rank, and as which tensors."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -10,28 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from blipds.data.datasets import CaptionDataset, Sample
-from blipds.data.processors import ImageProcessor
+from blipds.data.images import ImageBatch
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
-
-
-@dataclass
-class Images:
-    """uint8 pixels (I, 3, H, W), and what normalises them on the device."""
-
-    pixels: Tensor
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """pixel_values (I, 3, H, W), normalised in fp32. Bytes travel, not floats: a quarter of the traffic."""
-        pixels = self.pixels.to(device, non_blocking=True).float().div_(255)
-        mean = torch.tensor(self.mean, device=device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=device).view(3, 1, 1)
-        return pixels.sub_(mean).div_(std).to(dtype)
-
-    def pin_memory(self) -> "Images":
-        return Images(self.pixels.pin_memory(), self.mean, self.std)
 
 
 @dataclass
@@ -43,7 +24,7 @@ class Batch:
     a filler, which completes the last global batch of an epoch. `num_images` and `num_captions` do not count fillers.
     """
 
-    images: Images
+    images: ImageBatch
     input_ids: Tensor
     label_positions: Tensor
     labels: Tensor
@@ -54,7 +35,7 @@ class Batch:
     def model_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The arguments of `BlipCaption.forward`, on the device."""
         return {
-            "pixel_values": self.images.to(device, dtype),
+            **self.images.model_inputs(device, dtype),
             "input_ids": self.input_ids.to(device, non_blocking=True),
             "label_positions": self.label_positions.to(device, non_blocking=True),
             "labels": self.labels.to(device, non_blocking=True),
@@ -70,7 +51,7 @@ class Batch:
 class EvalBatch:
     """Images to caption and their indices in the dataset; unreadable ones are only in `errors`."""
 
-    images: Images
+    images: ImageBatch
     indices: list[int]
     errors: list[str]
 
@@ -78,15 +59,11 @@ class EvalBatch:
 class Collator:
     """Makes a Batch from samples; runs in the worker, so that tokenizing and label-making cost the step nothing."""
 
-    def __init__(self, tokenizer: CaptionTokenizer, image_processor: ImageProcessor) -> None:
+    def __init__(
+        self, tokenizer: CaptionTokenizer, image_batch: Callable[[Sequence[Tensor | None]], ImageBatch]
+    ) -> None:
         self.tokenizer = tokenizer
-        self.processor = image_processor
-
-    def images(self, pixels: Sequence[Tensor | None]) -> Images:
-        size = self.processor.image_size
-        blank = torch.zeros(3, size, size, dtype=torch.uint8)
-        stacked = torch.stack([blank if tensor is None else tensor for tensor in pixels])
-        return Images(stacked, self.processor.mean, self.processor.std)
+        self.image_batch = image_batch
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         start = len(self.tokenizer.prompt_ids)
@@ -104,11 +81,11 @@ class Collator:
                 positions += range(first + start - 1, first + len(ids) - 1)
                 labels += ids[start:]
         return Batch(
-            images=self.images([sample.pixels for sample in samples]),
+            images=self.image_batch([sample.image for sample in samples]),
             input_ids=input_ids,
             label_positions=torch.tensor(positions, dtype=torch.long),
             labels=torch.tensor(labels, dtype=torch.long),
-            num_images=sum(sample.pixels is not None for sample in samples),
+            num_images=sum(sample.image is not None for sample in samples),
             num_captions=sum(len(row) for row in rows),
             errors=[sample.error for sample in samples if sample.error is not None],
         )
@@ -235,7 +212,7 @@ class TrainLoader:
         self.loader = DataLoader(
             _Samples(datasets),
             batch_sampler=self.batches,
-            collate_fn=Collator(tokenizer, processors[0]),
+            collate_fn=Collator(tokenizer, datasets[0].image_batch),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -268,34 +245,23 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Shares the images of a dataset among the ranks, each exactly once, without fillers: shares may differ by one."""
+    """Some images of a dataset, by their record, in batches."""
 
-    def __init__(
-        self,
-        dataset: CaptionDataset,
-        tokenizer: CaptionTokenizer,
-        *,
-        batch: int,
-        rank: int,
-        world_size: int,
-        workers: int,
-    ) -> None:
+    def __init__(self, dataset: CaptionDataset, records: Sequence[int], *, batch_size: int, num_workers: int) -> None:
         self.dataset = dataset
-        self.collator = Collator(tokenizer, dataset.image_processor)
-        indices = list(range(rank, len(dataset), world_size))
         self.loader = DataLoader(
-            _Indexed(dataset),
-            batch_sampler=[indices[i : i + batch] for i in range(0, len(indices), batch)],
+            _Images(dataset),
+            batch_sampler=[list(records[i : i + batch_size]) for i in range(0, len(records), batch_size)],
             collate_fn=self.collate,
-            num_workers=workers,
+            num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
         )
 
-    def collate(self, samples: Sequence[tuple[int, Sample]]) -> EvalBatch:
-        readable = [(index, sample.pixels) for index, sample in samples if sample.pixels is not None]
-        pixels = self.collator.images([tensor for _, tensor in readable] or [None])
-        errors = [sample.error for _, sample in samples if sample.error is not None]
-        return EvalBatch(pixels, [index for index, _ in readable], errors)
+    def collate(self, found: Sequence[tuple[int, Tensor | None, str | None]]) -> EvalBatch:
+        readable = [(index, image) for index, image, _ in found if image is not None]
+        images = self.dataset.image_batch([image for _, image in readable] or [None])
+        errors = [error for _, _, error in found if error is not None]
+        return EvalBatch(images, [index for index, _ in readable], errors)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -304,9 +270,9 @@ class EvalLoader:
         return iter(self.loader)
 
 
-class _Indexed(Dataset[tuple[int, Sample]]):
+class _Images(Dataset[tuple[int, Tensor | None, str | None]]):
     def __init__(self, dataset: CaptionDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> tuple[int, Sample]:
-        return index, self.dataset[index]
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str | None]:
+        return index, *self.dataset.image(index)

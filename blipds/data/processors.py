@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -87,6 +87,8 @@ class ImageProcessor(Protocol):
     def mean(self) -> tuple[float, float, float]: ...
     @property
     def std(self) -> tuple[float, float, float]: ...
+    @property
+    def is_random(self) -> bool: ...
     def shrink(self, width: int, height: int) -> int:
         """How many times smaller than width x height the image may be read (`load_image`); the same when turned."""
 
@@ -104,6 +106,7 @@ class BlipImageEval:
     image_size: int
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    is_random: ClassVar[bool] = False
 
     def shrink(self, width: int, height: int) -> int:
         """Leaves twice the pixels asked for on each side: published datasets (1024 at most) keep theirs exactly."""
@@ -127,6 +130,7 @@ class BlipImageTrain:
     max_scale: float = 1.0
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    is_random: ClassVar[bool] = True
 
     def shrink(self, width: int, height: int) -> int:
         """Leaves the smallest crop with as many pixels as are asked for, on each side."""

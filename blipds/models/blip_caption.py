@@ -34,41 +34,50 @@ class BlipCaption(nn.Module):
             self.visual_encoder.eval()
         return self
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, label_positions: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        label_positions: Tensor,
+        labels: Tensor,
+        pixel_values: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+    ) -> Tensor:
         """The sum (not the mean) of the smoothed cross-entropy over the labelled positions, a scalar in fp32.
 
-        pixel_values (I, 3, H, W); input_ids (I, K, T) with [DEC] at position 0; label_positions (P,) indices into the
-        flattened I x K x T whose next token is `labels` (P,). P may be 0: the loss is then 0 and has a gradient of 0.
+        pixel_values (I, 3, H, W), or their image_embeds (I, N, width); input_ids (I, K, T) with [DEC] at position 0;
+        label_positions (P,) indices into the flattened I x K x T whose next token is `labels` (P,). P may be 0: the
+        loss is then 0 and has a gradient of 0.
         """
-        if self.freeze_vit:
-            with torch.no_grad():
+        if image_embeds is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
                 image_embeds = self.visual_encoder(pixel_values)
-        else:
-            image_embeds = self.visual_encoder(pixel_values)
         logits = self.text_decoder(input_ids, image_embeds, label_positions)
         return smoothed_cross_entropy(logits, labels, self.label_smoothing)
 
     @torch.no_grad()
     def generate(
         self,
-        pixel_values: Tensor,
         prompt_ids: Tensor,
         eos_token_id: int,
         config: GenerationConfig,
         uniform: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        image_embeds: Tensor | None = None,
     ) -> list[list[int]]:
         """Token ids of one caption an image, prompt (P,) included, closing token not.
 
         `uniform` (I, max_len): the random numbers of nucleus sampling, unused otherwise. Under ZeRO-3 the parameters
-        must be gathered around the call.
+        must be gathered around the call. The images: pixel_values (I, 3, H, W), or their image_embeds (I, N, width).
         """
-        image_embeds = self.visual_encoder(pixel_values)
+        if image_embeds is None:
+            image_embeds = self.visual_encoder(pixel_values)
         decoder = CachedDecoder(self.text_decoder, image_embeds, config.max_len)
         if config.use_nucleus_sampling:
             assert uniform is not None
-            return single_search(decoder, prompt_ids, len(pixel_values), eos_token_id, config, uniform)
+            return single_search(decoder, prompt_ids, len(image_embeds), eos_token_id, config, uniform)
         search = single_search if config.num_beams == 1 else beam_search
-        return search(decoder, prompt_ids, len(pixel_values), eos_token_id, config)
+        return search(decoder, prompt_ids, len(image_embeds), eos_token_id, config)
 
 
 class CachedDecoder:

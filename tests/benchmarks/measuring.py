@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
-
 from benchmarks.arithmetic import Linear
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Expected numbers: worked by hand, and the figures of the project's reference sheet (GFLOP forward of one image)."""
 
 import pytest
-
 from benchmarks.arithmetic import (
     Linear,
     attention,
@@ -14,6 +13,7 @@ from benchmarks.arithmetic import (
     training_flops,
     training_linears,
 )
+
 from blipds.models.geometry import BlipGeometry
 
 TEXT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}

@@ -103,7 +103,7 @@ def test_evaluation_samples_are_images(folder):
 def test_pixels_are_the_processors(folder):
     dataset = build_dataset("custom_caption", config(folder), "val", training=False)
     with Image.open(folder / "my" / "images" / "b.png") as image:
-        assert torch.equal(dataset[1].pixels, BlipImageEval(8)(image.convert("RGB")))
+        assert torch.equal(dataset[1].image, BlipImageEval(8)(image.convert("RGB")))
 
 
 def test_the_seed_alone_decides_the_augmentation(folder):
@@ -113,8 +113,8 @@ def test_the_seed_alone_decides_the_augmentation(folder):
     first = dataset.sample(0, seed=5)
     drawn = torch.rand(3)
     torch.manual_seed(2)
-    assert torch.equal(dataset.sample(0, seed=5).pixels, first.pixels)
-    assert not torch.equal(dataset.sample(0, seed=6).pixels, first.pixels)
+    assert torch.equal(dataset.sample(0, seed=5).image, first.image)
+    assert not torch.equal(dataset.sample(0, seed=6).image, first.image)
     # and it leaves torch's own random state as it was
     torch.manual_seed(1)
     assert torch.equal(torch.rand(3), drawn)
@@ -126,7 +126,7 @@ def test_an_unreadable_image_is_an_error_sample(tmp_path):
     dataset = CaptionDataset("d", Annotations(records, [(0, 0), (1, 0)]), BlipImageEval(8), str, 1, training=True)
     for index, record in enumerate(records):
         sample = dataset[index]
-        assert (sample.pixels, sample.captions) == (None, [])
+        assert (sample.image, sample.captions) == (None, [])
         assert sample.error.startswith(f"{record.image}: ")
 
 

@@ -13,7 +13,8 @@ from torchvision import transforms
 
 from blipds.data.annotations import annotations_of
 from blipds.data.datasets import CaptionDataset, Sample
-from blipds.data.loader import Collator, EpochOrder, EvalLoader, Images, TrainLoader, derive_seed
+from blipds.data.images import Images, PixelReader
+from blipds.data.loader import Collator, EpochOrder, EvalLoader, TrainLoader, derive_seed
 from blipds.data.processors import CLIP_MEAN, CLIP_STD, BlipImageEval, BlipImageTrain
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
@@ -92,7 +93,7 @@ def blank(*captions):
 
 
 def test_labels_of_one_caption(tokenizer):
-    batch = Collator(tokenizer, BlipImageEval(4))([blank("a picture of a dog")])
+    batch = Collator(tokenizer, PixelReader([], BlipImageEval(4)).batch)([blank("a picture of a dog")])
     assert batch.input_ids.tolist() == [[[*PROMPT, A, DOG, SEP]]]
     # the prompt's last token, at 3, predicts the caption's first word; the last word, at 5, the end
     assert batch.label_positions.tolist() == [3, 4, 5]
@@ -102,7 +103,7 @@ def test_labels_of_one_caption(tokenizer):
 
 def test_labels_of_two_images_with_two_captions_and_one(tokenizer):
     samples = [blank("a picture of a dog", "a picture of dogs"), blank("a picture of cat")]
-    batch = Collator(tokenizer, BlipImageEval(4))(samples)
+    batch = Collator(tokenizer, PixelReader([], BlipImageEval(4)).batch)(samples)
     assert batch.input_ids.tolist() == [
         [[*PROMPT, A, DOG, SEP], [*PROMPT, DOGS, SEP, PAD]],
         [[*PROMPT, CAT, SEP, PAD], [DEC, PAD, PAD, PAD, PAD, PAD, PAD]],
@@ -114,7 +115,7 @@ def test_labels_of_two_images_with_two_captions_and_one(tokenizer):
 
 
 def test_fillers_and_unreadable_images_have_no_labels(tokenizer):
-    collate = Collator(tokenizer, BlipImageEval(4))
+    collate = Collator(tokenizer, PixelReader([], BlipImageEval(4)).batch)
     broken = Sample(None, [], "x.jpg: broken")
     batch = collate([blank("a picture of dogs"), Sample(None, []), broken])
     assert batch.images.pixels.shape == (3, 3, 4, 4)
@@ -131,7 +132,7 @@ def test_fillers_and_unreadable_images_have_no_labels(tokenizer):
 def test_labels_equal_the_oracles(tokenizer, shared):
     captions = json.loads((shared / "oracle" / "golden.json").read_text())["forward"]["captions"]
     oracle = load_file(shared / "oracle" / "forward.safetensors")
-    batch = Collator(tokenizer, BlipImageEval(4))([blank(caption) for caption in captions])
+    batch = Collator(tokenizer, PixelReader([], BlipImageEval(4)).batch)([blank(caption) for caption in captions])
 
     assert torch.equal(batch.input_ids.squeeze(1), oracle["input_ids"])
     predicted = torch.full_like(oracle["labels"], -100)  # the oracle's labels lie at their own tokens
@@ -294,27 +295,25 @@ def test_derived_seeds():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_evaluation_shares_cover_each_image_once(tokenizer, workers):
+def test_evaluation_gives_the_images_of_a_share(tokenizer, workers):
     dataset = noise_dataset(images=10, processor=BlipImageEval(8), training=False)
-    shares = [EvalLoader(dataset, tokenizer, batch=2, rank=rank, world_size=3, workers=workers) for rank in range(3)]
-    batches = [list(share) for share in shares]
-    assert [len(share) for share in shares] == [len(share) for share in batches] == [2, 2, 2]
-    assert [sum(len(batch.indices) for batch in share) for share in batches] == [4, 3, 3]
-    seen = {}
-    for batch in (batch for share in batches for batch in share):
-        seen |= zip(batch.indices, batch.images.pixels, strict=True)
-    assert sorted(seen) == list(range(10))
-    assert all(torch.equal(seen[index], dataset[index].pixels) for index in range(10))
+    loader = EvalLoader(dataset, range(1, 10, 2), batch_size=2, num_workers=workers)
+    batches = list(loader)
+    assert len(loader) == len(batches) == 3
+    assert [batch.indices for batch in batches] == [[1, 3], [5, 7], [9]]
+    for batch in batches:
+        for index, pixels in zip(batch.indices, batch.images.pixels, strict=True):
+            assert torch.equal(pixels, dataset[index].image)
 
 
 def test_evaluation_names_unreadable_images(tokenizer):
     dataset = noise_dataset(images=4, processor=BlipImageEval(8), training=False, broken={0, 2, 3})
-    first, second = EvalLoader(dataset, tokenizer, batch=2, rank=0, world_size=1, workers=0)
+    first, second = EvalLoader(dataset, range(4), batch_size=2, num_workers=0)
     assert (first.indices, first.errors) == ([1], ["noise None: broken"])
     assert (second.indices, len(second.errors)) == ([], 2)
 
 
-def test_more_ranks_than_images(tokenizer):
-    dataset = noise_dataset(images=1, training=False)
-    assert len(EvalLoader(dataset, tokenizer, batch=2, rank=1, world_size=2, workers=0)) == 0
-    assert list(EvalLoader(dataset, tokenizer, batch=2, rank=1, world_size=2, workers=1)) == []
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_rank_without_images(tokenizer, workers):
+    loader = EvalLoader(noise_dataset(images=1, training=False), range(1, 1, 2), batch_size=2, num_workers=workers)
+    assert (len(loader), list(loader)) == (0, [])

@@ -115,6 +115,8 @@ def test_one_computation_however_it_is_shared_out(tmp_path):
             shapes_spec("checkpointed", 3, 8, 1, 20, clip, "model.vit_grad_ckpt=true", "model.text_grad_ckpt=true"),
             shapes_spec("frozen", 3, 8, 1, 6, "model.freeze_vit=true"),
             shapes_spec("frozen zero0", 0, 8, 1, 6, "model.freeze_vit=true"),
+            shapes_spec("cached", 3, 8, 1, 6, "model.freeze_vit=true", f"model.cache_image_embeds={tmp_path}/embeds"),
+            shapes_spec("found", 0, 8, 1, 6, "model.freeze_vit=true", f"model.cache_image_embeds={tmp_path}/embeds"),
         ],
     )
     one = train(tmp_path, 1, [shapes_spec("one rank", 0, 16, 1, 20, clip)])["one rank"]
@@ -124,3 +126,10 @@ def test_one_computation_however_it_is_shared_out(tmp_path):
         assert two[name]["weight_sums"] == pytest.approx(one["weight_sums"], rel=1e-3, abs=1e-3), name
     assert one["losses"][-1] < one["losses"][0] - 1
     assert two["frozen"]["losses"] == pytest.approx(two["frozen zero0"]["losses"], rel=1e-4)
+    # features are kept in bf16, whose rounding is a 256th; "found" reads those that "cached" wrote
+    assert two["cached"]["losses"] == pytest.approx(two["frozen"]["losses"], rel=1e-3)
+    assert two["found"]["losses"] == pytest.approx(two["cached"]["losses"], rel=1e-5)
+    (rows,) = (tmp_path / "embeds").glob("*.bf16")
+    (done,) = (tmp_path / "embeds").glob("*.done")
+    assert rows.stat().st_size == 70 * 17 * 128 * 2  # 4 x 4 patches and the class token
+    assert done.read_bytes() == b"\x01" * 70

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from blipds.data.loader import Images
+from blipds.data.images import Images
 from blipds.data.processors import BlipImageEval, load_image
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.models.blip_caption import CachedDecoder
@@ -314,9 +314,11 @@ def test_cached_decoding_equals_recomputing(oracle_model, pixel_values, tokenize
 def test_captions_equal_those_without_a_cache(oracle_model, pixel_values, tokenizer, config):
     prompt_ids = torch.tensor(tokenizer.prompt_ids)
     search = beam_search if config.num_beams > 1 else single_search
-    decoder = RecomputingDecoder(oracle_model.text_decoder, oracle_model.visual_encoder(pixel_values))
+    image_embeds = oracle_model.visual_encoder(pixel_values)
+    decoder = RecomputingDecoder(oracle_model.text_decoder, image_embeds)
     expected = search(decoder, prompt_ids, len(pixel_values), tokenizer.eos_token_id, config)
-    assert oracle_model.generate(pixel_values, prompt_ids, tokenizer.eos_token_id, config) == expected
+    for images in ({"pixel_values": pixel_values}, {"image_embeds": image_embeds}):
+        assert oracle_model.generate(prompt_ids, tokenizer.eos_token_id, config, **images) == expected
 
 
 @pytest.mark.parametrize(
@@ -329,7 +331,8 @@ def test_captions_do_not_depend_on_the_batch(oracle_model, pixel_values, tokeniz
     uniform = torch.rand(8, config.max_len, generator=torch.Generator().manual_seed(2))
 
     def generate(rows):
-        return oracle_model.generate(pixel_values[rows], prompt_ids, tokenizer.eos_token_id, config, uniform[rows])
+        images = {"pixel_values": pixel_values[rows]}
+        return oracle_model.generate(prompt_ids, tokenizer.eos_token_id, config, uniform[rows], **images)
 
     together = generate(slice(None))
     assert len({len(caption) for caption in together}) > 1  # they leave the batch at different steps
@@ -339,8 +342,8 @@ def test_captions_do_not_depend_on_the_batch(oracle_model, pixel_values, tokeniz
 def test_nucleus_sampling_depends_on_the_random_numbers(oracle_model, pixel_values, tokenizer):
     config = GenerationConfig(num_beams=1, use_nucleus_sampling=True)
     prompt_ids = torch.tensor(tokenizer.prompt_ids)
-    captions = [
-        oracle_model.generate(pixel_values[:1], prompt_ids, tokenizer.eos_token_id, config, torch.full((1, 20), u))
-        for u in (0.1, 0.9)
-    ]
-    assert captions[0] != captions[1]
+    eos_token_id, images = tokenizer.eos_token_id, {"pixel_values": pixel_values[:1]}
+    first, second = (
+        oracle_model.generate(prompt_ids, eos_token_id, config, torch.full((1, 20), u), **images) for u in (0.1, 0.9)
+    )
+    assert first != second

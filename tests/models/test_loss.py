@@ -70,7 +70,7 @@ def test_no_labels():
 def test_a_batch_without_labels_has_zero_gradients(oracle_model):
     pixel_values, input_ids = torch.zeros(2, 3, 96, 96), torch.full((2, 1, 5), 30522)
     nothing = torch.zeros(0, dtype=torch.long)
-    loss = oracle_model(pixel_values, input_ids, nothing, nothing)
+    loss = oracle_model(input_ids, nothing, nothing, pixel_values=pixel_values)
     gradients = torch.autograd.grad(loss, list(oracle_model.parameters()))
     assert loss.item() == 0.0
     assert all(gradient.count_nonzero() == 0 for gradient in gradients)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from blipds.captioner import Captioner
 from blipds.config import load_run_config
 from blipds.data.datasets import Sample, build_dataset
+from blipds.data.images import PixelReader
 from blipds.data.loader import Collator, EvalLoader
 from blipds.data.processors import BlipImageEval, load_image
 from blipds.data.tokenizer import CaptionTokenizer
@@ -54,8 +55,8 @@ def oracle(shared):
 def batch(photographs, tokenizer):
     """The first 16 photographs, the first caption of each."""
     samples = [photographs[index] for index in range(16)]
-    first = [Sample(sample.pixels, sample.captions[:1]) for sample in samples]
-    return Collator(tokenizer, photographs.image_processor)(first)
+    first = [Sample(sample.image, sample.captions[:1]) for sample in samples]
+    return Collator(tokenizer, photographs.image_batch)(first)
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +97,10 @@ def test_loss(oracle_model, inputs, golden):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_captions_word_for_word(oracle_model, photographs, tokenizer, golden, name):
     captioner = Captioner(tokenizer, SETTINGS[name], seed=0)
-    loader = EvalLoader(photographs, tokenizer, batch=32, rank=0, world_size=1, workers=0)
+    loader = EvalLoader(photographs, range(len(photographs)), batch_size=32, num_workers=0)
     captions = []
     for batch in loader:
-        captions += captioner.caption(oracle_model, batch.images.to(CPU, torch.float32), batch.indices)
+        captions += captioner.caption(oracle_model, batch.images.model_inputs(CPU, torch.float32), batch.indices)
     assert captions == golden["generate"]["captions"][name]
 
 
@@ -114,7 +115,7 @@ def test_eight_training_steps(build_oracle, tokenizer, golden, shared, decay_on,
         eps=recipe["eps"],
     )
     processor = BlipImageEval(96)
-    collate = Collator(tokenizer, processor)
+    collate = Collator(tokenizer, PixelReader([], processor).batch)
     losses = []
     for start in range(0, len(recipe["pairs"]), recipe["batch_size"]):
         pairs = recipe["pairs"][start : start + recipe["batch_size"]]

@@ -143,7 +143,8 @@ def tiny(folder, checkpoint_fn=direct, **changes):
 def gradients_of(model):
     torch.manual_seed(1)
     input_ids = torch.randint(30522, (2, 1, 6))
-    loss = model(torch.randn(2, 3, 32, 32), input_ids, torch.tensor([3, 4, 9]), torch.tensor([5, 6, 7]))
+    pixel_values = torch.randn(2, 3, 32, 32)
+    loss = model(input_ids, torch.tensor([3, 4, 9]), torch.tensor([5, 6, 7]), pixel_values=pixel_values)
     loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
