@@ -1,7 +1,7 @@
 """The arithmetic of a captioner, from its geometry alone: floating-point operations, two for a multiply-add.
 
-Only matrix products count, as is usual (PaLM paper, appendix B): they are what a matmul rate can be held against. In the
-backward pass each costs twice its forward, one product for the input's gradient and one for the weight's.
+Only matrix products count, as is usual (PaLM paper, appendix B): they are what a matmul rate can be held against. In
+the backward pass each costs twice its forward, one product for the input's gradient and one for the weight's.
 """
 
 from dataclasses import dataclass

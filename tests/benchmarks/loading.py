@@ -87,7 +87,7 @@ def loading(rounds: int, images: int = 48) -> list[Row]:
 
         def ours() -> None:
             for index in range(images):
-                assert dataset.sample(index, seed=next(drawn)).pixels is not None
+                assert dataset.sample(index, seed=next(drawn)).image is not None
 
         def read(path: Path) -> Tensor:
             with Image.open(path) as image:

@@ -28,7 +28,7 @@ SEP = 102
 def build_ours(
     geometry: str, image_size: int, dropout: float, device: torch.device, grad_ckpt: bool = False
 ) -> BlipCaption:
-    """A captioner with random weights, in training mode. `dropout` is the decoder's, in every place where it has one."""
+    """A captioner with random weights, in training mode. `dropout` is the decoder's, wherever it has one."""
     torch.manual_seed(0)
     config = ModelConfig(
         image_size=image_size, vit_grad_ckpt=grad_ckpt, text_grad_ckpt=grad_ckpt, **GEOMETRIES[geometry]

@@ -1,7 +1,7 @@
 """Training steps: captions a second, the share of the matmul rate, and the memory of the activations.
 
-What a step is, on both sides: loss, backward, torch's fused AdamW, gradients let go. In bf16 ours keeps fp32 weights for
-the optimizer, as DeepSpeed does.
+What a step is, on both sides: loss, backward, torch's fused AdamW, gradients let go. In bf16 ours keeps fp32 weights
+for the optimizer, as DeepSpeed does.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,6 @@ def our_step(model: BlipCaption, inputs: dict[str, Tensor]) -> Callable[[], None
 
 def their_step(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], None]:
     optimizer = MasterAdamW(model)
-    device = inputs["pixel_values"].device
 
     def step() -> None:
         torch.backends.cuda.enable_flash_sdp(True)
