@@ -53,10 +53,11 @@ def build_trainer(
         refuse_random_processors(datasets)
     plan = build_plan(config, loader.steps_per_epoch)
     schedule = build_schedule(config, plan)
+    state = RunState() if resumed is None else RunState(**read_state(resumed)["run"])
+    if not config.model.cache_image_embeds:  # images are read while the model is built, unless features replace them
+        loader.start(*divmod(state.global_step, loader.steps_per_epoch))
     engine = build_engine(config, ds_config, resumed, monitor)
-    state = RunState()
     if resumed is not None:
-        state = RunState(**read_state(resumed)["run"])
         load_engine(engine, resumed, shape_of(engine, loader.global_batch))
     if config.model.cache_image_embeds:
         read_from_cache(config, engine, datasets, monitor)
