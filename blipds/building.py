@@ -1,5 +1,6 @@
 """Builds the parts of a training run from its configs."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,12 +21,21 @@ from blipds.ds_config import (
     with_torch_adam,
     zero_stage,
 )
-from blipds.engine import Engine, checkpointed, default_precision, parameter_groups, prepare_ops
+from blipds.engine import (
+    Engine,
+    checkpointed,
+    default_precision,
+    parameter_groups,
+    partitioned_init,
+    prepare_ops,
+    write_parameter,
+)
 from blipds.engine.checkpoints import load_engine, read_state, shape_of
 from blipds.evaluator import build_evaluators
 from blipds.models import build_model, read_text_config
 from blipds.models.checkpoints import open_checkpoint
 from blipds.models.lr_scales import lr_scales
+from blipds.models.parameters import whole_shape
 from blipds.monitor import NullMonitor
 from blipds.registry import SCHEDULES
 from blipds.schedules import Schedule
@@ -137,13 +147,14 @@ def build_schedule(config: Config, plan: Plan) -> Schedule:
 def build_engine(config: Config, ds_config: Section, resumed: Path | None, monitor: NullMonitor) -> Engine:
     """The model with its initial weights in a DeepSpeed engine. Collective."""
     run = config.run
-    model = build_model(config.model, checkpointed)
-    if resumed is None:
-        load_initial_weights(model, config, monitor.say)
-    else:
-        take_constants(model, open_checkpoint(resumed))  # the weights come with the engine's own files
     if not uses_torch_adam(ds_config) and not prepare_ops(offloads_optimizer(ds_config), monitor.say):
         ds_config = with_torch_adam(ds_config)
+    with partitioned_init(ds_config):
+        model = build_model(config.model, checkpointed)
+    if resumed is None:
+        load_initial_weights(model, config, monitor.say, partial(write_parameter, model))
+    else:
+        take_constants(model, open_checkpoint(resumed))  # the weights come with the engine's own files
     scales = lr_scales((name for name, _ in model.named_parameters()), run.lr_scale, run.lr_layer_decay)
     groups = parameter_groups(model, run.weight_decay, run.weight_decay_on, scales)
     return Engine(model, ds_config, groups, precision(ds_config))
@@ -160,7 +171,7 @@ def start_block(
 ) -> list[str]:
     """The arithmetic of the run, for a person to check before it has cost an hour."""
     run, ranks = config.run, distributed.world_size()
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    sizes = [(whole_shape(p).numel(), p.requires_grad) for p in model.parameters()]
     trainable = sum(size for size, learns in sizes if learns)
     frozen = sum(size for size, learns in sizes if not learns)
     images = run.batch_size_train * run.accum_grad_iters * ranks

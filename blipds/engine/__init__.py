@@ -5,5 +5,15 @@ deepspeed is imported where it is used, so that everything else starts fast and 
 
 from blipds.engine.engine import DTYPES, Engine, checkpointed, default_precision, parameter_groups
 from blipds.engine.ops import prepare_ops
+from blipds.engine.partitions import partitioned_init, write_parameter
 
-__all__ = ["DTYPES", "Engine", "checkpointed", "default_precision", "parameter_groups", "prepare_ops"]
+__all__ = [
+    "DTYPES",
+    "Engine",
+    "checkpointed",
+    "default_precision",
+    "parameter_groups",
+    "partitioned_init",
+    "prepare_ops",
+    "write_parameter",
+]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blipds import distributed
+from blipds.engine.partitions import gathered
+from blipds.models.parameters import whole_shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,8 +47,7 @@ def parameter_groups(
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # a ZeRO-3 shard knows its whole shape
-            decay = weight_decay if weight_decay_on == "all" or len(shape) >= 2 else 0.0
+            decay = weight_decay if weight_decay_on == "all" or len(whole_shape(parameter)) >= 2 else 0.0
             groups.setdefault((decay, 1.0 if lr_scales is None else lr_scales[name]), []).append(parameter)
     ordered = sorted(groups.items(), key=lambda item: (-item[0][0], -item[0][1]))
     return [{"params": group, "weight_decay": decay, "lr_scale": scale} for (decay, scale), group in ordered]
@@ -145,7 +146,6 @@ class Engine:
 
         Collective: every rank must exhaust it, and gets every weight.
         """
-        from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in self.model.named_parameters():
@@ -153,7 +153,7 @@ class Engine:
             if parameter.requires_grad and (self.stage > 0 or self.precision == "bf16"):
                 weight = safe_get_full_fp32_param(parameter)
             if weight is None:
-                with GatheredParameters([parameter], enabled=self.stage == 3):
+                with gathered([parameter]):
                     weight = parameter.detach().float().cpu().clone()
             yield name, weight.detach().float().cpu()
 
