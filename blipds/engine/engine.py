@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blipds import distributed
+from blipds.ds_config import Section, offload_folders, uses_torch_adam, zero_stage
 from blipds.engine.partitions import gathered
 from blipds.models.parameters import whole_shape
 
@@ -26,6 +28,16 @@ def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
     torch's non-reentrant checkpoint, which works under ZeRO 0 to 3 and replays dropout with the same random numbers.
     """
     return checkpoint(function, *inputs, use_reentrant=False)
+
+
+def checkpointed_on_host(function: Callable[..., Any], *inputs: Any) -> Any:
+    """As `checkpointed`, and the inputs wait for the backward pass in the host's pinned memory.
+
+    DeepSpeed's `cpu_checkpointing`, which DeepSpeed itself leaves to the model. It costs a copy of the inputs over PCIe
+    there and one back.
+    """
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):
+        return checkpointed(function, *inputs)
 
 
 def default_precision(device: torch.device) -> Literal["bf16", "fp16", "fp32"]:
@@ -56,10 +68,11 @@ def parameter_groups(
 class Engine:
     """Owns the model once it is built. `config` is a resolved DeepSpeed config (blipds.ds_config).
 
+    What NVMe offload writes is the engine's own: `close` removes the folders.
     Building it is collective, and so is every method that says so.
     """
 
-    def __init__(self, model: nn.Module, config: dict[str, Any], groups: list[dict[str, Any]], precision: str) -> None:
+    def __init__(self, model: nn.Module, config: Section, groups: list[dict[str, Any]], precision: str) -> None:
         import deepspeed
         from deepspeed.utils import logger
 
@@ -68,10 +81,11 @@ class Engine:
             # torch's flash attention on CPUs is 2 to 5 times slower than plain products in the bf16 backward pass of
             # sequences below about 200 tokens (seen with torch 2.14 on AMX)
             torch.backends.cuda.enable_flash_sdp(False)
-        self.stage: int = config.get("zero_optimization", {}).get("stage", 0)
+        self.stage = zero_stage(config)
         self.precision = precision
         self.dtype = DTYPES[precision]
-        if config["optimizer"]["params"].get("torch_adam"):
+        self.offload_folders = offload_folders(config)
+        if uses_torch_adam(config):
             groups = [{**group, "fused": True} for group in groups]
         warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's own calls
         with contextlib.redirect_stdout(io.StringIO()):  # it prints one line a rank for each op
@@ -172,3 +186,6 @@ class Engine:
     def close(self) -> None:
         self._deepspeed.destroy()
         distributed.barrier()
+        if distributed.local_rank() == 0:
+            for folder in self.offload_folders:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from blipds import distributed
-from blipds.ds_config import zero_stage
+from blipds.ds_config import Section, zero_stage
 from blipds.models.parameters import copy_into
 
 
 @contextmanager
-def partitioned_init(config: dict[str, Any]) -> Iterator[None]:
+def partitioned_init(config: Section) -> Iterator[None]:
     """Shares the parameters of every module built inside out among the ranks, once its `__init__` is done. Collective.
 
     `config` is a resolved DeepSpeed config: it says the precision and where the parts are kept (device, host, NVMe).

@@ -29,6 +29,7 @@ class Recorder(NullMonitor):
 def run_setting(spec, device):
     config, _ = load_run_config(Path(spec["cfg"]), spec["options"])
     ds_config = building.resolve(config, check_keys(spec["ds"], spec["name"]), device, spec["name"])
+    print(f"setting {spec['name']}", flush=True)
     recorder = Recorder()
     trainer = building.build_trainer(config, ds_config, Path(), recorder)
     trainer.train()
