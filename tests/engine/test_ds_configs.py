@@ -2,12 +2,16 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from launching import REPOSITORY
 from test_training import shapes_spec, train
 
+from blipds.building import prepare_offload_folders
+from blipds.ds_config import offload_folders
 from blipds.engine.ops import ASYNC_IO, load_op
+from blipds.errors import UserError
 
 STEPS = 20
 # what no CPU has: DeepSpeed's quantizer is a CUDA kernel (the rest of zero3_multinode trains)
@@ -51,6 +55,15 @@ def nvme(results):
             pytest.fail(reason)
         pytest.skip(reason)
     return results["zero3_nvme"]
+
+
+def test_nvme_needs_a_folder_and_each_run_has_its_own_in_it(tmp_path):
+    given = spec("zero3_nvme", tmp_path)["ds"]
+    one, other = (offload_folders(prepare_offload_folders(given, Path(run))) for run in ("run1", "run2"))
+    assert one.isdisjoint(other)
+    assert all(Path(folder).parent == tmp_path for folder in one | other)
+    with pytest.raises(UserError, match=r"nvme_path .*/none in the DeepSpeed JSON: no folder that can be written to"):
+        prepare_offload_folders(spec("zero3_nvme", tmp_path / "none")["ds"], Path())
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name not in ("zero0", "zero3_nvme")])
