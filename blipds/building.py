@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from blipds import distributed
+from blipds import distributed, planner
 from blipds.captioner import Captioner
 from blipds.config import Config
 from blipds.data.datasets import build_dataset
@@ -87,6 +87,17 @@ def resolve(config: Config, ds_config: Section, device: torch.device, source: st
         hidden_size=read_text_config(config.model.med_config_path).hidden_size,
         source=source,
     )
+
+
+def memory_warning(config: Config, ds_config: Section, device: torch.device) -> str | None:
+    """A line if the run will not fit into this rank's GPU, by launch/plan.py's forecast; nothing on CPUs."""
+    if device.type != "cuda":
+        return None
+    memory = torch.cuda.get_device_properties(device).total_memory
+    ranks = distributed.local_world_size()
+    machines = planner.Machines(ranks, distributed.world_size() // ranks, memory)
+    tokenizer = CaptionTokenizer(config.model.tokenizer, config.model.prompt, config.model.max_txt_len)
+    return planner.memory_warning(config, ds_config, machines, len(tokenizer.prompt_ids))
 
 
 def build_loader(config: Config, tokenizer: CaptionTokenizer) -> TrainLoader:

@@ -129,6 +129,11 @@ def offloads_optimizer(ds: Section) -> bool:
     return _get(ds, "zero_optimization.offload_optimizer.device", "none") != "none"
 
 
+def setting(ds: Section, path: str, default: Json = None) -> Json:
+    """The value at a dotted path of a config, or `default`."""
+    return _get(ds, path, default)
+
+
 def uses_torch_adam(ds: Section) -> bool:
     return _get(ds, "optimizer.params.torch_adam") is True
 

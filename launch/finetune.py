@@ -54,6 +54,8 @@ def main() -> None:
         if distributed.is_main():
             print(f"{cli.as_yaml(config)}---\n{cli.as_json(ds_config)}", end="")
         return
+    if distributed.is_main() and (line := building.memory_warning(config, ds_config, device)):
+        print(line, flush=True)
     resumed = checkpoint_to_resume(args.resume or config.run.resume_ckpt_path, config)
     run_dir = cli.open_run_dir(config, resumed)
     if config.run.evaluate:
