@@ -22,6 +22,7 @@ from blipds.ds_config import (
 )
 from blipds.engine import Engine, checkpointed, default_precision, parameter_groups, prepare_ops
 from blipds.engine.checkpoints import load_engine, read_state, shape_of
+from blipds.errors import UserError
 from blipds.evaluator import build_evaluators
 from blipds.models import build_model, read_text_config
 from blipds.models.checkpoints import open_checkpoint
@@ -87,6 +88,20 @@ def resolve(config: Config, ds_config: Section, device: torch.device, source: st
         hidden_size=read_text_config(config.model.med_config_path).hidden_size,
         source=source,
     )
+
+
+def check_world_size(config: Config) -> None:
+    """UserError where the launcher started fewer (or more) ranks than `run.expect_world_size`.
+
+    DeepSpeed goes on with this machine alone where it finds no hostfile, and a rank never sees the hostfile. Called
+    before the ranks meet, so that none waits for others.
+    """
+    expected, ranks = config.run.expect_world_size, distributed.world_size()
+    if expected is not None and ranks != expected:
+        raise UserError(
+            f"run.expect_world_size is {expected}, but {ranks} rank{'s were' if ranks > 1 else ' was'} started: look "
+            f"at --hostfile and --num_gpus (deepspeed goes on with one machine where there is no hostfile)"
+        )
 
 
 def memory_warning(config: Config, ds_config: Section, device: torch.device) -> str | None:

@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     config = cli.load_config(args)
+    building.check_world_size(config)
     device = distributed.initialise()
     ds_config = building.resolve(config, load_ds_config(args.ds_config), device, str(args.ds_config))
     if args.print_config:

@@ -13,7 +13,7 @@ FLOORS = (
     {"__init__", "errors", "registry", "config", "ds_config", "ds_schema", "distributed", "download"},
     {"models", "data", "metrics", "schedules", "monitor"},
     {"engine", "weights"},
-    {"trainer", "evaluator", "captioner", "planner"},
+    {"trainer", "evaluator", "captioner", "planner", "preflight"},
     {"building", "cli"},
 )
 HEAVY = ("deepspeed", "pycocoevalcap", "tensorboard", "torch.utils.tensorboard")

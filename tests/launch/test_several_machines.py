@@ -1,12 +1,13 @@
-"""launch/finetune.py on two machines by `deepspeed --hostfile`, as launch/README.md says."""
+"""launch/preflight.py and launch/finetune.py on two machines, by `deepspeed --hostfile`, as launch/README.md says."""
 
 import json
 import os
 import signal
+import sys
 
 import pytest
 from launching import LAUNCHER, REPOSITORY, free_port
-from two_machines import ADDRESSES, two_machines, until, what_is_missing
+from two_machines import ADDRESSES, INTERFACE, two_machines, until, what_is_missing
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +50,22 @@ def lines(machines, job, kind):
     return [entry for entry in entries if entry["kind"] == kind]
 
 
+def preflight(*command, hostfile="hosts"):
+    return [sys.executable, REPOSITORY / "launch" / "preflight.py", "--hostfile", hostfile, *command]
+
+
+def failures(printed):
+    return [line for line in printed.splitlines() if line.startswith("failed")]
+
+
 def test_two_machines_train_and_go_on(machines):
-    status, printed = machines.run(*finetune("run", "run.max_epoch=1"))
+    """Preflight finds nothing and starts the run; a second one goes on where the first ended."""
+    status, printed = machines.run(*preflight("--", *finetune("run", "run.max_epoch=1", "run.expect_world_size=2")))
     assert status == 0, printed[-4000:]
+    found = [line.split()[:2] for line in printed.splitlines() if line.startswith("ok ")]
+    names = ["hostfile", "command", "ssh", "versions", "code", "gpus", "network", "port", "shared"]
+    assert found == [["ok", name] for name in [*names, "config", "data", "disk", "ops"]]
+    assert f"interface {INTERFACE}" in printed
     assert "x 2 ranks = 8 images a step" in printed
     checkpoints = machines.folder / "output" / "shapes_tiny" / "run" / "checkpoints"
     assert (checkpoints / "latest").resolve().name == "step_00000003"
@@ -63,6 +77,35 @@ def test_two_machines_train_and_go_on(machines):
     assert (checkpoints / "latest").resolve().name == "step_00000006"
     scores = [line["CIDEr"] for line in lines(machines, "run", "eval")]
     assert len(scores) == 2 and all(isinstance(score, float) for score in scores)
+
+
+def test_preflight_names_a_host_that_does_not_answer(machines):
+    (machines.folder / "three").write_text(f"{ADDRESSES[0]} slots=1\n10.99.0.3 slots=1\n")
+    status, printed = machines.run(*preflight("--", "true", hostfile="three"))
+    assert status == 1
+    assert len(failures(printed)) == 2 and "it says no --hostfile" in failures(printed)[0]
+    assert "10.99.0.3 does not answer" in failures(printed)[1]
+
+
+def test_preflight_names_a_missing_file_a_taken_port_and_the_interface(machines):
+    """Not a word of .deepspeed_env arrives where there is none: gloo would then talk to itself."""
+    env = machines.folder / ".deepspeed_env"
+    kept = env.read_text()
+    env.write_text("DS_ACCELERATOR=cpu\n")
+    command = [*("deepspeed", "--hostfile", "hosts", "--master_port", "29777"), "x.py", "--cfg-path", "nowhere.yaml"]
+    holder = [sys.executable, "-c", "import socket, time; s = socket.create_server(('', 29777)); time.sleep(600)"]
+    held = machines.popen(*holder, log=machines.folder / "holder.log")
+    try:
+        status, printed = machines.run(*preflight("--", *command))
+    finally:
+        held.kill()
+        held.wait()
+        env.write_text(kept)
+    assert status == 1
+    network, port, config = failures(printed)
+    assert f"put GLOO_SOCKET_IFNAME={INTERFACE} (and NCCL_SOCKET_IFNAME) into .deepspeed_env" in network
+    assert f"29777 is in use on {ADDRESSES[0]}" in port
+    assert "no such file: nowhere.yaml" in config
 
 
 def test_a_killed_rank_takes_both_machines_with_it(machines):
