@@ -93,8 +93,7 @@ def resolve(config: Config, ds_config: Section, device: torch.device, source: st
 def check_world_size(config: Config) -> None:
     """UserError where the launcher started fewer (or more) ranks than `run.expect_world_size`.
 
-    DeepSpeed goes on with this machine alone where it finds no hostfile, and a rank never sees the hostfile. Called
-    before the ranks meet, so that none waits for others.
+    DeepSpeed goes on with this machine alone where it finds no hostfile, and a rank never sees the hostfile.
     """
     expected, ranks = config.run.expect_world_size, distributed.world_size()
     if expected is not None and ranks != expected:

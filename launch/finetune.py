@@ -48,8 +48,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     config = cli.load_config(args)
-    building.check_world_size(config)
     device = distributed.initialise()
+    building.check_world_size(config)
     ds_config = building.resolve(config, load_ds_config(args.ds_config), device, str(args.ds_config))
     if args.print_config:
         if distributed.is_main():
