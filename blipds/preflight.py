@@ -182,11 +182,11 @@ def answer_about_run(question: Question) -> dict[str, Any]:
         config, _ = load_run_config(files[0], question.options)
         records = hashlib.sha256()
         for name in config.datasets:
-            for split in {*config.run.train_splits, *config.run.valid_splits}:
+            for split in sorted({*config.run.train_splits, *config.run.valid_splits}):
                 dataset = build_dataset(name, config, split, training=split in config.run.train_splits)
                 dataset.records[0].image.open()
                 for record in dataset.records:
-                    records.update(repr(record).encode())
+                    records.update(f"{record.image_id}\0{record.captions}\0".encode())
         output = Path(config.run.output_dir).expanduser().absolute()
         sizes = Sizes.of(config)
     except (UserError, ImportError, OSError) as error:
@@ -358,6 +358,14 @@ def check_hosts(hosts: Sequence[Host], command: Command, variables: dict[str, st
             yield Check("python", False, f"{host}: {last_line(stderr)}; {sys.executable} and blipds must be there too")
             return
         facts[host] = json.loads(found[-1].removeprefix(ANSWER))
+    compared = [*compare(hosts, facts, command, shared)]
+    yield from compared
+    if all(check.good for check in compared):  # it may compile for minutes
+        yield check_ops(hosts, variables)
+
+
+def compare(hosts: Sequence[Host], facts: Facts, command: Command, shared: Path) -> Iterator[Check]:
+    """What the hosts answered, against the hostfile and each other."""
     yield check_same("versions", facts, "install the same everywhere")
     yield check_same("code", facts, "every host must run the same blipds")
     yield check_gpus(hosts, facts)
@@ -366,7 +374,6 @@ def check_hosts(hosts: Sequence[Host], command: Command, variables: dict[str, st
     yield check_shared(facts, shared)
     if command.cfg_path is not None:
         yield from check_run(facts)
-    yield check_ops(hosts, variables)
 
 
 def shared_folder(command: Command) -> Path:

@@ -112,7 +112,7 @@ def test_a_killed_rank_takes_both_machines_with_it(machines):
     """Within 60 seconds, with a status that a job script sees."""
     log = machines.folder / "killed.log"
     run = machines.popen(*finetune("killed", "run.max_epoch=1000", "run.val_freq=1000", "run.save_freq=1000"), log=log)
-    started = until(lambda: run.poll() is not None or len(lines(machines, "killed", "train")) >= 5, 120)
+    started = until(lambda: run.poll() is not None or len(lines(machines, "killed", "train")) >= 5, 400)
     assert started and run.poll() is None, log.read_text()[-4000:]
     os.kill(rank(machines.processes(1)).pid, signal.SIGKILL)
     assert until(lambda: not machines.processes(0) and not machines.processes(1), 60), [

@@ -115,7 +115,7 @@ class TwoMachines:
             stderr=subprocess.STDOUT,
         )
 
-    def run(self, *command: object, timeout: float = 300) -> tuple[int, str]:
+    def run(self, *command: object, timeout: float = 600) -> tuple[int, str]:
         """Runs a command on the first machine to its end; its status, and all that it printed."""
         log = self.folder / "log"
         process = self.popen(*command, log=log)
