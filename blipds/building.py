@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from blipds import distributed
+from blipds import distributed, planner
 from blipds.captioner import Captioner
 from blipds.config import Config
 from blipds.data.datasets import CaptionDataset, build_dataset
@@ -118,6 +118,30 @@ def resolve(config: Config, ds_config: Section, device: torch.device, source: st
         hidden_size=read_text_config(config.model.med_config_path).hidden_size,
         source=source,
     )
+
+
+def check_world_size(config: Config) -> None:
+    """UserError where the launcher started fewer (or more) ranks than `run.expect_world_size`.
+
+    DeepSpeed goes on with this machine alone where it finds no hostfile, and a rank never sees the hostfile.
+    """
+    expected, ranks = config.run.expect_world_size, distributed.world_size()
+    if expected is not None and ranks != expected:
+        raise UserError(
+            f"run.expect_world_size is {expected}, but {ranks} rank{'s were' if ranks > 1 else ' was'} started: look "
+            f"at --hostfile and --num_gpus (deepspeed goes on with one machine where there is no hostfile)"
+        )
+
+
+def memory_warning(config: Config, ds_config: Section, device: torch.device) -> str | None:
+    """A line if the run will not fit into this rank's GPU, by launch/plan.py's forecast; nothing on CPUs."""
+    if device.type != "cuda":
+        return None
+    memory = torch.cuda.get_device_properties(device).total_memory
+    ranks = distributed.local_world_size()
+    machines = planner.Machines(ranks, distributed.world_size() // ranks, memory)
+    tokenizer = CaptionTokenizer(config.model.tokenizer, config.model.prompt, config.model.max_txt_len)
+    return planner.memory_warning(config, ds_config, machines, len(tokenizer.prompt_ids))
 
 
 def build_loader(config: Config, tokenizer: CaptionTokenizer) -> TrainLoader:

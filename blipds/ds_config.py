@@ -170,6 +170,11 @@ def checkpoints_on_host(ds: Section) -> bool:
     return _get(ds, "activation_checkpointing.cpu_checkpointing") is True
 
 
+def setting(ds: Section, path: str, default: Json = None) -> Json:
+    """The value at a dotted path of a config, or `default`."""
+    return _get(ds, path, default)
+
+
 def uses_torch_adam(ds: Section) -> bool:
     return _get(ds, "optimizer.params.torch_adam") is True
 

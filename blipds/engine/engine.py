@@ -43,6 +43,8 @@ def checkpointed_on_host(function: Callable[..., Any], *inputs: Any) -> Any:
 
 def default_precision(device: torch.device) -> Literal["bf16", "fp16", "fp32"]:
     """What "auto" in the DeepSpeed JSON means: bf16 where the device does it well, fp16 on older GPUs, else fp32."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "bf16"  # a plan for GPUs that are elsewhere
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     # bf16 without matrix instructions for it is slower than fp32 on a CPU
