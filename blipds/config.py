@@ -209,6 +209,7 @@ class RunConfig:
     # output
     output_dir: str = "output"
     job_id: str | None = None
+    expect_world_size: int | None = None
     resume_ckpt_path: str | None = None
     log_freq: int = 50
     val_freq: int = 1
@@ -227,7 +228,15 @@ class RunConfig:
         for name in ("num_workers", "warmup_steps", "max_bad_images", "weight_decay", "init_lr", "min_lr", "min_len"):
             check(f"run.{name}", getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
         check("run.length_penalty", self.length_penalty, math.isfinite(self.length_penalty), "a number")
-        for name in ("max_iters", "iters_per_inner_epoch", "limit_train", "limit_val", "val_steps", "max_grad_norm"):
+        for name in (
+            "max_iters",
+            "iters_per_inner_epoch",
+            "limit_train",
+            "limit_val",
+            "val_steps",
+            "max_grad_norm",
+            "expect_world_size",
+        ):
             value = getattr(self, name)
             check(f"run.{name}", value, value is None or value > 0, "more than 0, or null")
         check("run.beta2", self.beta2, 0 <= self.beta2 < 1, "0 or more, below 1")

@@ -80,7 +80,7 @@ class PixelReader:
         self.processor = processor
 
     def read(self, index: int) -> Tensor:
-        return self.processor(self.records[index].image.open())
+        return self.processor(self.records[index].image.open(self.processor.shrink))
 
     def batch(self, images: Sequence[Tensor | None]) -> Images:
         blank = torch.zeros(3, self.processor.image_size, self.processor.image_size, dtype=torch.uint8)

@@ -216,7 +216,9 @@ class TrainLoader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # its draws leave torch's own random state alone
         )
+        self.started: tuple[tuple[int, int], Iterator[Batch]] | None = None
 
     @property
     def global_batch(self) -> int:
@@ -227,10 +229,17 @@ class TrainLoader:
     def steps_per_epoch(self) -> int:
         return len(self.batches)
 
+    def start(self, epoch: int, first_step: int = 0) -> None:
+        """Sets the workers to the batches of `windows(epoch, first_step)`, to be ready when they are asked for."""
+        self.batches.epoch, self.batches.first_step = epoch, first_step
+        self.started = (epoch, first_step), iter(self.loader)
+
     def windows(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """The accumulation windows of one epoch, one for each optimizer step from `first_step` on."""
-        self.batches.epoch, self.batches.first_step = epoch, first_step
-        batches = iter(self.loader)
+        if self.started is None or self.started[0] != (epoch, first_step):
+            self.start(epoch, first_step)
+        assert self.started is not None
+        batches, self.started = self.started[1], None
         for _ in range(first_step, self.steps_per_epoch):
             yield list(islice(batches, self.batches.accumulation))
 

@@ -20,6 +20,8 @@ from typing import TypeVar
 
 from PIL import Image, ImageDraw
 
+from blipds.data.processors import Shrink
+
 T = TypeVar("T")
 Colour = tuple[int, int, int]
 
@@ -75,8 +77,8 @@ class Scene:
     objects: tuple[SceneObject, ...]  # one or two; of two, the left or upper one comes first
     background: Colour
 
-    def open(self, image_size: int = 128) -> Image.Image:
-        """The picture, RGB, image_size x image_size."""
+    def open(self, shrink: Shrink | None = None, *, image_size: int = 128) -> Image.Image:
+        """The picture, RGB, image_size x image_size: too small for `shrink` to matter."""
         side = image_size * SUPERSAMPLING
         image = Image.new("RGB", (side, side), self.background)
         canvas = ImageDraw.Draw(image)

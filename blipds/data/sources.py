@@ -10,7 +10,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from blipds.data.processors import load_image
+from blipds.data.processors import Shrink, load_image
 from blipds.errors import CONTROL, UserError
 
 # by which the images of a folder and of a shard are known
@@ -23,16 +23,16 @@ SUFFIXES = {
 class ImageSource(Protocol):
     """Where an image comes from; `str()` of it names the image in messages. Hashable: equal sources are one image."""
 
-    def open(self) -> Image.Image:
-        """The image as RGB; OSError where it cannot be read."""
+    def open(self, shrink: Shrink | None = None) -> Image.Image:
+        """The image as RGB; OSError where it cannot be read. It may be smaller by `shrink(width, height)`."""
 
 
 @dataclass(frozen=True)
 class ImageFile:
     path: Path
 
-    def open(self) -> Image.Image:
-        return load_image(self.path)
+    def open(self, shrink: Shrink | None = None) -> Image.Image:
+        return load_image(self.path, shrink)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -52,10 +52,10 @@ class ShardImage:
         """The file that changes where the image does."""
         return Path(self.shard)
 
-    def open(self) -> Image.Image:
+    def open(self, shrink: Shrink | None = None) -> Image.Image:
         with open(self.shard, "rb") as file:  # noqa: PTH123 (a Path costs as much as the open)
             file.seek(self.offset)
-            return load_image(str(self), data=io.BytesIO(file.read(self.size)))
+            return load_image(str(self), shrink, data=io.BytesIO(file.read(self.size)))
 
     def __str__(self) -> str:
         return f"{self.shard}/{self.member}"

@@ -37,7 +37,7 @@ class Noise:
     def __init__(self, number):
         self.number = number
 
-    def open(self):
+    def open(self, shrink=None):
         if self.number is None:
             raise OSError("broken")
         pixels = np.random.default_rng(self.number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
@@ -250,6 +250,20 @@ def test_shards_shuffle_split_and_resume_as_files_do(tokenizer, tmp_path):
     assert Counter(seen for step in epoch for seen, _ in step) == dict.fromkeys(pixels, 1)
     assert epoch == steps(from_files, 0, num_workers=0)
     assert epoch[3:] == steps(from_shards, 3, num_workers=2)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_workers_started_early_give_the_same_batches(tokenizer, num_workers):
+    """As building does it; what was started for another place (an evaluation's, a resumed run's) is left."""
+    whole = contents(loader(tokenizer, [noise_dataset()], micro_batch=4).windows(epoch=3))
+    mine = loader(tokenizer, [noise_dataset()], micro_batch=4, num_workers=num_workers)
+    state = torch.get_rng_state()
+    mine.start(epoch=3, first_step=2)
+    assert torch.equal(torch.get_rng_state(), state)  # the model's random weights are drawn after it
+    assert contents(mine.windows(epoch=3, first_step=2)) == whole[2:]
+    mine.start(epoch=1)
+    assert contents(mine.windows(epoch=3, first_step=4)) == whole[4:]
+    assert contents(mine.windows(epoch=3, first_step=5)) == whole[5:]
 
 
 def test_datasets_share_mean_and_std(tokenizer):

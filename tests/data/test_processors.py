@@ -16,9 +16,10 @@ from blipds.data.processors import (
     BlipCaptionProcessor,
     BlipImageEval,
     BlipImageTrain,
+    draw_operations,
     load_image,
-    rand_augment,
     random_crop_box,
+    resized_crop,
 )
 from blipds.registry import PROCESSORS
 
@@ -68,15 +69,31 @@ def test_train_processor_depends_on_torchs_seed_alone():
     assert not torch.equal(pixels(1), pixels(2))
 
 
-def test_train_processor_crops_then_resizes_as_torchvision(monkeypatch):
+def test_resized_crop_is_pillows_but_for_rounding():
+    image = noise(640, 480)
+    expected = transforms.functional.resized_crop(image, 7, 35, 400, 520, [384, 384], InterpolationMode.BICUBIC)
+    pixels = resized_crop(image, (35, 7, 555, 407), 384)
+    assert pixels.is_contiguous()
+    difference = (pixels.int() - pil_to_tensor(expected).int()).abs()
+    assert difference.max() <= 1
+    assert difference.float().mean() < 0.02
+
+
+def test_train_processor_crops_flips_and_augments(monkeypatch):
     image = noise(64, 48)
-    monkeypatch.setattr(processors, "random_crop_box", lambda *_: (5, 7, 45, 37))
-    monkeypatch.setattr(processors, "rand_augment", lambda image: image)
-    crop = transforms.functional.resized_crop(image, 7, 5, 30, 40, [32, 32], InterpolationMode.BICUBIC)
-
-    seen = {BlipImageTrain(32)(image).numpy().tobytes() for _ in range(20)}
-
-    assert seen == {pil_to_tensor(x).contiguous().numpy().tobytes() for x in (crop, ImageOps.mirror(crop))}
+    box = (5, 7, 45, 37)
+    crop = Image.fromarray(resized_crop(image, box, 32).permute(1, 2, 0).numpy())
+    monkeypatch.setattr(processors, "random_crop_box", lambda *_: box)
+    for operations, expected in (
+        ([], crop),
+        ([(OPERATIONS["Equalize"], 1), (OPERATIONS["Rotate"], -1)], None),
+    ):
+        monkeypatch.setattr(processors, "draw_operations", lambda operations=operations: operations)
+        seen = {BlipImageTrain(32)(image).numpy().tobytes() for _ in range(20)}
+        allowed = [crop, ImageOps.mirror(crop)]
+        if expected is None:
+            allowed = [ImageOps.equalize(x).rotate(-15, Image.Resampling.BILINEAR, fillcolor=FILL) for x in allowed]
+        assert seen == {pil_to_tensor(x).contiguous().numpy().tobytes() for x in allowed}
 
 
 def test_crop_boxes_keep_to_scale_ratio_and_image():
@@ -191,13 +208,13 @@ def test_two_operations_each_applied_half_of_the_time(monkeypatch):
         {name: lambda image, sign, name=name: calls.append((name, sign)) or image for name in OPERATION_NAMES},
     )
     torch.manual_seed(0)
-    image = Image.new("RGB", (1, 1))
 
     applied = []
     for _ in range(4000):
-        before = len(calls)
-        rand_augment(image)
-        applied.append(len(calls) - before)
+        drawn = draw_operations()
+        for operation, sign in drawn:
+            operation(None, sign)
+        applied.append(len(drawn))
 
     # Binomial: 0, 1 or 2 applied in 1/4, 1/2, 1/4 of the images; operations and signs are uniform.
     assert np.bincount(applied) / 4000 == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
@@ -206,6 +223,11 @@ def test_two_operations_each_applied_half_of_the_time(monkeypatch):
         dict.fromkeys(OPERATION_NAMES, 0.1), abs=0.02
     )
     assert np.mean([sign for _, sign in calls]) == pytest.approx(0, abs=0.05)
+
+
+def test_operations_that_change_nothing_are_left_out(monkeypatch):
+    monkeypatch.setattr(processors, "OPERATION_NAMES", ("Identity", "Brightness", "Sharpness"))
+    assert not any(draw_operations() for _ in range(20))
 
 
 # --- reading ---
@@ -264,6 +286,41 @@ def test_load_image_names_what_it_cannot_read(tmp_path):
     for path in (part, text, tmp_path / "missing.jpg", tmp_path):
         with pytest.raises(OSError, match=str(path)):
             load_image(path)
+
+
+# --- reading large photographs ---
+
+
+def test_large_jpegs_are_decoded_smaller(tmp_path):
+    path = tmp_path / "large.jpg"
+    Image.new("RGB", (1600, 1200), (200, 100, 50)).save(path)
+    assert load_image(path).size == (1600, 1200)
+    assert load_image(path, lambda width, height: 1).size == (1600, 1200)
+    for factor, size in ((2, (800, 600)), (3, (800, 600)), (4, (400, 300)), (8, (200, 150)), (100, (200, 150))):
+        assert load_image(path, lambda width, height, factor=factor: factor).size == size
+    assert load_image(path, BlipImageTrain(384).shrink).size == (800, 600)
+
+
+def test_other_formats_keep_their_pixels(tmp_path):
+    noise(64, 48).save(tmp_path / "image.png")
+    loaded = load_image(tmp_path / "image.png", lambda width, height: 2)
+    assert np.array_equal(loaded, noise(64, 48))
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "train", "evaluation"),
+    [
+        # smallest crop: half the area, 3 wide and 4 high: sqrt(0.5 * 3/4 * 640 * 480) = 339 < 384
+        (640, 480, 0, 0),
+        (1024, 768, 1, 1),  # 543; nocaps' largest
+        (4000, 3000, 5, 3),  # 2121 / 384 = 5.5; 3000 / 768 = 3.9
+        (3000, 4000, 5, 3),
+        (12000, 500, 1, 0),  # a long one: 500 / 384
+    ],
+)
+def test_no_photograph_is_decoded_to_fewer_pixels_than_needed(width, height, train, evaluation):
+    assert BlipImageTrain(384).shrink(width, height) == train
+    assert BlipImageEval(384).shrink(width, height) == evaluation
 
 
 # --- captions ---

@@ -84,7 +84,7 @@ def test_objects_lie_inside_and_apart():
 @pytest.mark.parametrize("image_size", [64, 128])
 def test_centres_have_the_objects_colour(image_size):
     for scene in TRAIN[:50]:
-        image = scene.open(image_size)
+        image = scene.open(image_size=image_size)
         assert (image.mode, image.size) == ("RGB", (image_size, image_size))
         for item in scene.objects:
             colour = scene.background if item.shape == "ring" else COLOURS[item.colour]
@@ -96,7 +96,7 @@ def test_shapes_look_different_at_64_pixels(size):
     pictures = {}
     for shape in SHAPES:
         item = SceneObject(shape, "black", size, 0.5, 0.5)
-        pictures[shape] = Scene(shape, (item,), (255, 255, 255)).open(64).convert("1", dither=0).tobytes()
+        pictures[shape] = Scene(shape, (item,), (255, 255, 255)).open(image_size=64).convert("1", dither=0).tobytes()
 
     area = {shape: sum(8 - byte.bit_count() for byte in picture) for shape, picture in pictures.items()}
     for first in SHAPES:
@@ -110,7 +110,7 @@ def test_shapes_look_different_at_64_pixels(size):
 
 def centre_of_colour(scene: Scene, colour: str) -> tuple[float, float]:
     """Mean position of the pixels that have exactly this colour, measured on the picture."""
-    image = scene.open(64)
+    image = scene.open(image_size=64)
     spots = [(x, y) for x in range(64) for y in range(64) if image.getpixel((x, y)) == COLOURS[colour]]
     return sum(x for x, _ in spots) / len(spots), sum(y for _, y in spots) / len(spots)
 
