@@ -1,11 +1,14 @@
 """Builds the parts of a training run from its configs."""
 
+import hashlib
+import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from blipds import distributed
+from blipds import distributed, planner
 from blipds.captioner import Captioner
 from blipds.config import Config
 from blipds.data.datasets import CaptionDataset, build_dataset
@@ -14,21 +17,35 @@ from blipds.data.tokenizer import CaptionTokenizer
 from blipds.ds_config import (
     RunValues,
     Section,
+    checkpoints_on_host,
+    offload_folders,
     offloads_optimizer,
     precision,
     resolve_ds_config,
     uses_torch_adam,
+    with_offload_folder,
     with_torch_adam,
     zero_stage,
 )
-from blipds.engine import Engine, checkpointed, default_precision, parameter_groups, prepare_ops
+from blipds.engine import (
+    Engine,
+    checkpointed,
+    checkpointed_on_host,
+    default_precision,
+    parameter_groups,
+    partitioned_init,
+    prepare_nvme,
+    prepare_ops,
+    write_parameter,
+)
 from blipds.engine.checkpoints import load_engine, read_state, shape_of
 from blipds.errors import UserError
-from blipds.evaluator import build_evaluators
+from blipds.evaluator import Evaluator, build_evaluators
 from blipds.image_embeds import cache_image_embeds
 from blipds.models import build_model, read_text_config
 from blipds.models.checkpoints import open_checkpoint
 from blipds.models.lr_scales import lr_scales
+from blipds.models.parameters import whole_shape
 from blipds.monitor import NullMonitor
 from blipds.registry import SCHEDULES
 from blipds.schedules import Schedule
@@ -56,13 +73,15 @@ def build_trainer(
     state = RunState() if resumed is None else RunState(**read_state(resumed)["run"])
     if not config.model.cache_image_embeds:  # images are read while the model is built, unless features replace them
         loader.start(*divmod(state.global_step, loader.steps_per_epoch))
-    engine = build_engine(config, ds_config, resumed, monitor)
+    engine = build_engine(config, ds_config, run_dir, resumed, monitor)
     if resumed is not None:
         load_engine(engine, resumed, shape_of(engine, loader.global_batch))
     if config.model.cache_image_embeds:
         read_from_cache(config, engine, datasets, monitor)
     for line in start_block(config, ds_config, engine.model, plan, loader, run_dir, state):
         monitor.say(line)
+    for line in data_notices(loader, evaluators):
+        monitor.say(f"data       {line}")
     return Trainer(
         engine,
         loader,
@@ -87,15 +106,42 @@ def resolve(config: Config, ds_config: Section, device: torch.device, source: st
         betas=(0.9, run.beta2),
         weight_decay=run.weight_decay,
         max_grad_norm=run.max_grad_norm,
+        activation_checkpointing=config.model.vit_grad_ckpt or config.model.text_grad_ckpt,
     )
     return resolve_ds_config(
         ds_config,
         values,
         world_size=distributed.world_size(),
+        local_world_size=distributed.local_world_size(),
+        device_type=device.type,
         default_precision=default_precision(device),
         hidden_size=read_text_config(config.model.med_config_path).hidden_size,
         source=source,
     )
+
+
+def check_world_size(config: Config) -> None:
+    """UserError where the launcher started fewer (or more) ranks than `run.expect_world_size`.
+
+    DeepSpeed goes on with this machine alone where it finds no hostfile, and a rank never sees the hostfile.
+    """
+    expected, ranks = config.run.expect_world_size, distributed.world_size()
+    if expected is not None and ranks != expected:
+        raise UserError(
+            f"run.expect_world_size is {expected}, but {ranks} rank{'s were' if ranks > 1 else ' was'} started: look "
+            f"at --hostfile and --num_gpus (deepspeed goes on with one machine where there is no hostfile)"
+        )
+
+
+def memory_warning(config: Config, ds_config: Section, device: torch.device) -> str | None:
+    """A line if the run will not fit into this rank's GPU, by launch/plan.py's forecast; nothing on CPUs."""
+    if device.type != "cuda":
+        return None
+    memory = torch.cuda.get_device_properties(device).total_memory
+    ranks = distributed.local_world_size()
+    machines = planner.Machines(ranks, distributed.world_size() // ranks, memory)
+    tokenizer = CaptionTokenizer(config.model.tokenizer, config.model.prompt, config.model.max_txt_len)
+    return planner.memory_warning(config, ds_config, machines, len(tokenizer.prompt_ids))
 
 
 def build_loader(config: Config, tokenizer: CaptionTokenizer) -> TrainLoader:
@@ -143,16 +189,22 @@ def build_schedule(config: Config, plan: Plan) -> Schedule:
     )
 
 
-def build_engine(config: Config, ds_config: Section, resumed: Path | None, monitor: NullMonitor) -> Engine:
+def build_engine(
+    config: Config, ds_config: Section, run_dir: Path, resumed: Path | None, monitor: NullMonitor
+) -> Engine:
     """The model with its initial weights in a DeepSpeed engine. Collective."""
     run = config.run
-    model = build_model(config.model, checkpointed)
-    if resumed is None:
-        load_initial_weights(model, config, monitor.say)
-    else:
-        take_constants(model, open_checkpoint(resumed))  # the weights come with the engine's own files
+    if offload_folders(ds_config):
+        ds_config = prepare_offload_folders(ds_config, run_dir)
+        prepare_nvme(monitor.say)
     if not uses_torch_adam(ds_config) and not prepare_ops(offloads_optimizer(ds_config), monitor.say):
         ds_config = with_torch_adam(ds_config)
+    with partitioned_init(ds_config):
+        model = build_model(config.model, checkpointed_on_host if checkpoints_on_host(ds_config) else checkpointed)
+    if resumed is None:
+        load_initial_weights(model, config, monitor.say, partial(write_parameter, model))
+    else:
+        take_constants(model, open_checkpoint(resumed))  # the weights come with the engine's own files
     scales = lr_scales((name for name, _ in model.named_parameters()), run.lr_scale, run.lr_layer_decay)
     groups = parameter_groups(model, run.weight_decay, run.weight_decay_on, scales)
     return Engine(model, ds_config, groups, precision(ds_config))
@@ -183,6 +235,18 @@ def read_from_cache(config: Config, engine: Engine, datasets: Sequence[CaptionDa
     )
 
 
+def prepare_offload_folders(ds_config: Section, run_dir: Path) -> Section:
+    """The same config with NVMe folders for this run alone: DeepSpeed empties what it finds in them, whosever it is.
+
+    UserError where a folder is missing: DeepSpeed would make it, on whatever disk that then is.
+    """
+    for folder in offload_folders(ds_config):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"nvme_path {folder} in the DeepSpeed JSON: no folder that can be written to; name one")
+    digest = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=4).hexdigest()
+    return with_offload_folder(ds_config, f"blipds-{digest}")
+
+
 def start_block(
     config: Config,
     ds_config: Section,
@@ -194,7 +258,7 @@ def start_block(
 ) -> list[str]:
     """The arithmetic of the run, for a person to check before it has cost an hour."""
     run, ranks = config.run, distributed.world_size()
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    sizes = [(whole_shape(p).numel(), p.requires_grad) for p in model.parameters()]
     trainable = sum(size for size, learns in sizes if learns)
     frozen = sum(size for size, learns in sizes if not learns)
     images = run.batch_size_train * run.accum_grad_iters * ranks
@@ -213,4 +277,14 @@ def start_block(
     ]
     if state.global_step:
         lines.append(f"resumed    after step {state.global_step}")
+    return lines
+
+
+def data_notices(loader: TrainLoader, evaluators: list[Evaluator]) -> list[str]:
+    """What was left out of the training data, and which images are trained on and evaluated."""
+    lines = [f"{dataset.name}: {notice}" for dataset in loader.datasets for notice in dataset.notices]
+    trained = {str(record.image) for dataset in loader.datasets for record in dataset.records}
+    for evaluator in evaluators:
+        if shared := [record.image for record in evaluator.dataset.records if str(record.image) in trained]:
+            lines.append(f"{len(shared)} images of {evaluator.split} are trained on too; the first: {shared[0]}")
     return lines

@@ -5,6 +5,7 @@ of each dataset (`blipds/configs`), the run config, `--options`. Names and meani
 run_configs/README.md explains every key.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -90,7 +91,10 @@ class ImagesConfig:
 
 @dataclass
 class BuildInfo:
-    """`datasets.<name>.build_info:`; relative paths start at `env.cache_root`."""
+    """`datasets.<name>.build_info:`; relative paths start at `env.cache_root`.
+
+    Where only `storage` is to be said, the path may stand in the section's place: `annotations.train: my/train.csv`.
+    """
 
     annotations: dict[str, AnnotationConfig] = field(default_factory=dict)
     images: ImagesConfig = field(default_factory=ImagesConfig)
@@ -106,6 +110,16 @@ class ImageProcessorConfig:
     max_scale: float | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("mean", -math.inf), ("std", 0)):
+            values = getattr(self, name)
+            good = values is None or (len(values) == 3 and all(lowest < value < math.inf for value in values))
+            check(f"vis_processor: {name}", values, good, "three numbers" + " above 0" * (name == "std"))
+        low = 0.5 if self.min_scale is None else self.min_scale
+        high = 1.0 if self.max_scale is None else self.max_scale
+        allowed = "more than 0, at most 1, the smaller one first"
+        check("vis_processor: [min_scale, max_scale]", [low, high], 0 < low <= high <= 1, allowed)
 
 
 @dataclass
@@ -195,6 +209,7 @@ class RunConfig:
     # output
     output_dir: str = "output"
     job_id: str | None = None
+    expect_world_size: int | None = None
     resume_ckpt_path: str | None = None
     log_freq: int = 50
     val_freq: int = 1
@@ -211,8 +226,17 @@ class RunConfig:
         for name in ("log_freq", "val_freq", "save_freq"):
             check(f"run.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in ("num_workers", "warmup_steps", "max_bad_images", "weight_decay", "init_lr", "min_lr", "min_len"):
-            check(f"run.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        for name in ("max_iters", "iters_per_inner_epoch", "limit_train", "limit_val", "val_steps", "max_grad_norm"):
+            check(f"run.{name}", getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
+        check("run.length_penalty", self.length_penalty, math.isfinite(self.length_penalty), "a number")
+        for name in (
+            "max_iters",
+            "iters_per_inner_epoch",
+            "limit_train",
+            "limit_val",
+            "val_steps",
+            "max_grad_norm",
+            "expect_world_size",
+        ):
             value = getattr(self, name)
             check(f"run.{name}", value, value is None or value > 0, "more than 0, or null")
         check("run.beta2", self.beta2, 0 <= self.beta2 < 1, "0 or more, below 1")
@@ -375,7 +399,7 @@ def check_schema(value: Any, schema: Any, key: str) -> None:
             check_schema(inner, get_args(schema)[1], f"{key}.{name}" if key else str(name))
     elif get_origin(schema) is list and isinstance(value, dict):
         raise UserError(f"{key} is {value!r}; expected a list")
-    elif is_dataclass(schema) and value is not None:
+    elif is_dataclass(schema) and value is not None and not is_storage(value, schema):
         if not isinstance(value, dict):
             raise UserError(f"{key} is {value!r}; expected a section with {', '.join(f.name for f in fields(schema))}")
         hints = get_type_hints(schema)
@@ -386,11 +410,18 @@ def check_schema(value: Any, schema: Any, key: str) -> None:
             check_schema(inner, hints[name], here)
 
 
+def is_storage(value: Any, schema: Any) -> bool:
+    """Whether a path, or a list of them, stands in the place of a split's section."""
+    return schema is AnnotationConfig and isinstance(value, str | list)
+
+
 def conform(value: Any, schema: Any) -> Any:
     """LAVIS writes one file name for a list of one, whole floats for integers, and empty sections."""
     if is_dataclass(schema):
         if value is None:
             return {}
+        if is_storage(value, schema):
+            value = {"storage": value}
         hints = get_type_hints(schema)
         return {name: conform(inner, hints[name]) for name, inner in value.items()}
     if get_origin(schema) is dict:

@@ -8,6 +8,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -92,22 +93,42 @@ class RunValues:
     betas: tuple[float, float]  # 0.9 and run.beta2
     weight_decay: float  # run.weight_decay
     max_grad_norm: float | None = None  # run.max_grad_norm; None: no clipping
+    activation_checkpointing: bool = False  # model.vit_grad_ckpt or model.text_grad_ckpt
 
 
 def resolve_ds_config(
-    ds: Section, run: RunValues, *, world_size: int, default_precision: Precision, hidden_size: int, source: str
+    ds: Section,
+    run: RunValues,
+    *,
+    world_size: int,
+    default_precision: Precision,
+    hidden_size: int,
+    source: str,
+    local_world_size: int | None = None,
+    device_type: str = "cuda",
 ) -> Section:
     """A new dict without "auto", ready for `deepspeed.initialize`; UserError where it contradicts the run config.
 
-    `default_precision` is what "auto" in bf16.enabled and fp16.enabled stands for on this device, `hidden_size` the
-    widest hidden size of the model, `source` the file that errors name.
+    `default_precision` is what "auto" in bf16.enabled and fp16.enabled stands for on this device (`device_type`: "cuda"
+    or "cpu"), `hidden_size` the widest hidden size of the model, `source` the file that errors name, `local_world_size`
+    the ranks on each machine (None: all of them on one).
     """
     resolved = copy.deepcopy(ds)
     _resolve_run_values(resolved, run, world_size, source)
     _resolve_optimizer(resolved)
     _resolve_precision(resolved, default_precision)
     _resolve_sizes(resolved, hidden_size)
-    _check_combinations(resolved, world_size, source)
+    if _get(resolved, "zero_optimization.zero_hpz_partition_size") == "auto":
+        _put(resolved, "zero_optimization.zero_hpz_partition_size", local_world_size or world_size)
+    faults = (
+        _zero_faults(resolved, world_size),
+        _offload_faults(resolved),
+        _precision_faults(resolved),
+        _checkpointing_faults(resolved, run.activation_checkpointing, device_type),
+        _other_faults(resolved, device_type),
+    )
+    for fault in chain.from_iterable(faults):
+        raise UserError(f"{source}: {fault}")
     return resolved
 
 
@@ -127,6 +148,31 @@ def zero_stage(ds: Section) -> int:
 def offloads_optimizer(ds: Section) -> bool:
     """Whether the optimizer runs on the CPU, which takes DeepSpeed's CPU Adam."""
     return _get(ds, "zero_optimization.offload_optimizer.device", "none") != "none"
+
+
+def offload_folders(ds: Section) -> set[str]:
+    """The folders that NVMe offload writes to; none without it."""
+    sections = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+    return {str(_get(ds, f"{name}.nvme_path")) for name in sections if _get(ds, f"{name}.device") == "nvme"}
+
+
+def with_offload_folder(ds: Section, name: str) -> Section:
+    """The same config with a folder of its own, `name`, below each folder that NVMe offload writes to."""
+    changed = copy.deepcopy(ds)
+    for section in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
+        if _get(ds, f"{section}.device") == "nvme":
+            _put(changed, f"{section}.nvme_path", f"{_get(ds, f'{section}.nvme_path')}/{name}")
+    return changed
+
+
+def checkpoints_on_host(ds: Section) -> bool:
+    """Whether checkpointed activations wait for the backward pass in the host's memory."""
+    return _get(ds, "activation_checkpointing.cpu_checkpointing") is True
+
+
+def setting(ds: Section, path: str, default: Json = None) -> Json:
+    """The value at a dotted path of a config, or `default`."""
+    return _get(ds, path, default)
 
 
 def uses_torch_adam(ds: Section) -> bool:
@@ -193,6 +239,7 @@ def _resolve_sizes(ds: Section, hidden_size: int) -> None:
 
 
 # ---- Combinations ---------------------------------------------------------------------------------------------------
+# What DeepSpeed ignores silently or stops at with an assertion, a phrase each.
 
 # What each of these keys says when it asks for nothing; anything else needs stage 3.
 _STAGE_3_KEYS: Mapping[str, Json] = {
@@ -205,13 +252,8 @@ _STAGE_3_KEYS: Mapping[str, Json] = {
 }
 
 _MODEL_PARALLEL_KEYS = ("partition_activations", "contiguous_memory_optimization", "number_checkpoints")
-
-
-def _check_combinations(ds: Section, world_size: int, source: str) -> None:
-    """Combinations that DeepSpeed ignores silently or stops at with an assertion: the first one found is the error."""
-    for rule in (_zero_faults(ds, world_size), _offload_faults(ds), _precision_faults(ds), _other_faults(ds)):
-        for fault in rule:
-            raise UserError(f"{source}: {fault}")
+_DEEPSPEEDS_OWN_CHECKPOINTING_KEYS = ("synchronize_checkpoint_boundary", "profile")
+_CUDA_KEYS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 
 def _zero_faults(ds: Section, world_size: int) -> Iterator[str]:
@@ -268,18 +310,37 @@ def _precision_faults(ds: Section) -> Iterator[str]:
             yield f"{path} needs zero_optimization.offload_optimizer: only the CPU's Adam keeps fp32 moments beside it"
 
 
-def _other_faults(ds: Section) -> Iterator[str]:
+def _checkpointing_faults(ds: Section, checkpointed: bool, device_type: str) -> Iterator[str]:
+    """DeepSpeed applies nothing of this section by itself; of its keys, `checkpoints_on_host` is ours to apply."""
+    section = "activation_checkpointing"
+    for key in _MODEL_PARALLEL_KEYS:
+        if _get(ds, f"{section}.{key}") not in (None, False):
+            yield (
+                f"{section}.{key} is about activations split over model-parallel ranks, and blipds trains "
+                f"data-parallel: remove it; model.vit_grad_ckpt and model.text_grad_ckpt switch checkpointing on"
+            )
+    for key in _DEEPSPEEDS_OWN_CHECKPOINTING_KEYS:
+        if _get(ds, f"{section}.{key}") is True:
+            yield f"{section}.{key} belongs to DeepSpeed's own checkpoint function; blipds uses torch's: remove it"
+    if checkpoints_on_host(ds):
+        if device_type == "cpu":
+            yield f"{section}.cpu_checkpointing moves activations off the GPU, and there is none here: remove it"
+        if not checkpointed:
+            yield (
+                f"{section}.cpu_checkpointing says where checkpoints are kept, but the run config makes none: "
+                f"set model.vit_grad_ckpt or model.text_grad_ckpt, or remove it"
+            )
+
+
+def _other_faults(ds: Section, device_type: str) -> Iterator[str]:
     params = "optimizer.params"
     if _get(ds, "optimizer.type") == "AdamW" and _get(ds, f"{params}.adam_w_mode") is False:
         yield f'{params}.adam_w_mode false is ignored by type "AdamW"; for decay as an L2 penalty say type "Adam"'
     if _get(ds, f"{params}.torch_adam") is True and _get(ds, f"{params}.bias_correction") is not None:
         yield f"{params}.bias_correction does not go with torch_adam, which always corrects; remove one"
-    for key in _MODEL_PARALLEL_KEYS:
-        if _get(ds, f"activation_checkpointing.{key}") not in (None, False):
-            yield (
-                f"activation_checkpointing.{key} is about activations split over model-parallel ranks, and blipds "
-                f"trains data-parallel: remove it; model.vit_grad_ckpt switches checkpointing on"
-            )
+    for key in _CUDA_KEYS:
+        if device_type == "cpu" and _get(ds, f"zero_optimization.{key}") is True:
+            yield f"zero_optimization.{key}: DeepSpeed's quantizer is a CUDA kernel, and this is a CPU: set it to false"
 
 
 def _get(ds: Section, path: str, default: Json = None) -> Json:

@@ -110,7 +110,7 @@ ZERO: Schema = {
     "sub_group_size": SIZE,
     "leaf_module": _each(TEXTS, "classes names name_suffixes"),
     # ZeRO++
-    "zero_hpz_partition_size": SIZE,
+    "zero_hpz_partition_size": SIZE | AUTO,
     **_each(BOOL, "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients"),
     # ZeRO-Offload and ZeRO-Infinity
     "offload_param": OFFLOAD_PARAM,

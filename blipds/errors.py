@@ -1,11 +1,21 @@
 """Errors that a user can mend: one line that says what, where and what is allowed."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# What a line cannot hold: control characters, line separators, and halves of characters, which cannot be written.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 
 
 class UserError(ValueError):
-    """Something the user can mend. The command lines print its message alone, without a traceback."""
+    """Something the user can mend. The command lines print its message alone, without a traceback.
+
+    It is one line, whatever the files that it quotes hold.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(CONTROL.sub(" ", message).strip())
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from blipds.engine import DTYPES
 from blipds.errors import UserError
 from blipds.metrics import Scores, score_captions
 from blipds.models import BlipCaption, build_model
+from blipds.models.initialisation import initialise
+from blipds.models.parameters import copy_into
 from blipds.monitor import NullMonitor
 from blipds.weights import load_weights
 
@@ -173,7 +176,9 @@ def evaluate_checkpoint(
 ) -> list[Evaluation]:
     """Builds the model on every rank, loads a checkpoint (None: random weights) and evaluates splits. Collective."""
     model = build_model(config.model, checkpoint_fn=lambda function, *inputs: function(*inputs))
-    if checkpoint is not None:
+    if checkpoint is None:
+        initialise(model, config.run.seed, partial(copy_into, model))
+    else:
         load_weights(model, checkpoint, Path(config.env.cache_root).expanduser(), monitor.say)
     model.to(device, DTYPES[precision]).eval()
     evaluations = []

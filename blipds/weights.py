@@ -1,10 +1,8 @@
 """The weights that a model starts from: a whole checkpoint of any kind, or parts (an image encoder, a BERT)."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from blipds.config import Config, ModelConfig
 from blipds.download import fetch
@@ -25,6 +23,8 @@ from blipds.models.geometry import (
     geometry_of,
     stated_vision_eps,
 )
+from blipds.models.initialisation import initialise
+from blipds.models.parameters import Write, copy_into, whole_shape
 from blipds.models.vision import encoder_mean_std, pretrained_encoder, set_layer_norm_eps
 
 
@@ -39,23 +39,27 @@ def initial_weights(config: ModelConfig) -> str | None:
     return None
 
 
-def load_initial_weights(model: BlipCaption, config: Config, say: Callable[[str], None]) -> None:
+def load_initial_weights(
+    model: BlipCaption, config: Config, say: Callable[[str], None], write: Write | None = None
+) -> None:
     """What a new run starts from: a whole checkpoint if the config asks for one, else the parts that it names.
 
-    `vit_pretrained` and `text_pretrained` fill in their part; what neither has (cross-attention always) stays random.
+    `vit_pretrained` and `text_pretrained` fill in their part; what neither has (cross-attention always) is random.
+    `write` copies into a partitioned parameter (engine/partitions.py): every rank calls it, in the same order.
     """
     section, cache_root = config.model, Path(config.env.cache_root).expanduser()
     location = initial_weights(section)
     if location is not None:
-        load_weights(model, location, cache_root, say)
+        load_weights(model, location, cache_root, say, write)
         for key in ("vit_pretrained", "text_pretrained"):
             if getattr(section, key):
                 say(f"not used: model.{key}, since model.load_finetuned or load_pretrained asks for a whole checkpoint")
         return
+    initialise(model, config.run.seed, write or partial(copy_into, model))
     if section.vit_pretrained:
-        load_image_encoder(model, section.vit_type, section.vit_pretrained, cache_root, say)
+        load_image_encoder(model, section.vit_type, section.vit_pretrained, cache_root, say, write)
     if section.text_pretrained:
-        load_text_decoder(model, section.text_pretrained, cache_root, say)
+        load_text_decoder(model, section.text_pretrained, cache_root, say, write)
 
 
 def load_weights(
@@ -63,7 +67,7 @@ def load_weights(
     location: str,
     cache_root: Path,
     say: Callable[[str], None],
-    write: Callable[[str, Tensor], None] | None = None,
+    write: Write | None = None,
 ) -> None:
     """Loads a whole checkpoint of any kind, from a path, a URL or a hub name: each tensor finds its parameter.
 
@@ -94,7 +98,12 @@ def take_constants(model: BlipCaption, checkpoint: Checkpoint) -> str | None:
 
 
 def load_image_encoder(
-    model: BlipCaption, vit_type: str, source: bool | str, cache_root: Path, say: Callable[[str], None]
+    model: BlipCaption,
+    vit_type: str,
+    source: bool | str,
+    cache_root: Path,
+    say: Callable[[str], None],
+    write: Write | None = None,
 ) -> None:
     """Loads `visual_encoder` alone: `source` is true (timm's own weights), a hub name, or a path or URL."""
     hub_name = hub_name_of(source)
@@ -108,10 +117,12 @@ def load_image_encoder(
             raise UserError(
                 f"model.vit_pretrained {location}: a {checkpoint.kind} checkpoint, not a ViT in timm's layout"
             )
-    load_strictly(model, checkpoint, location, say)
+    load_strictly(model, checkpoint, location, say, write=write)
 
 
-def load_text_decoder(model: BlipCaption, location: str, cache_root: Path, say: Callable[[str], None]) -> None:
+def load_text_decoder(
+    model: BlipCaption, location: str, cache_root: Path, say: Callable[[str], None], write: Write | None = None
+) -> None:
     """Loads a BERT into `text_decoder` as far as it fits: embeddings; layers, each whole; the head where it has one."""
     checkpoint = open_checkpoint(locate(location, cache_root))
     if checkpoint.kind != "bert":
@@ -120,7 +131,7 @@ def load_text_decoder(model: BlipCaption, location: str, cache_root: Path, say: 
     if wrong := text_layer_differences(checkpoint.config, model.text_decoder.config):
         leave_out = ["text_decoder.bert.encoder.layer.*"]
         say(f"text_pretrained: its layers do not fit and are left out, {'; '.join(wrong)}")
-    load_strictly(model, checkpoint, location, say, leave_out)
+    load_strictly(model, checkpoint, location, say, leave_out, write)
 
 
 def load_strictly(
@@ -129,24 +140,19 @@ def load_strictly(
     location: str,
     say: Callable[[str], None],
     leave_out: tuple[str, ...] | list[str] = (),
-    write: Callable[[str, Tensor], None] | None = None,
+    write: Write | None = None,
 ) -> None:
     """Loads what the checkpoint's kind should hold, all of it or (UserError) nothing, and says what was done."""
-    parameters = dict(model.named_parameters())
-
-    def copy(name: str, tensor: Tensor) -> None:
-        with torch.no_grad():
-            parameters[name][: len(tensor)].copy_(tensor) if tensor.dim() else parameters[name].copy_(tensor)
-
+    shapes = {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
     encoder = model.visual_encoder
     report = load_into(
-        {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        {name: tuple(shape) for name, shape in shapes.items()},
         checkpoint,
-        write or copy,
+        write or partial(copy_into, model),
         leave_out=leave_out,
         num_prefix_positions=0 if encoder.no_embed_class else encoder.num_prefix_tokens,
     )
-    fresh = sum(parameters[name].numel() for name in report.missing)
+    fresh = sum(shapes[name].numel() for name in report.missing)
     say(
         f"weights: {report.kind} checkpoint {location}, {len(report.written)} tensors"
         + (f"; {len(report.missing)} of its part of the model ({fresh:,} numbers) stay random" if fresh else "")

@@ -49,11 +49,14 @@ def main() -> None:
     args = parse_arguments()
     config = cli.load_config(args)
     device = distributed.initialise()
+    building.check_world_size(config)
     ds_config = building.resolve(config, load_ds_config(args.ds_config), device, str(args.ds_config))
     if args.print_config:
         if distributed.is_main():
             print(f"{cli.as_yaml(config)}---\n{cli.as_json(ds_config)}", end="")
         return
+    if distributed.is_main() and (line := building.memory_warning(config, ds_config, device)):
+        print(line, flush=True)
     resumed = checkpoint_to_resume(args.resume or config.run.resume_ckpt_path, config)
     run_dir = cli.open_run_dir(config, resumed)
     if config.run.evaluate:

@@ -6,12 +6,30 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
 install_blipds "[test]"
 cd "$root"
 
+echo "== what the tests of NVMe offload and of two machines run on"
+wanted=()
+[ -e /usr/include/libaio.h ] || wanted+=(libaio-dev)
+command -v c++ >/dev/null || wanted+=(g++)
+command -v ip >/dev/null || wanted+=(iproute2)
+command -v sshd >/dev/null || [ -x /usr/sbin/sshd ] || wanted+=(openssh-server)
+command -v pdsh >/dev/null || wanted+=(pdsh)
+if [ ${#wanted[@]} -gt 0 ]; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        export DEBIAN_FRONTEND=noninteractive
+        { apt-get update && apt-get install -y --no-install-recommends "${wanted[@]}"; } >/dev/null ||
+            echo "apt-get cannot install ${wanted[*]}: the tests say what did not run"
+    else
+        echo "missing ${wanted[*]}, and only root with apt-get installs: the tests say what did not run"
+    fi
+fi
+
 echo "== ruff"
 ruff check .
 ruff format --check .
 echo "== mypy"
 mypy
 echo "== DeepSpeed's compiled parts"
-python -m blipds.engine
+python -m blipds.engine --offload
+[ ! -e /usr/include/libaio.h ] || python -m blipds.engine --nvme || true  # the test says what is missing
 echo "== pytest"
 python -m pytest --durations=10 "$@"

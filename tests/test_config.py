@@ -193,6 +193,20 @@ def test_one_name_for_a_list(load):
     assert config.run.valid_splits == ["val"]
 
 
+def test_a_path_in_place_of_a_splits_section(load):
+    config = load(
+        "datasets: {coco_caption: {build_info: {annotations: {train: a.tar, val: [b.csv, c.csv]}}}}",
+        "datasets.coco_caption.build_info.annotations.test=d",
+    )
+    annotations = config.datasets["coco_caption"].build_info.annotations
+    assert {split: files.storage for split, files in annotations.items()} == {
+        "train": ["a.tar"],
+        "val": ["b.csv", "c.csv"],
+        "test": ["d"],
+    }
+    assert annotations["train"].md5 == ["aa31ac474cf6250ebb81d18348a07ed8"]  # the packaged rest of the section stays
+
+
 def test_lavis_evaluation_processors_may_have_an_empty_prompt(load):
     config = load("datasets: {coco_caption: {text_processor: {eval: {name: blip_caption, prompt: ''}}}}")
     assert config.datasets["coco_caption"].text_processor.eval.prompt == ""
@@ -228,6 +242,16 @@ def test_lavis_evaluation_processors_may_have_an_empty_prompt(load):
         ("model: {prompt: a photo of}", "model.prompt is 'a photo of'; allowed: a text that ends in a space"),
         ("run: {limit_train: 0}", "run.limit_train is 0; allowed: more than 0, or null"),
         ("run: {top_p: 1.5}", "run.top_p is 1.5; allowed: more than 0, at most 1"),
+        ("run: {init_lr: .inf}", "run.init_lr is inf; allowed: 0 or more"),
+        ("run: {length_penalty: .nan}", "run.length_penalty is nan; allowed: a number"),
+        (
+            "datasets: {coco_caption: {vis_processor: {eval: {std: [1, 0, 1]}}}}",
+            "vis_processor: std is [1.0, 0.0, 1.0]; allowed: three numbers above 0",
+        ),
+        (
+            "datasets: {coco_caption: {vis_processor: {train: {min_scale: 0.9, max_scale: 0.2}}}}",
+            "vis_processor: [min_scale, max_scale] is [0.9, 0.2]; allowed: more than 0, at most 1, the smaller",
+        ),
         ("model: {label_smoothing: 1}", "model.label_smoothing is 1.0; allowed: 0 or more, below 1"),
         (
             "model: {cache_image_embeds: true}",

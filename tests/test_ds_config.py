@@ -3,11 +3,21 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from blipds.ds_config import RunValues, check_keys, load_ds_config, precision, resolve_ds_config
+from blipds.ds_config import (
+    RunValues,
+    check_keys,
+    checkpoints_on_host,
+    load_ds_config,
+    offload_folders,
+    precision,
+    resolve_ds_config,
+    with_offload_folder,
+)
 from blipds.ds_schema import NOT_HERE, SCHEMA
 from blipds.errors import UserError
 
@@ -17,7 +27,7 @@ RUN = RunValues(
 )
 
 
-def resolve(ds, run=RUN, world_size=8, default_precision="bf16", hidden_size=768):
+def resolve(ds, run=RUN, world_size=8, default_precision="bf16", hidden_size=768, **machine):
     return resolve_ds_config(
         check_keys(ds, "my.json"),
         run,
@@ -25,6 +35,7 @@ def resolve(ds, run=RUN, world_size=8, default_precision="bf16", hidden_size=768
         default_precision=default_precision,
         hidden_size=hidden_size,
         source="my.json",
+        **machine,
     )
 
 
@@ -136,7 +147,7 @@ def test_every_packaged_config_resolves(path):
         load_ds_config(path), RUN, world_size=8, default_precision="bf16", hidden_size=1024, source=str(path)
     )
     assert "auto" not in json.dumps(resolved)
-    assert path.stem == f"zero{resolved['zero_optimization']['stage']}"
+    assert path.stem.startswith(f"zero{resolved['zero_optimization']['stage']}")
     assert precision(resolved) == "bf16"
 
 
@@ -190,6 +201,15 @@ def test_autos_by_hand():
             "stage3_param_persistence_threshold": 7_680,
         },
     }
+
+
+def test_a_node_is_the_secondary_partition_of_zeropp():
+    ds = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}}
+    groups = [
+        resolve(ds, world_size=ranks, local_world_size=local)["zero_optimization"]["zero_hpz_partition_size"]
+        for ranks, local in ((16, 8), (16, 4), (8, None))
+    ]
+    assert groups == [8, 4, 8]
 
 
 def test_what_is_left_out_counts_as_auto_and_the_input_is_left_alone():
@@ -372,10 +392,43 @@ def zero(**keys):
         ({"optimizer": {"params": {"torch_adam": True, "bias_correction": True}}}, "bias_correction"),
         ({"activation_checkpointing": {"partition_activations": True}}, "model-parallel ranks"),
         ({"activation_checkpointing": {"number_checkpoints": 4}}, "model-parallel ranks"),
+        ({"activation_checkpointing": {"contiguous_memory_optimization": True}}, "model-parallel ranks"),
+        ({"activation_checkpointing": {"profile": True}}, "DeepSpeed's own checkpoint function"),
+        ({"activation_checkpointing": {"synchronize_checkpoint_boundary": True}}, "DeepSpeed's own checkpoint"),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "the run config makes none: set model.vit_grad"),
     ],
 )
 def test_combinations_that_do_not_work(ds, said):
     assert said in error(resolve, ds)
+
+
+CHECKPOINTED = replace(RUN, activation_checkpointing=True)
+ON_THE_HOST = {"activation_checkpointing": {"cpu_checkpointing": True}}
+
+
+def test_checkpoints_on_the_host_need_a_device_and_checkpoints():
+    assert not checkpoints_on_host(resolve({}, CHECKPOINTED))
+    assert checkpoints_on_host(resolve(ON_THE_HOST, CHECKPOINTED))
+    assert error(resolve, ON_THE_HOST, CHECKPOINTED, device_type="cpu") == (
+        "my.json: activation_checkpointing.cpu_checkpointing moves activations off the GPU, and there is none here: "
+        "remove it"
+    )
+
+
+@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients"])
+def test_quantised_communication_needs_cuda(key):
+    ds = zero(stage=3, **{key: True})
+    resolve(ds)
+    assert f"zero_optimization.{key}: DeepSpeed's quantizer is a CUDA kernel" in error(resolve, ds, device_type="cpu")
+
+
+def test_folders_of_nvme_offload():
+    ds = zero(stage=3, offload_optimizer={"device": "nvme", "nvme_path": "/a"}, offload_param={"device": "cpu"})
+    assert offload_folders(ds) == {"/a"}
+    own = with_offload_folder(ds, "run")
+    assert offload_folders(own) == {"/a/run"}
+    assert own["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    assert offload_folders(zero(stage=2)) == set()
 
 
 @pytest.mark.parametrize(

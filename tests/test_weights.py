@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from blipds.models import BlipCaption, build_model, vision
 from blipds.models.checkpoints import interpolate_pos_embed, open_checkpoint
 from blipds.models.geometry import constants_of, geometry_of
 from blipds.models.hf_export import save_blip, transformers_config
+from blipds.models.initialisation import initialise
+from blipds.models.parameters import copy_into
 from blipds.models.vision import encoder_mean_std, layer_norm_eps
 from blipds.weights import fill_image_statistics, hub_name_of, load_initial_weights, load_weights, take_constants
 
@@ -48,11 +51,12 @@ def build(config: ModelConfig) -> BlipCaption:
 
 
 def start(config: ModelConfig) -> tuple[BlipCaption, BlipCaption, list[str]]:
-    """The model after loading, the same before, and what was said."""
+    """The model after loading, the same with random weights alone, and what was said."""
     lines: list[str] = []
-    loaded = build(config)
+    loaded, before = build(config), build(config)
     load_initial_weights(loaded, Config(model=config), lines.append)
-    return loaded, build(config), lines
+    initialise(before, Config().run.seed, partial(copy_into, before))
+    return loaded, before, lines
 
 
 def changed(loaded: BlipCaption, before: BlipCaption) -> dict[str, Tensor]:
@@ -196,10 +200,10 @@ def test_bert_of_other_heads_gives_its_embeddings_alone(tmp_path: Path) -> None:
 def test_a_whole_checkpoint_comes_before_parts(tmp_path: Path) -> None:
     whole = build(section(tmp_path))
     save_blip(tmp_path / "whole.pth", dict(whole.named_parameters()), {})
-    loaded, before, lines = start(
+    loaded, _, lines = start(
         section(tmp_path, load_pretrained=True, pretrained=str(tmp_path / "whole.pth"), text_pretrained="no/such")
     )
-    assert changed(loaded, before) == {}
+    assert changed(loaded, whole) == {}
     assert lines[1].startswith("not used: model.text_pretrained")
 
 

@@ -1,37 +1,23 @@
-"""Annotation files become records: an image with its captions."""
+"""Annotations of any layout become records: an image with its captions."""
 
-import json
-import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from PIL import Image
+from tqdm import tqdm
 
-from blipds.data.processors import Shrink, load_image
-from blipds.errors import UserError
+from blipds import distributed
+from blipds.data.layouts import CAPTION_KEYS, Entry, canonical_split, read_layout
+from blipds.data.sources import ImageFile, ImageSource, ShardImage
+from blipds.errors import CONTROL, UserError
 
-COCO_NUMBER = re.compile(r"_(\d{12})$")  # COCO_val2014_000000391895
+__all__ = ["Annotations", "ImageFile", "ImageSource", "Record", "ShardImage", "annotations_of", "read_annotations"]
 
-
-class ImageSource(Protocol):
-    """Where an image comes from; `str()` of it names the image in messages."""
-
-    def open(self, shrink: Shrink | None = None) -> Image.Image:
-        """The image as RGB; OSError where it cannot be read. It may be smaller by `shrink(width, height)`."""
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    path: Path
-
-    def open(self, shrink: Shrink | None = None) -> Image.Image:
-        return load_image(self.path, shrink)
-
-    def __str__(self) -> str:
-        return str(self.path)
+LONGEST_CAPTION = 10_000  # characters; METEOR would take hours over one of a hundred thousand
+MOST_FILES = 100_000  # that braces may stand for
+WORD = re.compile(r"\w")
+BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -45,88 +31,181 @@ class Record:
 
 @dataclass(frozen=True)
 class Annotations:
-    """`pairs`: (record, caption) indices in the order of the file, which `run.shuffle: false` keeps."""
+    """`pairs`: (record, caption) indices in the order of the file, which `run.shuffle: false` keeps.
+
+    `kinds`: what was read (blipds/data/layouts.py). `notices`: what was left out or mended, a line each.
+    """
 
     records: list[Record]
     pairs: list[tuple[int, int]]
+    kinds: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
     def limited(self, images: int | None) -> "Annotations":
         """The first `images` images only."""
         if images is None or images >= len(self.records):
             return self
-        return Annotations(self.records[:images], [pair for pair in self.pairs if pair[0] < images])
+        pairs = [pair for pair in self.pairs if pair[0] < images]
+        return replace(self, records=self.records[:images], pairs=pairs)
 
 
 def annotations_of(records: list[Record]) -> Annotations:
     return Annotations(records, [(i, k) for i, record in enumerate(records) for k in range(len(record.captions))])
 
 
-def read_annotations(paths: Sequence[Path], image_root: Path, captions_needed: bool) -> Annotations:
-    """Reads LAVIS's flat lists: {image, caption, image_id} a pair, or {image, caption: [...]} an image.
+def read_annotations(
+    paths: Sequence[Path],
+    image_root: Path | None,
+    captions_needed: bool,
+    split: str | None = None,
+    index_cache: Path | None = None,
+) -> Annotations:
+    """Reads files and folders of any layout; entries about the same image become one record.
 
-    Entries of the same image become one record. With `captions_needed` every entry has a caption; else all or none
-    have. Raises UserError naming file and entry.
+    `image_root`: where image names start; None: the folder of the annotation file. `split`: which one to take of
+    those that a layout names itself; None: all. `index_cache`: the folder that keeps the indices of shards.
+
+    With `captions_needed` (training) images without a caption are left out with a notice; else all or none of the
+    images have captions, and no two have one id. Raises UserError naming file and entry.
     """
-    if not image_root.is_dir():
-        raise UserError(f"no such image folder: {image_root} (datasets.<name>.images, or below env.cache_root)")
-    images: dict[str, tuple[str | int, list[str]]] = {}
-    order: list[tuple[str, int]] = []
-    for path in paths:
-        for number, entry in enumerate(read_list(path)):
-            place = f"{path}, entry {number}"
-            image, image_id, captions = read_entry(entry, place)
-            if captions_needed and not captions:
-                raise UserError(f"{place} ({image}) has no caption")
-            _, collected = images.setdefault(image, (image_id, []))
-            for caption in captions:
-                order.append((image, len(collected)))
-                collected.append(caption)
-    without = [image for image, (_, captions) in images.items() if not captions]
-    if without and len(without) < len(images):
-        raise UserError(f"{paths[0]}: {len(without)} images have no caption, others have; the first is {without[0]}")
-    root = os.path.abspath(image_root)  # noqa: PTH100 (the root may be a link)
-    records = [
-        Record(ImageFile(inside(root, image)), tuple(captions), image_id)
-        for image, (image_id, captions) in images.items()
-    ]
-    index = {image: number for number, image in enumerate(images)}
-    return Annotations(records, [(index[image], caption) for image, caption in order])
+    gathered = Gathered()
+    wanted = None if split is None else canonical_split(split)
+    others = set()
+    for entry in entries_of(paths, image_root, index_cache, gathered, wanted):
+        if wanted is None or entry.split in (None, wanted):
+            gathered.add(entry)
+        else:
+            others.add(entry.split)
+    if not gathered.images and others:
+        raise UserError(f"{paths[0]}: no split '{split}'; it has {', '.join(sorted(map(str, others)))}")
+    if not gathered.images:
+        raise UserError(f"{paths[0]}: no image in it")
+    annotations = gathered.annotations()
+    if captions_needed:
+        return captioned(annotations, paths[0])
+    check_evaluable(annotations, paths[0])
+    return annotations
 
 
-def read_list(path: Path) -> list[Any]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no such annotation file: {path} (relative paths start at env.cache_root)") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"annotation file {path}: {error}") from error
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"annotation file {path}: expected a list of entries like {{'image', 'caption', 'image_id'}}")
-    return entries
+def read_splits(paths: Sequence[Path], image_root: Path | None, index_cache: Path | None) -> dict[str, Annotations]:
+    """All that is there, by split; what belongs to none is under "". Images without captions stay."""
+    whole = Gathered()
+    splits: dict[str, Gathered] = {}
+    for entry in entries_of(paths, image_root, index_cache, whole, None):
+        splits.setdefault(entry.split or "", Gathered()).add(entry)
+    notices = tuple(whole.notices)
+    found = {split: gathered.annotations() for split, gathered in splits.items()}
+    return {
+        split: replace(annotations, kinds=tuple(whole.kinds), notices=notices + annotations.notices)
+        for split, annotations in found.items()
+    }
 
 
-def read_entry(entry: Any, place: str) -> tuple[str, str | int, list[str]]:
-    """(image, image id, captions) of one entry"""
-    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not entry["image"]:
-        raise UserError(f"{place}: expected an object with 'image', a file name; got {str(entry)[:80]}")
-    image = entry["image"]
-    captions = entry.get("caption", [])
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise UserError(f"{place} ({image}): 'caption' is neither a text nor a list of texts")
-    image_id = entry.get("image_id", entry.get("img_id"))
-    if image_id is None:
-        stem = str(PurePosixPath(image).with_suffix(""))
-        number = COCO_NUMBER.search(stem)
-        image_id = int(number[1]) if number else stem
-    if not isinstance(image_id, str | int):
-        raise UserError(f"{place} ({image}): 'image_id' is {image_id!r}; expected a text or a whole number")
-    return image, image_id, [caption for caption in captions if caption.strip()]
+class Gathered:
+    """Collects entries by image."""
+
+    def __init__(self) -> None:
+        self.images: dict[ImageSource, tuple[str | int, list[str]]] = {}
+        self.order: list[tuple[ImageSource, int]] = []
+        self.kinds: dict[str, None] = {}
+        self.notices: list[str] = []
+        self.blank: list[str] = []
+        self.cut: list[str] = []
+
+    def add(self, entry: Entry) -> None:
+        _, captions = self.images.setdefault(entry.source, (entry.image_id, []))
+        for text in entry.captions:
+            caption = CONTROL.sub(" ", text).strip()
+            if not WORD.search(caption):
+                self.blank.append(entry.place)
+                continue
+            if len(caption) > LONGEST_CAPTION:
+                self.cut.append(entry.place)
+                caption = caption[:LONGEST_CAPTION]
+            self.order.append((entry.source, len(captions)))
+            captions.append(caption)
+
+    def annotations(self) -> Annotations:
+        index = {source: number for number, source in enumerate(self.images)}
+        records = [Record(source, tuple(texts), image_id) for source, (image_id, texts) in self.images.items()]
+        pairs = [(index[source], caption) for source, caption in self.order]
+        notices = [
+            f"{len(places)} {what}; the first: {places[0]}"
+            for places, what in (
+                (self.blank, "captions without a word left out"),
+                (self.cut, f"captions cut to {LONGEST_CAPTION:,} characters"),
+            )
+            if places
+        ]
+        return Annotations(records, pairs, tuple(self.kinds), (*self.notices, *notices))
 
 
-def inside(root: str, image: str) -> Path:
-    """The path of an image, which must not leave its root."""
-    path = os.path.normpath(f"{root}/{image}")
-    if os.path.commonpath([root, path]) != root or "\0" in image:
-        raise UserError(f"image {image!r} lies outside of the image folder {root}")
-    return Path(path)
+def entries_of(
+    paths: Sequence[Path], image_root: Path | None, index_cache: Path | None, gathered: Gathered, split: str | None
+) -> Iterator[Entry]:
+    """The entries of all files; notes their kinds and notices in `gathered`. A bar shows where it takes a while."""
+    files = [file for path in paths for file in expand_braces(path)]
+    hidden = None if distributed.is_main() and len(files) > 1 else True
+    for path in tqdm(files, desc="annotations", unit="file", delay=3, leave=False, disable=hidden):
+        layout = read_layout(path, image_root, split, index_cache)
+        gathered.kinds[layout.kind] = None
+        yield from layout.entries
+        gathered.notices += layout.notices
+
+
+def expand_braces(path: Path) -> list[Path]:
+    """shards/{000..012}.tar and {a,b}.json as a shell reads them; a file that is named so goes first."""
+    text = str(path)
+    found = BRACES.search(text)
+    if found is None or path.exists():
+        return [path]
+    span = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", found[1], re.ASCII)
+    if span is None and "," not in found[1]:
+        return [path]
+    if span is None:
+        choices = found[1].split(",")
+    else:
+        first, last = int(span[1]), int(span[2])
+        if last - first >= MOST_FILES:
+            raise UserError(f"{text} stands for {last - first + 1:,} files; at most {MOST_FILES:,} are read")
+        choices = [str(number).zfill(len(span[1])) for number in range(first, last + 1)]
+    expanded = [Path(text[: found.start()] + choice + text[found.end() :]) for choice in choices]
+    return [file for choice in expanded for file in expand_braces(choice)]
+
+
+def captioned(annotations: Annotations, path: Path) -> Annotations:
+    """The images that have a caption, for training."""
+    without = [record for record in annotations.records if not record.captions]
+    if not without:
+        return annotations
+    if len(without) == len(annotations.records):
+        raise UserError(
+            f"{path}: no image has a caption ({len(without)} images; keys and columns that are read: "
+            f"{', '.join(CAPTION_KEYS)}, with an s or a number too)"
+        )
+    kept = [number for number, record in enumerate(annotations.records) if record.captions]
+    moved = {number: place for place, number in enumerate(kept)}
+    notice = f"{len(without)} images without a caption left out; the first: {without[0].image}"
+    return replace(
+        annotations,
+        records=[annotations.records[number] for number in kept],
+        pairs=[(moved[number], caption) for number, caption in annotations.pairs],
+        notices=(*annotations.notices, notice),
+    )
+
+
+def check_evaluable(annotations: Annotations, path: Path) -> None:
+    """Scores over part of the images would not be comparable, and results are told apart by their ids."""
+    without = [record for record in annotations.records if not record.captions]
+    if without and len(without) < len(annotations.records):
+        raise UserError(f"{path}: {len(without)} images have no caption, others have; the first is {without[0].image}")
+    if twice := same_id(annotations.records):
+        image_id, first, second = twice[0]
+        raise UserError(f"{path}: the image_id {image_id} belongs to two images, {first.image} and {second.image}")
+
+
+def same_id(records: Sequence[Record]) -> list[tuple[str, Record, Record]]:
+    """(id, first image, other image) for each image whose id an earlier one has."""
+    seen: dict[str, Record] = {}
+    pairs = ((str(record.image_id), seen.setdefault(str(record.image_id), record), record) for record in records)
+    return [(image_id, first, record) for image_id, first, record in pairs if first is not record]

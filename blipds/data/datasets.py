@@ -49,6 +49,7 @@ class CaptionDataset(Dataset[Sample]):
     ) -> None:
         self.name = name
         self.records = annotations.records
+        self.notices = annotations.notices
         self.image_processor = image_processor
         self.reader: ImageReader = PixelReader(self.records, image_processor)
         self.text_processor = text_processor
@@ -130,7 +131,7 @@ def build_image_processor(config: ImageProcessorConfig, image_size: int) -> Imag
 @DATASETS.register("nocaps")
 @DATASETS.register("custom_caption")
 def annotated(dataset: DatasetConfig, config: Config, split: str, training: bool) -> Annotations:
-    """Datasets of annotation files and an image folder."""
+    """Datasets of files in any layout that blipds/data/layouts.py knows."""
     splits = dataset.build_info.annotations
     if split not in splits or not splits[split].storage:
         known = [name for name, files in splits.items() if files.storage]
@@ -138,12 +139,14 @@ def annotated(dataset: DatasetConfig, config: Config, split: str, training: bool
             f"no annotation file for split '{split}': give datasets.<name>.build_info.annotations.{split}.storage; "
             f"{nearest(split, known)}"
         )
+    for storage in splits[split].storage:
+        if storage.startswith("pipe:") or "://" in storage:
+            raise UserError(f"{storage}: streams are not read; download it, and give the path of the file")
     cache_root = Path(config.env.cache_root).expanduser()
     images = dataset.images or dataset.build_info.images.storage
-    if images is None:
-        raise UserError("no image folder: give datasets.<name>.images")
-    paths = [cache_root / storage for storage in splits[split].storage]
-    return read_annotations(paths, cache_root / Path(images).expanduser(), captions_needed=training)
+    image_root = None if images is None else cache_root / Path(images).expanduser()
+    paths = [cache_root / Path(storage).expanduser() for storage in splits[split].storage]
+    return read_annotations(paths, image_root, training, split, cache_root / "shard_indices")
 
 
 @DATASETS.register("shapes_caption")

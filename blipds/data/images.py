@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blipds.data.annotations import ImageFile, Record
+from blipds.data.annotations import ImageFile, Record, ShardImage
 from blipds.data.processors import ImageProcessor
 from blipds.errors import UserError
 
@@ -168,12 +168,13 @@ class EmbedStore:
 def embeds_key(encoder: str, records: Sequence[Record], processor: ImageProcessor) -> str:
     """What features depend on, in 32 hexadecimal digits: encoder (a hash of its weights), processor, and the images.
 
-    A file is known by its path, size and time of change; reading every byte would cost as much as decoding.
+    A file (for an image in a shard: the shard) is known by its path, size and time of change; reading every byte would
+    cost as much as decoding.
     """
     digest = hashlib.blake2b(f"{encoder}\n{processor!r}\n".encode(), digest_size=16)
     for record in records:
         digest.update(f"{record.image}\n".encode())
-        if isinstance(record.image, ImageFile) and record.image.path.exists():
+        if isinstance(record.image, ImageFile | ShardImage) and record.image.path.exists():
             stat = record.image.path.stat()
             digest.update(f"{stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import BinaryIO, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -35,21 +35,25 @@ FILL = (128, 128, 128)
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height, torchvision's default
 
+# What Pillow may decode: of its other formats, EPS starts Ghostscript on a stranger's program.
+Image.init()
+FORMATS = sorted({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"} & Image.OPEN.keys())
+
 # --- images: reading -------------------------------------------------------------------------------------------------
 
 
 Shrink = Callable[[int, int], int]
 
 
-def load_image(path: str | os.PathLike[str], shrink: Shrink | None = None) -> Image.Image:
-    """Read an image file whole, upright (EXIF orientation) and as RGB.
+def load_image(path: str | os.PathLike[str], shrink: Shrink | None = None, data: BinaryIO | None = None) -> Image.Image:
+    """Read an image file whole, upright (EXIF orientation) and as RGB; from `data`, where `path` is but its name.
 
     Transparent pixels come out white, 16-bit greys are scaled to 8 bits (Pillow alone would clip them to white).
     `shrink(width, height)`: how many times smaller the image may come; a JPEG is then decoded at 1/2, 1/4 or 1/8, a
     fraction of the work. Raises OSError naming the file where it is missing, truncated or no image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if data is None else data, formats=FORMATS) as image:
             if shrink is not None and (factor := shrink(image.width, image.height)) > 1:
                 image.draft(None, (image.width // factor, image.height // factor))
             image.load()

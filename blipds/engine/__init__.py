@@ -3,15 +3,28 @@
 deepspeed is imported where it is used, so that everything else starts fast and works without it.
 """
 
-from blipds.engine.engine import DTYPES, Engine, checkpointed, default_precision, flash_in_training, parameter_groups
-from blipds.engine.ops import prepare_ops
+from blipds.engine.engine import (
+    DTYPES,
+    Engine,
+    checkpointed,
+    checkpointed_on_host,
+    default_precision,
+    flash_in_training,
+    parameter_groups,
+)
+from blipds.engine.ops import prepare_nvme, prepare_ops
+from blipds.engine.partitions import partitioned_init, write_parameter
 
 __all__ = [
     "DTYPES",
     "Engine",
     "checkpointed",
+    "checkpointed_on_host",
     "default_precision",
     "flash_in_training",
     "parameter_groups",
+    "partitioned_init",
+    "prepare_nvme",
     "prepare_ops",
+    "write_parameter",
 ]

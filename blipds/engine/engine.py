@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blipds import distributed
+from blipds.ds_config import Section, offload_folders, uses_torch_adam, zero_stage
+from blipds.engine.partitions import gathered
+from blipds.models.parameters import whole_shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,8 +31,20 @@ def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
     return checkpoint(function, *inputs, use_reentrant=False)
 
 
+def checkpointed_on_host(function: Callable[..., Any], *inputs: Any) -> Any:
+    """As `checkpointed`, and the inputs wait for the backward pass in the host's pinned memory.
+
+    DeepSpeed's `cpu_checkpointing`, which DeepSpeed itself leaves to the model. It costs a copy of the inputs over PCIe
+    there and one back.
+    """
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):
+        return checkpointed(function, *inputs)
+
+
 def default_precision(device: torch.device) -> Literal["bf16", "fp16", "fp32"]:
     """What "auto" in the DeepSpeed JSON means: bf16 where the device does it well, fp16 on older GPUs, else fp32."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "bf16"  # a plan for GPUs that are elsewhere
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     # bf16 without matrix instructions for it is slower than fp32 on a CPU
@@ -55,8 +71,7 @@ def parameter_groups(
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # a ZeRO-3 shard knows its whole shape
-            decay = weight_decay if weight_decay_on == "all" or len(shape) >= 2 else 0.0
+            decay = weight_decay if weight_decay_on == "all" or len(whole_shape(parameter)) >= 2 else 0.0
             groups.setdefault((decay, 1.0 if lr_scales is None else lr_scales[name]), []).append(parameter)
     ordered = sorted(groups.items(), key=lambda item: (-item[0][0], -item[0][1]))
     return [{"params": group, "weight_decay": decay, "lr_scale": scale} for (decay, scale), group in ordered]
@@ -76,20 +91,22 @@ def unlink_shared_memory() -> None:
 class Engine:
     """Owns the model once it is built. `config` is a resolved DeepSpeed config (blipds.ds_config).
 
+    What NVMe offload writes is the engine's own: `close` removes the folders.
     Building it is collective, and so is every method that says so.
     """
 
-    def __init__(self, model: nn.Module, config: dict[str, Any], groups: list[dict[str, Any]], precision: str) -> None:
+    def __init__(self, model: nn.Module, config: Section, groups: list[dict[str, Any]], precision: str) -> None:
         import deepspeed
         from deepspeed.utils import logger
 
         logger.setLevel(logging.WARNING)
         self.flash_in_training = flash_in_training(distributed.device_type(), DTYPES[precision])
         torch.backends.cuda.enable_flash_sdp(self.flash_in_training)
-        self.stage: int = config.get("zero_optimization", {}).get("stage", 0)
+        self.stage = zero_stage(config)
         self.precision = precision
         self.dtype = DTYPES[precision]
-        if config["optimizer"]["params"].get("torch_adam"):
+        self.offload_folders = offload_folders(config)
+        if uses_torch_adam(config):
             groups = [{**group, "fused": True} for group in groups]
         warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's own calls
         with contextlib.redirect_stdout(io.StringIO()):  # it prints one line a rank for each op
@@ -167,7 +184,6 @@ class Engine:
 
         Collective: every rank must exhaust it, and gets every weight.
         """
-        from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in self.model.named_parameters():
@@ -175,7 +191,7 @@ class Engine:
             if parameter.requires_grad and (self.stage > 0 or self.precision == "bf16"):
                 weight = safe_get_full_fp32_param(parameter)
             if weight is None:
-                with GatheredParameters([parameter], enabled=self.stage == 3):
+                with gathered([parameter]):
                     weight = parameter.detach().float().cpu().clone()
             yield name, weight.detach().float().cpu()
 
@@ -194,3 +210,6 @@ class Engine:
     def close(self) -> None:
         self._deepspeed.destroy()
         distributed.barrier()
+        if distributed.local_rank() == 0:
+            for folder in self.offload_folders:
+                shutil.rmtree(folder, ignore_errors=True)

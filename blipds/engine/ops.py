@@ -1,16 +1,18 @@
 """What DeepSpeed compiles on first use: built once on each node, before the ranks need it."""
 
 import contextlib
-import io
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from blipds import distributed
+from blipds.errors import UserError
 
 SHARED_MEMORY = "ShareMemCommBuilder"  # all-reduce between the ranks of a machine without GPUs
+ASYNC_IO = ("PinMemoryBuilder", "AsyncIOBuilder")  # NVMe; the second loads the first
 
 
 def prepare_ops(offload: bool, say: Callable[[str], None] = print) -> bool:
@@ -29,6 +31,16 @@ def prepare_ops(offload: bool, say: Callable[[str], None] = print) -> bool:
         say(f"DeepSpeed's Adam cannot be compiled here ({failure}); torch's fused AdamW is used in its place")
         return False
     return True
+
+
+def prepare_nvme(say: Callable[[str], None] = print) -> None:
+    """Compiles (the first time) and loads what offloading to NVMe needs; UserError where that fails. Collective."""
+    for builder_name in ASYNC_IO:
+        if failure := load_everywhere(builder_name, say):
+            raise UserError(
+                f"offloading to NVMe needs a C++ compiler and libaio's headers (Debian, Ubuntu: apt-get install "
+                f"libaio-dev): {builder_name} does not compile ({failure})"
+            )
 
 
 def load_everywhere(builder_name: str, say: Callable[[str], None]) -> str:
@@ -57,14 +69,15 @@ def load_op(builder_name: str, say: Callable[[str], None]) -> str:
     start = time.monotonic()
     if compiling:
         say(f"compiling DeepSpeed's {builder.name} in {folder}: once, about a minute ...")
-    chatter = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
-            builder.load(verbose=False)
-    except Exception as error:  # a missing compiler shows up as any of half a dozen types
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    finally:
-        os.environ["PATH"] = path_before
+    # a real file: the check for libaio duplicates its descriptor, and finds no libaio where there is none
+    with tempfile.TemporaryFile("w") as chatter:
+        try:
+            with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
+                builder.load(verbose=False)
+        except Exception as error:  # a missing compiler shows up as any of half a dozen types
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        finally:
+            os.environ["PATH"] = path_before
     if compiling:
         say(f"compiled in {time.monotonic() - start:.0f} s")
     return ""

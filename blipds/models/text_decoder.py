@@ -258,13 +258,6 @@ class TextDecoder(nn.Module):
         self.config = config
         self.bert = Bert(config, image_width)
         self.cls = Head(config, self.bert.embeddings.word_embeddings)
-        self.apply(self._initialise)
-
-    def _initialise(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
 
     def forward(
         self,

@@ -28,6 +28,8 @@ def build_vision_transformer(vit_type: str, image_size: int, **vit_kwargs: Any) 
     name, defaults = BLIP_ENCODERS.get(vit_type, (vit_type, {}))
     if not timm.is_model(name):
         raise UserError(f"model.vit_type '{vit_type}' is neither {', '.join(BLIP_ENCODERS)} nor a model of timm's")
+    if refused := sorted({"weight_init", "fix_init"} & vit_kwargs.keys()):
+        raise UserError(f"model.vit_kwargs.{refused[0]}: random weights have timm's default start, and no other")
     try:
         vit = timm.create_model(
             name, pretrained=False, num_classes=0, global_pool="", img_size=image_size, **{**defaults, **vit_kwargs}

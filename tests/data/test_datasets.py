@@ -188,10 +188,18 @@ def test_unknown_dataset(folder):
         build_dataset("coco_captoin", given, "train", training=True)
 
 
-def test_no_image_folder(folder):
+def test_without_an_image_folder_names_start_beside_the_file(folder):
     given = config(folder)
     given.datasets["custom_caption"].images = None
-    with pytest.raises(UserError, match=r"no image folder: give datasets\.<name>\.images"):
+    dataset = build_dataset("custom_caption", given, "train", training=True)
+    assert str(dataset.records[0].image) == str(folder / "my" / "a.png")
+
+
+@pytest.mark.parametrize("storage", ["pipe:cat a.tar", "https://example.org/{000..012}.tar"])
+def test_streams_are_refused(folder, storage):
+    given = config(folder)
+    given.datasets["custom_caption"].build_info.annotations["train"].storage = [storage]
+    with pytest.raises(UserError, match="streams are not read; download it"):
         build_dataset("custom_caption", given, "train", training=True)
 
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from packing import shards
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision import transforms
 
-from blipds.data.annotations import annotations_of
+from blipds.data.annotations import annotations_of, read_annotations
 from blipds.data.datasets import CaptionDataset, Sample
 from blipds.data.images import Images, PixelReader
 from blipds.data.loader import Collator, EpochOrder, EvalLoader, TrainLoader, derive_seed
@@ -221,6 +222,34 @@ def test_resuming_gives_the_same_batches(tokenizer):
     with_workers = loader(tokenizer, [noise_dataset()], micro_batch=2, accumulation=2, num_workers=1)
     next(with_workers.windows(epoch=0))  # left in the middle, as a crash or a limit does
     assert contents(with_workers.windows(epoch=3, first_step=4)) == whole[4:]
+
+
+def test_shards_shuffle_split_and_resume_as_files_do(tokenizer, tmp_path):
+    """90 pictures in three shards: two ranks with two workers each, an epoch, and again from its fourth step."""
+    images = []
+    for number in range(90):
+        images.append((tmp_path / f"{number:02d}.png", [f"{WORDS[number % 11]} {WORDS[number // 11]}"]))
+        Noise(number).open().save(images[-1][0])
+    (tmp_path / "shards").mkdir()
+    braces = shards(images, tmp_path / "shards")
+    from_shards = read_annotations([braces], None, captions_needed=True)
+    listed = [{"image": path.name, "caption": captions} for path, captions in images]
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    from_files = read_annotations([tmp_path / "list.json"], None, captions_needed=True)
+
+    def steps(annotations, first_step, num_workers):
+        dataset = CaptionDataset("shards", annotations, BlipImageEval(12), str, 1, training=True)
+        found = []
+        for rank in (0, 1):
+            mine = loader(tokenizer, [dataset], 8, 1, rank, 2, num_workers=num_workers)
+            found.append(contents(mine.windows(epoch=1, first_step=first_step)))
+        return [sorted(first + second) for first, second in zip(*found, strict=True)]
+
+    epoch = steps(from_shards, 0, num_workers=2)
+    pixels = {BlipImageEval(12)(Noise(number).open()).numpy().tobytes() for number in range(90)}
+    assert Counter(seen for step in epoch for seen, _ in step) == dict.fromkeys(pixels, 1)
+    assert epoch == steps(from_files, 0, num_workers=0)
+    assert epoch[3:] == steps(from_shards, 3, num_workers=2)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -103,33 +103,69 @@ def shapes_spec(name, stage, micro, accumulation, steps, *options):
     return {"name": name, "cfg": SHAPES, "ds": ds(stage), "options": options}
 
 
-def test_one_computation_however_it_is_shared_out(tmp_path):
+CLIP = "run.max_grad_norm=0.5"
+RECOMPUTED = ("model.vit_grad_ckpt=true", "model.text_grad_ckpt=true")
+
+
+@pytest.fixture(scope="module")
+def embeds_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("embeds")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(embeds_folder, tmp_path_factory):
+    """All that two ranks train for the tests below, in one launch: a launch costs more than the steps."""
+    frozen_or_not = [
+        shapes_spec(f"{name} zero{stage} {how}", stage, 4, 1, 3, *freeze, *options)
+        for name, freeze in (("frozen", ["model.freeze_vit=true"]), ("learning", []))
+        for stage in STAGES
+        for how, options in (("direct", ()), ("recomputed", (*RECOMPUTED, "model.vit_ckpt_layer=2")))
+    ]
+    shared_out = [
+        *(shapes_spec(f"zero{stage}", stage, 8, 1, 20, CLIP) for stage in STAGES),
+        shapes_spec("accumulated", 2, 4, 2, 20, CLIP),
+        shapes_spec("checkpointed", 3, 8, 1, 20, CLIP, *RECOMPUTED),
+    ]
+    cached = [
+        shapes_spec(name, stage, 4, 1, 3, "model.freeze_vit=true", f"model.cache_image_embeds={embeds_folder}")
+        for name, stage in (("cached", 3), ("found", 0))
+    ]
+    return train(tmp_path_factory.mktemp("two_ranks"), 2, [*shared_out, *frozen_or_not, *cached])
+
+
+def test_one_computation_however_it_is_shared_out(two_ranks, tmp_path):
     """20 steps of 16 images; 70 images an epoch, so that the last global batch of each is completed with fillers."""
-    clip = "run.max_grad_norm=0.5"
-    two = train(
-        tmp_path,
-        2,
-        [
-            *(shapes_spec(f"zero{stage}", stage, 8, 1, 20, clip) for stage in STAGES),
-            shapes_spec("accumulated", 2, 4, 2, 20, clip),
-            shapes_spec("checkpointed", 3, 8, 1, 20, clip, "model.vit_grad_ckpt=true", "model.text_grad_ckpt=true"),
-            shapes_spec("frozen", 3, 8, 1, 6, "model.freeze_vit=true"),
-            shapes_spec("frozen zero0", 0, 8, 1, 6, "model.freeze_vit=true"),
-            shapes_spec("cached", 3, 8, 1, 6, "model.freeze_vit=true", f"model.cache_image_embeds={tmp_path}/embeds"),
-            shapes_spec("found", 0, 8, 1, 6, "model.freeze_vit=true", f"model.cache_image_embeds={tmp_path}/embeds"),
-        ],
-    )
-    one = train(tmp_path, 1, [shapes_spec("one rank", 0, 16, 1, 20, clip)])["one rank"]
+    one = train(tmp_path, 1, [shapes_spec("one rank", 0, 16, 1, 20, CLIP)])["one rank"]
     for name in ("zero0", "zero1", "zero2", "zero3", "accumulated", "checkpointed"):
-        assert two[name]["losses"] == pytest.approx(one["losses"], rel=1e-4), name
-        assert two[name]["grad_norms"] == pytest.approx(one["grad_norms"], rel=1e-3), name
-        assert two[name]["weight_sums"] == pytest.approx(one["weight_sums"], rel=1e-3, abs=1e-3), name
+        agrees(two_ranks[name], one, name)
     assert one["losses"][-1] < one["losses"][0] - 1
-    assert two["frozen"]["losses"] == pytest.approx(two["frozen zero0"]["losses"], rel=1e-4)
-    # features are kept in bf16, whose rounding is a 256th; "found" reads those that "cached" wrote
-    assert two["cached"]["losses"] == pytest.approx(two["frozen"]["losses"], rel=1e-3)
-    assert two["found"]["losses"] == pytest.approx(two["cached"]["losses"], rel=1e-5)
-    (rows,) = (tmp_path / "embeds").glob("*.bf16")
-    (done,) = (tmp_path / "embeds").glob("*.done")
+
+
+@pytest.mark.parametrize("encoder", ["frozen", "learning"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_freezing_and_recomputing_under_every_stage(two_ranks, encoder, stage):
+    """freeze_vit x ZeRO 0 to 3 x activation checkpointing: recomputed activations and partitions change nothing."""
+    for how in ("direct", "recomputed"):
+        agrees(two_ranks[f"{encoder} zero{stage} {how}"], two_ranks[f"{encoder} zero0 direct"], how)
+
+
+def test_a_frozen_encoder_makes_another_run(two_ranks):
+    frozen, learning = (two_ranks[f"{encoder} zero3 recomputed"]["losses"] for encoder in ("frozen", "learning"))
+    assert frozen[0] == pytest.approx(learning[0], rel=1e-6)
+    assert frozen[-1] != pytest.approx(learning[-1], rel=1e-6)
+
+
+def test_features_from_disk_make_the_same_run(two_ranks, embeds_folder):
+    """Features are kept in bf16, whose rounding is a 256th; "found" reads those that "cached" wrote."""
+    assert two_ranks["cached"]["losses"] == pytest.approx(two_ranks["frozen zero0 direct"]["losses"], rel=1e-3)
+    agrees(two_ranks["found"], two_ranks["cached"], "found")
+    (rows,) = embeds_folder.glob("*.bf16")
+    (done,) = embeds_folder.glob("*.done")
     assert rows.stat().st_size == 70 * 17 * 128 * 2  # 4 x 4 patches and the class token
     assert done.read_bytes() == b"\x01" * 70
+
+
+def agrees(result, reference, name):
+    assert result["losses"] == pytest.approx(reference["losses"], rel=1e-4), name
+    assert result["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3), name
+    assert result["weight_sums"] == pytest.approx(reference["weight_sums"], rel=1e-3, abs=1e-3), name

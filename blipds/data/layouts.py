@@ -1,0 +1,411 @@
+"""What people keep captions in, told apart by its content: `read_layout` gives the entries of any of them.
+
+| kind | what it is |
+|---|---|
+| COCO | JSON, {images: [{id, file_name}], annotations: [{image_id, caption}]} |
+| Karpathy | JSON, {images: [{filename, split, sentences: [{raw}]}]}: dataset_coco.json, dataset_flickr30k.json, ... |
+| list | JSON, [{image, caption, image_id}]: LAVIS's annotations; an entry a caption or an entry an image |
+| JSON Lines | the same objects, one a line |
+| table | CSV, TSV or Flickr30k's `image_name| comment_number| comment`, with column names |
+| tokens | `name.jpg#0<TAB>caption`: Flickr8k.token.txt and the like |
+| image folder | images with a `.txt` beside each, a caption a line |
+| metadata folder | images with a metadata.jsonl or metadata.csv, as the Hugging Face hub keeps them |
+| shards | WebDataset's tar files |
+"""
+
+import csv
+import io
+import json
+import os
+import posixpath
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from blipds.data.shards import Sample, shard_index
+from blipds.data.sources import ImageSource, ShardImage, files_below, is_hidden, is_image
+from blipds.errors import UserError
+
+KINDS = (
+    "COCO's JSON, Karpathy's dataset_*.json, a JSON list of {image, caption}, JSON Lines, a CSV or TSV with column "
+    "names, Flickr's token file, a folder of images with .txt beside them, a folder with metadata.jsonl or "
+    "metadata.csv, WebDataset's tar shards"
+)
+IMAGE_KEYS = ("image", "file_name", "filename", "image_name", "image_path")
+ID_KEYS = ("image_id", "img_id")
+CAPTION_KEYS = ("caption", "text", "comment", "sentence")  # each also with an s and a number: captions, caption_2
+METADATA = ("metadata.jsonl", "metadata.csv")
+SPLITS = {  # and the other names they go by: in the literature (restval), and on the Hugging Face hub
+    "train": ("training", "restval"),
+    "val": ("valid", "validation", "dev"),
+    "test": ("testing", "eval", "evaluation"),
+}
+CANONICAL = {name: split for split, names in SPLITS.items() for name in (split, *names)}
+COCO_NUMBER = re.compile(r"_(\d{12})$")  # COCO_val2014_000000391895
+TOKEN_LINE = re.compile(r"([^\t#]+)#\d+\t(.*)")
+DELIMITERS = "\t|,;"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image with captions of it; several entries may be about one image. `place` is for messages.
+
+    `split` is None where the layout does not say: such an entry is in whatever split its file was given for.
+    """
+
+    source: ImageSource
+    image_id: str | int
+    captions: list[str]
+    place: str
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`notices` fill up while the entries are read: what was left aside, a line each."""
+
+    kind: str
+    entries: Iterator[Entry]
+    notices: list[str] = field(default_factory=list)
+
+
+def canonical_split(name: str) -> str:
+    return CANONICAL.get(name.lower(), name)
+
+
+def read_layout(
+    path: Path, image_root: Path | None, split: str | None = None, index_cache: Path | None = None
+) -> Layout:
+    """Recognises what `path` is and reads it; entries come as they are asked for.
+
+    `image_root`: where the names in an annotation file start; None: the file's own folder. A folder and a shard bring
+    their images along. `split`: the only one to look into, in a folder of splits; None: all. Raises UserError, naming
+    the file and the line or entry, for what it cannot make sense of.
+    """
+    if path.is_dir():
+        return read_folder(path, split, index_cache)
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except FileNotFoundError:
+        raise UserError(f"no such annotation file: {path} (relative paths start at env.cache_root)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"annotation file {path}: {error}") from error
+    if head[257:262] == b"ustar" or (path.suffix == ".tar" and head):
+        notices: list[str] = []
+        return Layout("shards", shard_entries(path, None, index_cache, notices), notices)
+    if head[:2] == b"\x1f\x8b" or path.name.endswith((".tar.bz2", ".tar.xz", ".tar.zst")):
+        raise UserError(f"{path} is compressed: unpack it first (a shard must be plain tar to be read in any order)")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise unclear(path, f"it is no text in UTF-8: {error}") from error
+    return read_text(path, text, image_root if image_root is not None else path.parent)
+
+
+def read_text(path: Path, text: str, image_root: Path) -> Layout:
+    start = re.match(r"\s*(\S?)", text)
+    assert start is not None
+    if start[1] == "":
+        raise unclear(path, "it is empty")
+    if start[1] == "[":
+        rows = parse(text, path)
+        if not rows:
+            raise unclear(path, "an empty list")
+        return Layout("list", row_entries(enumerate(rows), path, image_root, "entry"))
+    if start[1] == "{":
+        first_line = text[start.start(1) :].partition("\n")
+        if first_line[2].lstrip().startswith("{") and first_line[0].rstrip().endswith("}"):
+            return Layout("JSON Lines", row_entries(json_lines(text, path), path, image_root, "line"))
+        content = parse(text, path)
+        images = content.get("images")
+        if isinstance(images, list) and images and isinstance(images[0], dict):
+            if "sentences" in images[0]:
+                return Layout("Karpathy", karpathy_entries(content, path, image_root))
+            return Layout("COCO", coco_entries(content, path, image_root))
+        if any(key in content for key in IMAGE_KEYS):  # a single line
+            return Layout("JSON Lines", row_entries([(1, content)], path, image_root, "line"))
+        raise unclear(path, f"an object with {', '.join(map(repr, list(content)[:5])) or 'nothing in it'}")
+    return read_table(path, text, image_root)
+
+
+def unclear(path: Path, reason: str) -> UserError:
+    return UserError(f"annotation file {path}: cannot tell what it is ({reason}); what can be read: {KINDS}")
+
+
+def parse(text: str, path: Path, line: int | None = None) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a whole number of more than 4,300 digits
+        place = f"{path}" if line is None else f"{path}, line {line}"
+        raise UserError(f"annotation file {place}: {error}") from error
+
+
+# --- objects and rows: lists, JSON Lines, tables ---------------------------------------------------------------------
+
+
+def row_entries(rows: Iterable[tuple[int, Any]], path: Path, image_root: Path, unit: str) -> Iterator[Entry]:
+    """Entries of (number, mapping) pairs; a message calls the number that of an entry or of a line (`unit`)."""
+    source = files_below(image_root)
+    for number, row in rows:
+        place = f"{path}, {unit} {number}"
+        name = None
+        if isinstance(row, dict):
+            name = next((row[key] for key in IMAGE_KEYS if row.get(key) not in (None, "")), None)
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{place}: expected an object with 'image', a file name; got {str(row)[:80]}")
+        captions, image_id = captions_of(row, f"{place} ({name})"), id_of(row, name, f"{place} ({name})")
+        yield Entry(source(name), image_id, captions, place)
+
+
+def captions_of(row: dict[str, Any], place: str) -> list[str]:
+    captions: list[str] = []
+    for key in caption_keys(tuple(row)):
+        value = row[key]
+        if isinstance(value, str):
+            captions.append(value)
+        elif isinstance(value, list) and all(isinstance(caption, str) for caption in value):
+            captions += value
+        elif value is not None:
+            raise UserError(f"{place}: '{key}' is neither a text nor a list of texts")
+    return captions
+
+
+@cache
+def caption_keys(keys: tuple[str, ...]) -> list[str]:
+    """Those that hold captions: caption, captions, caption_0, ...; only where there are none, text, and so on."""
+    for name in CAPTION_KEYS:
+        if found := [key for key in keys if re.fullmatch(rf"{name}s?[ _]?\d*", key)]:
+            return found
+    return []
+
+
+def id_of(row: dict[str, Any], name: str, place: str) -> str | int:
+    image_id = next((row[key] for key in ID_KEYS if row.get(key) not in (None, "")), None)
+    if image_id is None:
+        return default_id(name)
+    if isinstance(image_id, float) and image_id.is_integer():  # as pandas writes a column with gaps
+        return int(image_id)
+    if not isinstance(image_id, str | int):
+        raise UserError(f"{place}: 'image_id' is {image_id!r}; expected a text or a whole number")
+    return image_id
+
+
+def default_id(name: str) -> str | int:
+    """The number at the end of a COCO file name, else the name without its suffix."""
+    stem = posixpath.splitext(posixpath.normpath(name))[0]
+    number = COCO_NUMBER.search(stem)
+    return int(number[1]) if number else stem
+
+
+def json_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, parse(line, path, number)
+
+
+def read_table(path: Path, text: str, image_root: Path) -> Layout:
+    """A delimiter and column names are taken from the first line; two columns without names are image and caption."""
+    first = next(line for line in text.split("\n") if line.strip())
+    if TOKEN_LINE.match(first):
+        return Layout("tokens", row_entries(token_rows(text, path), path, image_root, "line"))
+    for delimiter in DELIMITERS:
+        cells = [cell.strip().strip('"') for cell in first.split(delimiter)]
+        names = [cell.lower() for cell in cells]
+        named = any(key in names for key in IMAGE_KEYS)
+        if named or (len(cells) > 1 and is_image(cells[0])):
+            rows = table_rows(text, path, delimiter, None if named else ["image", "caption"])
+            return Layout("table", row_entries(rows, path, image_root, "line"))
+    raise unclear(path, f"its first line {first[:60]!r} names no column {', '.join(IMAGE_KEYS)}")
+
+
+def token_rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            found = TOKEN_LINE.fullmatch(line)
+            if found is None:
+                raise UserError(f"{path}, line {number}: expected name.jpg#0<TAB>caption; got {line[:80]!r}")
+            yield number, {"image": found[1], "caption": found[2]}
+
+
+def table_rows(text: str, path: Path, delimiter: str, names: list[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows by column name. Quotes mean something only between commas and semicolons: elsewhere they are a caption's.
+
+    A row that is too short has no caption (Flickr30k's results.csv has one); in one that is too long the delimiter
+    belongs to the last column.
+    """
+    lines = io.StringIO(text, newline="")
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if delimiter in ",;" else csv.QUOTE_NONE
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    try:
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if names is None:
+                names = [cell.strip().lower() for cell in cells]
+                continue
+            cells += [""] * (len(names) - len(cells))
+            last = delimiter.join(cells[len(names) - 1 :])
+            values = (cell.strip() for cell in (*cells[: len(names) - 1], last))
+            row: dict[str, Any] = dict(zip(names, values, strict=True))
+            for key in ID_KEYS:
+                if re.fullmatch(r"0|[1-9]\d{0,17}", row.get(key) or "", re.ASCII):
+                    row[key] = int(row[key])
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+# --- COCO and Karpathy -----------------------------------------------------------------------------------------------
+
+
+def coco_entries(content: dict[str, Any], path: Path, image_root: Path) -> Iterator[Entry]:
+    """Every image first, so that images keep their order; then the captions, in theirs."""
+    source = files_below(image_root)
+    images: dict[str | int, ImageSource] = {}
+    for number, image in enumerate(content["images"]):
+        place = f"{path}, image {number}"
+        image_id, name = (image.get("id"), image.get("file_name")) if isinstance(image, dict) else (None, None)
+        if not isinstance(name, str) or not name or not isinstance(image_id, str | int):
+            raise UserError(f"{place}: expected an object with 'id' and 'file_name'; got {str(image)[:80]}")
+        if image_id in images:
+            raise UserError(f"{place}: the id {image_id!r} is that of {images[image_id]} too")
+        images[image_id] = source(name)
+        yield Entry(images[image_id], image_id, [], place)
+    annotations = content.get("annotations", [])
+    if not isinstance(annotations, list):
+        raise UserError(f"{path}: 'annotations' is no list")
+    for number, annotation in enumerate(annotations):
+        place = f"{path}, annotation {number}"
+        if not isinstance(annotation, dict) or not isinstance(annotation.get("caption"), str):
+            hint = " (captions_*.json is meant, not instances_*.json)" if "bbox" in annotation else ""
+            raise UserError(f"{place}: expected 'image_id' and 'caption'; got {str(annotation)[:80]}{hint}")
+        image_id = annotation.get("image_id")
+        if not isinstance(image_id, str | int) or image_id not in images:
+            raise UserError(f"{place}: no image has the id {image_id!r}")
+        yield Entry(images[image_id], image_id, [annotation["caption"]], place)
+
+
+def karpathy_entries(content: dict[str, Any], path: Path, image_root: Path) -> Iterator[Entry]:
+    """Image ids are COCO's where there are any; `imgid` is a mere position in the file."""
+    source = files_below(image_root)
+    for number, image in enumerate(content["images"]):
+        place = f"{path}, image {number}"
+        try:
+            name, split = image["filename"], image["split"]
+            captions = [sentence["raw"] for sentence in image["sentences"]]
+            image_id = image.get("cocoid", default_id(name))
+            name = f"{image['filepath']}/{name}" if image.get("filepath") else name
+        except (KeyError, TypeError, AttributeError):
+            captions = []
+            name = split = image_id = None
+        if not all(isinstance(text, str) for text in (name, split, *captions)) or not isinstance(image_id, str | int):
+            raise UserError(f"{place}: expected 'filename', 'split', 'sentences' with 'raw'; got {str(image)[:80]}")
+        yield Entry(source(name), image_id, captions, place, canonical_split(split))
+
+
+# --- folders and shards ----------------------------------------------------------------------------------------------
+
+
+def read_folder(folder: Path, split: str | None, index_cache: Path | None) -> Layout:
+    names = files_in(folder)
+    split_of = folder_splits(names)
+    if split is not None and split_of:
+        if split not in split_of.values():
+            raise UserError(f"{folder}: no split '{split}'; it has {', '.join(sorted(set(split_of.values())))}")
+        names = [name for name in names if split_of.get(name.split("/")[0], split) == split]
+    metadata = [name for name in names if PurePosixPath(name).name in METADATA]
+    shards = [name for name in names if name.endswith(".tar")]
+    images = [name for name in names if is_image(name)]
+    notices: list[str] = []
+    if metadata:
+        entries = metadata_entries(folder, metadata, images, split_of, notices)
+        return Layout("metadata folder", entries, notices)
+    if images and not shards:
+        return Layout("image folder", image_entries(folder, images, set(names), split_of, notices), notices)
+    if shards and not images:
+        return Layout("shards", all_shards(folder, shards, split_of, index_cache, notices), notices)
+    files = [name for name in names if name.endswith((".json", ".jsonl", ".csv", ".tsv"))]
+    reason = "a folder with images and tar files" if images else "a folder without images, metadata or tar files"
+    raise unclear(folder, f"{reason}{f'; it holds {files[0]}: give that file' if files else ''}")
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names below a folder, in order, links followed but not in circles; hidden ones left out."""
+    names: list[str] = []
+    seen = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        folders[:] = [] if real in seen else sorted(folders)
+        if real not in seen:
+            below = os.path.relpath(here, folder)
+            names += [name if below == "." else f"{below}/{name}" for name in files]
+        seen.add(real)
+    return sorted(name for name in names if not is_hidden(name))
+
+
+def folder_splits(names: Sequence[str]) -> dict[str, str]:
+    """{folder: split} where the folders at the top are named as splits, all of them, and hold the images."""
+    top = {name.partition("/")[0] for name in names if "/" in name}
+    loose = any("/" not in name and (is_image(name) or name.endswith(".tar")) for name in names)
+    if loose or not all(name.lower() in CANONICAL for name in top):
+        return {}
+    return {name: canonical_split(name) for name in top}
+
+
+def image_entries(
+    folder: Path, images: list[str], names: set[str], split_of: dict[str, str], notices: list[str]
+) -> Iterator[Entry]:
+    source = files_below(folder)
+    for image in images:
+        sidecar = os.path.splitext(image)[0] + ".txt"  # noqa: PTH122
+        captions: list[str] = []
+        if sidecar in names:
+            try:
+                captions = (folder / sidecar).read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                notices.append(f"{folder / sidecar} cannot be read: {error}")
+        yield Entry(source(image), default_id(image), captions, f"{folder / image}", split_of.get(image.split("/")[0]))
+
+
+def metadata_entries(
+    folder: Path, files: list[str], images: list[str], split_of: dict[str, str], notices: list[str]
+) -> Iterator[Entry]:
+    """Names in a metadata file start at its own folder; ids at the top, so that they differ between the folders."""
+    named = set()
+    root = os.path.abspath(folder)  # noqa: PTH100
+    for file in files:
+        path = folder / file
+        for entry in read_layout(path, path.parent).entries:
+            below = os.path.relpath(str(entry.source), root)
+            named.add(below)
+            yield Entry(entry.source, entry.image_id, entry.captions, entry.place, split_of.get(below.split("/")[0]))
+    if unnamed := [image for image in images if image not in named]:
+        notices.append(f"{folder}: {len(unnamed)} images are in no metadata file; the first is {unnamed[0]}")
+
+
+def all_shards(
+    folder: Path, shards: list[str], split_of: dict[str, str], index_cache: Path | None, notices: list[str]
+) -> Iterator[Entry]:
+    for name in shards:
+        yield from shard_entries(folder / name, split_of.get(name.split("/")[0]), index_cache, notices)
+
+
+def shard_entries(shard: Path, split: str | None, index_cache: Path | None, notices: list[str]) -> Iterator[Entry]:
+    index = shard_index(shard, index_cache)
+    notices += index.notices
+    for sample in index.samples:
+        assert sample.image is not None
+        source = ShardImage(str(shard), sample.image, sample.offset, sample.size)
+        captions, image_id = sample_captions(sample, str(source))
+        yield Entry(source, image_id, captions, str(source), split)
+
+
+def sample_captions(sample: Sample, place: str) -> tuple[list[str], str | int]:
+    """The captions of the .txt, a line each, before those of the .json, which often says the same again."""
+    row = sample.json if isinstance(sample.json, dict) else {}
+    captions = captions_of(row, place) if sample.text is None else sample.text.rstrip("\n").split("\n")
+    return captions, id_of(row, sample.image or sample.key, place)

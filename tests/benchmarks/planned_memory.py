@@ -1,0 +1,54 @@
+"""Predicted and measured activations of BLIP's own sizes, as rows of the table in ds_configs/README.md.
+
+    PYTHONPATH=.:tests python tests/benchmarks/planned_memory.py
+
+On a CPU: a forward and backward pass of each, every allocation counted. 3 GB of memory at most.
+"""
+
+import gc
+from pathlib import Path
+
+from measuring import activations_on_cpu
+
+from blipds.config import load_run_config
+from blipds.engine import DTYPES
+from blipds.models import loss
+from blipds.planner import Shape, activations
+
+RUN_CONFIGS = Path(__file__).resolve().parents[2] / "run_configs"
+NONE = ["model.vit_grad_ckpt=false"]
+VIT = ["model.vit_grad_ckpt=true", "model.vit_ckpt_layer=null"]
+TEXT = ["model.text_grad_ckpt=true"]
+COMBINATIONS = [
+    ("base", 224, "fp32", (4, 1), NONE),
+    ("base", 224, "bf16", (4, 1), NONE),
+    ("base", 224, "bf16", (4, 5), NONE),
+    ("base", 224, "bf16", (4, 5), TEXT),
+    ("base", 384, "fp32", (2, 5), NONE),
+    ("base", 384, "bf16", (2, 1), NONE),
+    ("base", 384, "bf16", (2, 1), [*VIT[:1], "model.vit_ckpt_layer=6"]),
+    ("base", 384, "bf16", (2, 5), [*VIT, *TEXT]),
+    ("base", 384, "fp32", (2, 5), ["model.freeze_vit=true"]),
+    ("large", 384, "fp32", (1, 1), NONE),
+    ("large", 384, "bf16", (2, 1), NONE),
+    ("large", 384, "bf16", (2, 1), [*VIT[:1], "model.vit_ckpt_layer=5"]),
+    ("large", 384, "bf16", (2, 5), [*VIT, *TEXT]),
+]
+
+
+def main() -> None:
+    loss.GPU_CHUNK = loss.CPU_CHUNK  # the forecast is for this CPU
+    for model, size, precision, (images, captions), options in COMBINATIONS:
+        path = RUN_CONFIGS / f"caption_coco_{model}.yaml"
+        config, _ = load_run_config(path, [f"model.image_size={size}", *options])
+        shape = Shape(images, captions, tokens=20, unlabelled=4)
+        found = activations(config, shape, DTYPES[precision], "cpu")
+        kept, peak = activations_on_cpu(config, shape, DTYPES[precision])
+        gc.collect()
+        said = ", ".join(option.removeprefix("model.") for option in options if option not in NONE) or "-"
+        megabytes = " | ".join(f"{value / 1e6:.0f}" for value in (found.kept, kept, found.peak, peak))
+        print(f"| {model} {size}, {precision} | {images} x {captions} | {said} | {megabytes} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

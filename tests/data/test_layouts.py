@@ -1,0 +1,379 @@
+"""Twelve ways to write down the captions of the same 200 photographs, and how each is recognised."""
+
+import json
+import tarfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from packing import LAYOUTS, add, link_images, shards
+
+from blipds.config import load_run_config
+from blipds.data.annotations import expand_braces, read_annotations, read_splits
+from blipds.data.datasets import build_dataset
+from blipds.data.layouts import KINDS, read_layout
+from blipds.data.loader import TrainLoader
+from blipds.data.tokenizer import CaptionTokenizer
+from blipds.errors import UserError
+from blipds.metrics import score_held_out_reference
+
+# --- the same photographs, whatever the layout ---
+
+
+@pytest.fixture(scope="module")
+def photographs(shared):
+    """The first 200 images of Flickr8k's validation split, in an order that is not the names'; captions stripped."""
+    folder = shared / "data" / "flickr8k"
+    entries = json.loads((folder / "annotations" / "val.json").read_text())[:200]
+    images = [(folder / "images" / entry["image"], [text.strip() for text in entry["caption"]]) for entry in entries]
+    return sorted(images)  # a folder has no other order to give
+
+
+@cache
+def human(references):
+    """One caption of each image scored against its others. Twelve times the same captions are scored once."""
+    return score_held_out_reference(json.loads(references), ("Bleu", "ROUGE_L", "CIDEr")).values
+
+
+def built(path, layout, folder, training):
+    run_config = folder / "run.yaml"
+    run_config.write_text("model: {model_type: tiny}\ndatasets: {custom_caption: {}}\n")
+    key = "datasets.custom_caption.build_info.annotations.train"
+    config, _ = load_run_config(run_config, [f"{key}={path}", f"env.cache_root={folder / 'cache'}"])
+    return build_dataset("custom_caption", config, "train", training)
+
+
+def first_batch(dataset):
+    loader = TrainLoader(
+        [dataset], CaptionTokenizer(), micro_batch=8, accumulation=1, rank=0, world_size=1, seed=1, num_workers=0
+    )
+    (batch,) = next(loader.windows(epoch=0))
+    return batch
+
+
+@pytest.fixture(scope="module")
+def expected(photographs, tmp_path_factory):
+    """What LAVIS's list, BLIP's own layout, gives."""
+    folder = tmp_path_factory.mktemp("expected")
+    return first_batch(built(LAYOUTS["list"](photographs, folder / "data"), "list", folder, training=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_records_first_batch_and_metrics(layout, photographs, expected, tmp_path):
+    path = LAYOUTS[layout](photographs, tmp_path / "data")
+
+    dataset = built(path, layout, tmp_path, training=True)
+    records = [(Path(str(r.image)).name, r.image_id, list(r.captions)) for r in dataset.records]
+    assert records == [(path.name, path.stem, captions) for path, captions in photographs]
+    assert dataset.notices == ()
+
+    batch = first_batch(dataset)
+    assert torch.equal(batch.images.pixels, expected.images.pixels)
+    assert torch.equal(batch.input_ids, expected.input_ids)
+    assert torch.equal(batch.labels, expected.labels)
+
+    evaluated = built(path, layout, tmp_path, training=False)
+    references = {str(record.image_id): list(record.captions) for record in evaluated.records}
+    assert human(json.dumps(references)) == human(json.dumps({path.stem: texts for path, texts in photographs}))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_recognised_by_content(layout, photographs, tmp_path):
+    """The file's name does not matter."""
+    path = expand_braces(LAYOUTS[layout](photographs[:3], tmp_path))[0]
+    if path.is_file():
+        path = path.rename(path.with_name("captions"))
+    assert read_layout(path, None).kind == layout.split(",")[0]
+
+
+# --- details of a layout ---
+
+
+def read(path, split=None, training=True):
+    annotations = read_annotations([path], None, training, split)
+    return [(Path(str(r.image)).name, r.image_id, r.captions) for r in annotations.records], annotations.notices
+
+
+def written(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    return tmp_path / name
+
+
+def test_karpathys_splits(tmp_path):
+    images = [
+        {"filename": f"{split}.jpg", "split": split, "sentences": [{"raw": "one"}], "cocoid": number}
+        for number, split in enumerate(["train", "restval", "val", "test"])
+    ]
+    path = written(tmp_path, "dataset_coco.json", json.dumps({"images": images}))
+    assert read(path, "train")[0] == [("train.jpg", 0, ("one",)), ("restval.jpg", 1, ("one",))]
+    assert read(path, "val")[0] == [("val.jpg", 2, ("one",))]
+    assert {split: len(found.records) for split, found in read_splits([path], None, None).items()} == {
+        "train": 2,
+        "val": 1,
+        "test": 1,
+    }
+    with pytest.raises(UserError, match=r"no split 'dev2'; it has test, train, val$"):
+        read(path, "dev2")
+
+
+def test_cocos_captions_may_come_in_any_order(tmp_path):
+    content = {
+        "images": [{"id": 7, "file_name": "a.jpg"}, {"id": 3, "file_name": "b.jpg"}],
+        "annotations": [
+            {"image_id": 3, "caption": "b1"},
+            {"image_id": 7, "caption": "a1"},
+            {"image_id": 3, "caption": "b2"},
+        ],
+    }
+    path = written(tmp_path, "captions.json", json.dumps(content))
+    assert read(path)[0] == [("a.jpg", 7, ("a1",)), ("b.jpg", 3, ("b1", "b2"))]
+    assert read_annotations([path], None, True).pairs == [(1, 0), (0, 0), (1, 1)]
+
+
+def test_cocos_image_lists_have_no_captions(tmp_path):
+    path = written(tmp_path, "image_info_test2014.json", '{"images": [{"id": 1, "file_name": "a.jpg"}]}')
+    assert read(path, training=False)[0] == [("a.jpg", 1, ())]
+    with pytest.raises(UserError, match=r"no image has a caption \(1 images; keys and columns"):
+        read(path)
+
+
+def test_cocos_own_file(shared, tmp_path):
+    """5,000 images, 25,014 captions: https://cocodataset.org"""
+    annotations = read_annotations([shared / "data" / "coco_annotations" / "captions_val2017.json"], tmp_path, True)
+    assert (len(annotations.records), len(annotations.pairs)) == (5000, 25014)
+
+
+@pytest.mark.parametrize(
+    ("text", "records"),
+    [
+        # the last column takes what an unquoted caption has too much; a row that is too short has no caption
+        ("image,caption\na.jpg,one, two\n", [("a.jpg", "a", ("one, two",))]),
+        ('image,caption\na.jpg,"one, ""two"""\n', [("a.jpg", "a", ('one, "two"',))]),
+        ("image_name| comment_number| comment\na.jpg| 0| one\na.jpg| 4   two\n", [("a.jpg", "a", ("one",))]),
+        # quotes in a file without quoting are the caption's
+        (
+            'image\tcaption\na.jpg\t"Stop" sign\nb.jpg\t"open\n',
+            [("a.jpg", "a", ('"Stop" sign',)), ("b.jpg", "b", ('"open',))],
+        ),
+        ("Caption;Image_ID;Image\none;7;a.jpg\n", [("a.jpg", 7, ("one",))]),
+        ("image,image_id,caption\na.jpg,007,one\nb.jpg,,two\n", [("a.jpg", "007", ("one",)), ("b.jpg", "b", ("two",))]),
+        ("a.jpg,one\nb.jpg,two\n", [("a.jpg", "a", ("one",)), ("b.jpg", "b", ("two",))]),
+        ("\ufeffimage,caption\r\na.jpg,one\r\n", [("a.jpg", "a", ("one",))]),  # from Excel
+        ("image,caption,text\na.jpg,one,two\n", [("a.jpg", "a", ("one",))]),  # `text` counts where no `caption` is
+    ],
+)
+def test_tables(tmp_path, text, records):
+    assert read(written(tmp_path, "captions.csv", text))[0] == records
+
+
+def test_flickrs_token_file(tmp_path):
+    """Flickr8k's own has captions of an image that does not exist, under a name like this one."""
+    path = written(tmp_path, "tokens", "a.jpg#0\tA dog # 1 .\na.jpg#1\ttwo\n2258277193_586949ec62.jpg.1#0\tthree\n")
+    assert read(path)[0] == [
+        ("a.jpg", "a", ("A dog # 1 .", "two")),
+        ("2258277193_586949ec62.jpg.1", "2258277193_586949ec62.jpg", ("three",)),
+    ]
+
+
+def test_a_folder_of_splits(tmp_path, photographs):
+    for name, members in {"train": photographs[:2], "validation": photographs[2:3]}.items():
+        LAYOUTS["image folder"](members, tmp_path / name)
+    (path, captions) = photographs[2]
+    assert read(tmp_path, "val")[0] == [(path.name, f"validation/{path.stem}", tuple(captions))]
+    assert len(read(tmp_path, "train")[0]) == 2
+    with pytest.raises(UserError, match=r"no split 'test'; it has train, val$"):
+        read(tmp_path, "test")
+
+
+def test_folders_that_are_no_splits(tmp_path, photographs):
+    for name, members in {"train": photographs[:2], "dogs": photographs[2:3]}.items():
+        LAYOUTS["image folder"](members, tmp_path / name)
+    assert len(read(tmp_path, "train")[0]) == 3
+
+
+def test_a_folder_without_some_captions(tmp_path, photographs):
+    link_images(photographs[:2], tmp_path)
+    first, second = (path for path, _ in photographs[:2])
+    (tmp_path / f"{second.stem}.txt").write_text("one\n\n...\n")
+    (tmp_path / "._x.jpg").write_text("what macOS leaves behind")
+    records, notices = read(tmp_path)
+    assert records == [(second.name, second.stem, ("one",))]
+    assert notices == (
+        f"2 captions without a word left out; the first: {tmp_path / second.name}",
+        f"1 images without a caption left out; the first: {tmp_path / first.name}",
+    )
+
+
+def test_a_metadata_file_that_misses_images(tmp_path, photographs):
+    link_images(photographs[:3], tmp_path)
+    name = photographs[1][0].name
+    written(tmp_path, "metadata.csv", f"file_name,text\n{name},one\n")
+    records, notices = read(tmp_path)
+    assert [record[0] for record in records] == [name]
+    assert notices == (f"{tmp_path}: 2 images are in no metadata file; the first is {photographs[0][0].name}",)
+
+
+def test_braces():
+    expand = lambda text: list(map(str, expand_braces(Path(text))))  # noqa: E731
+    assert expand("s/{008..011}.tar") == ["s/008.tar", "s/009.tar", "s/010.tar", "s/011.tar"]
+    assert expand("{a,b}/{1..2}.tar") == ["a/1.tar", "a/2.tar", "b/1.tar", "b/2.tar"]
+    assert expand("a{b}.tar") == ["a{b}.tar"]
+    with pytest.raises(UserError, match="stands for 1,000,000,000 files"):
+        expand("{000000000..999999999}.tar")
+
+
+# --- what cannot be told, or is wrong ---
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "it is empty"),
+        ("[]", "an empty list"),
+        ("{}", "an object with nothing in it"),
+        ('{"videos": []}', "an object with 'videos'"),
+        ("once upon a time", "its first line 'once upon a time' names no column image, file_name"),
+        ("PAR1\udcff", "it is no text in UTF-8"),
+    ],
+)
+def test_unclear_files(tmp_path, text, reason):
+    path = tmp_path / "x"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert f"{path}: cannot tell what it is ({reason}" in str(caught.value)
+    assert str(caught.value).endswith(f"what can be read: {KINDS}")
+
+
+def test_unclear_folders(tmp_path, photographs):
+    with pytest.raises(UserError, match=r"a folder without images, metadata or tar files\); what"):
+        read(tmp_path)
+    written(tmp_path, "captions.json", "[]")
+    with pytest.raises(UserError, match=r"it holds captions\.json: give that file"):
+        read(tmp_path)
+    link_images(photographs[:1], tmp_path)
+    shards(photographs[:1], tmp_path, count=1)
+    with pytest.raises(UserError, match="a folder with images and tar files"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"image": "a.jpg", "caption": "one"}\n{"image": "b.jpg",\n', "line 2: Expecting property name"),
+        ('{"images": [{"id": 1}]}', "image 0: expected an object with 'id' and 'file_name'"),
+        ('{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}', "image 1: the id 1 is that of"),
+        (
+            '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 2, "caption": "x"}]}',
+            "annotation 0: no image has the id 2",
+        ),
+        (
+            '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "bbox": []}]}',
+            "(captions_*.json is meant, not instances_*.json)",
+        ),
+        ('{"images": [{"sentences": []}]}', "image 0: expected 'filename', 'split', 'sentences' with 'raw'"),
+        ("image,caption\na.jpg,one\n,two\n", "line 3: expected an object with 'image', a file name"),
+        ('image,caption\na.jpg,"one\n', "line 2: unexpected end of data"),
+        ("image,caption\n", "no image in it"),
+        ("a.jpg#0\tone\nb.jpg two\n", "line 2: expected name.jpg#0<TAB>caption; got 'b.jpg two'"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, message):
+    path = written(tmp_path, "x", text)
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_two_images_with_one_id_cannot_be_evaluated(tmp_path):
+    path = written(tmp_path, "x.csv", "image,image_id,caption\na.jpg,7,one\nb.jpg,7,two\n")
+    assert len(read(path)[0]) == 2
+    with pytest.raises(UserError, match=r"the image_id 7 belongs to two images, .*/a\.jpg and .*/b\.jpg$"):
+        read(path, training=False)
+
+
+def test_long_captions_and_control_characters(tmp_path):
+    rows = [{"image": "a.jpg", "caption": [" a\x1b[2J\ndog\ud800 ", "x" * 10_001]}]
+    records, notices = read(written(tmp_path, "x", json.dumps(rows)))
+    assert records == [("a.jpg", "a", ("a [2J dog", "x" * 10_000))]
+    assert notices == (f"1 captions cut to 10,000 characters; the first: {tmp_path / 'x'}, entry 0",)
+
+
+# --- shards ---
+
+
+def test_members_are_read_in_place(tmp_path, photographs):
+    """Any order of members in a shard; the captions of .txt go before those of .json."""
+    (path, captions) = photographs[0]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "d/1.json", b'{"caption": "not this", "image_id": 5}')
+        add(tar, "d/1.cls", b"3")
+        add(tar, "d/2.JPG", path.read_bytes())
+        add(tar, "d/1.txt", "\n".join(captions).encode())
+        add(tar, "d/1.jpg", path.read_bytes())
+        add(tar, "d/2.json", b'{"text": "two"}')
+    found = read_annotations([tmp_path / "a.tar"], None, True)
+    assert [(str(r.image), r.image_id, r.captions) for r in found.records] == [
+        (f"{tmp_path}/a.tar/d/1.jpg", 5, tuple(captions)),
+        (f"{tmp_path}/a.tar/d/2.JPG", "d/2", ("two",)),
+    ]
+    whole = [LAYOUTS["list"](photographs[:1], tmp_path / "list")]
+    (record,) = read_annotations(whole, None, True).records
+    assert [r.image.open().tobytes() for r in found.records] == [record.image.open().tobytes()] * 2
+
+
+def test_what_a_shard_should_not_hold(tmp_path, photographs):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("../1.jpg", "/etc/2.jpg", "3.jpg", "3.png"):
+            add(tar, name, photographs[0][0].read_bytes())
+        add(tar, "3.txt", b"three")
+        add(tar, "4.txt", b"\xff")
+        for name, kind in (("5.jpg", tarfile.SYMTYPE), ("6.txt", tarfile.LNKTYPE), ("7.jpg", tarfile.FIFOTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    records, notices = read(tmp_path / "a.tar")
+    assert records == [("3.jpg", "3", ("three",))]
+    assert [notice.partition(": ")[2] for notice in notices] == [
+        "2 members left out, names that lead out of the archive or hold control characters; the first is '../1.jpg'",
+        "1 members left out, a second image under one key; the first is '3.png'",
+        "1 members left out, texts that are no UTF-8 or no JSON; the first is '4.txt'",
+        "3 members left out, links and special files; the first is '5.jpg'",
+        "1 keys have no image",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]  # nothing is ever written beside a shard
+
+
+def test_damaged_shards_are_named(tmp_path, photographs):
+    (path,) = expand_braces(shards(photographs[:4], tmp_path, count=1))
+    whole = path.read_bytes()
+    for damage in (
+        whole[: len(whole) // 2],  # cut short
+        whole[:1024] + whole[1500:],  # a piece is missing
+        whole + whole,  # two archives joined: tarfile would read the first alone
+        b"no tar file" * 100,
+    ):
+        path.write_bytes(damage)
+        with pytest.raises(UserError, match=rf"^shard {path} is damaged or no tar file: "):
+            read(path)
+    (tmp_path / "b.tar.gz").write_bytes(b"\x1f\x8b\x08")
+    with pytest.raises(UserError, match=r"b\.tar\.gz is compressed: unpack it first"):
+        read(tmp_path / "b.tar.gz")
+
+
+def test_the_index_is_kept_until_the_shard_changes(tmp_path, photographs, monkeypatch):
+    (path,) = expand_braces(shards(photographs[:4], tmp_path / "data", count=1))
+    first = read_annotations([path], None, True, index_cache=tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").iterdir()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", None)  # would fail
+        assert read_annotations([path], None, True, index_cache=tmp_path / "cache") == first
+
+    kept.write_text("{")
+    assert read_annotations([path], None, True, index_cache=tmp_path / "cache") == first
+    shards(photographs[:3], tmp_path / "data", count=1)
+    assert len(read_annotations([path], None, True, index_cache=tmp_path / "cache").records) == 3
+    assert list((tmp_path / "cache").iterdir()) == [kept]
