@@ -83,7 +83,7 @@ class CaptionDataset(Dataset[Sample]):
         """The image of a record, or a line that says why it cannot be read."""
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every backend: 0.1 ms
                 return self.reader.read(record), None
         except OSError as error:
             return None, f"{self.records[record].image}: {error}"

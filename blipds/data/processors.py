@@ -150,7 +150,7 @@ class BlipImageTrain:
             pixels = pixels.flip(-1)
         if not operations:  # 42 of 100 images never come back to Pillow
             return pixels
-        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        image = Image.merge("RGB", [Image.fromarray(plane) for plane in pixels.numpy()])
         for operation, sign in operations:
             image = operation(image, sign)
         return to_pixels(image)
