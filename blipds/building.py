@@ -134,8 +134,11 @@ def check_world_size(config: Config) -> None:
 
 
 def memory_warning(config: Config, ds_config: Section, device: torch.device) -> str | None:
-    """A line if the run will not fit into this rank's GPU, by launch/plan.py's forecast; nothing on CPUs."""
-    if device.type != "cuda":
+    """A line if the run will not fit into this rank's GPU, by launch/plan.py's forecast.
+
+    Nothing on CPUs, nor for a model of a plugin, whose inputs the forecast does not know.
+    """
+    if device.type != "cuda" or config.model.arch != "blip_caption":
         return None
     memory = torch.cuda.get_device_properties(device).total_memory
     ranks = distributed.local_world_size()

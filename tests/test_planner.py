@@ -11,7 +11,20 @@ from measuring import activations_on_cpu, plan_for_cpu
 
 from blipds.config import load_run_config
 from blipds.ds_config import RunValues, load_ds_config, resolve_ds_config
-from blipds.planner import GB, Machines, Shape, Sizes, States, activations, forecast, model_states, network, recommend
+from blipds.planner import (
+    GB,
+    Activations,
+    Forecast,
+    Machines,
+    Shape,
+    Sizes,
+    States,
+    activations,
+    forecast,
+    model_states,
+    network,
+    recommend,
+)
 
 TINY = REPOSITORY / "run_configs" / "shapes_tiny.yaml"
 LARGE = REPOSITORY / "run_configs" / "caption_coco_large.yaml"
@@ -104,7 +117,7 @@ def measured(tmp_path_factory):
         options = state_options(accumulation, options)
         specs.append({"name": name, "cfg": str(TINY), "options": options, "ds": ds})
     (folder / "spec.json").write_text(json.dumps(specs))
-    process = launch(2, "tests/engine/states.py", folder / "spec.json", folder / "bytes.json")
+    process = launch(2, "tests/engine/states.py", folder / "spec.json", folder / "bytes.json", timeout=1800)
     assert process.returncode == 0, process.stdout[-4000:]
     return json.loads((folder / "bytes.json").read_text())
 
@@ -167,8 +180,6 @@ def test_what_fits_is_a_matter_of_memory():
 
 def test_offloading_needs_host_memory():
     states = States(0, 0, 0, 0, 0, host=3 * GB)
-    from blipds.planner import Activations, Forecast
-
     for host_memory, fits in ((None, True), (6 * GB, True), (5 * GB, False)):
         machines = Machines(gpus=2, nodes=1, gpu_memory=24 * GB, host_memory=host_memory)
         assert Forecast(machines, states, Activations(0, 0), 0).fits is fits
