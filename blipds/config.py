@@ -195,7 +195,12 @@ class RunConfig:
     val_freq: int = 1
     val_steps: int | None = None
     save_freq: int = 1
+    save_steps: int | None = None
+    save_minutes: float | None = None
     save_last: bool = True
+    keep_last: int = 2
+    max_bad_steps: int = 20
+    stall_minutes: float = 30.0
 
     def __post_init__(self) -> None:
         one_of("run.task", self.task, ["captioning"])
@@ -203,11 +208,13 @@ class RunConfig:
         one_of("run.weight_decay_on", self.weight_decay_on, ["matrices", "all"])
         for name in ("batch_size_train", "batch_size_eval", "accum_grad_iters", "num_beams", "max_epoch"):
             check(f"run.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        for name in ("log_freq", "val_freq", "save_freq"):
+        for name in ("log_freq", "val_freq", "save_freq", "keep_last", "max_bad_steps"):
             check(f"run.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in ("num_workers", "warmup_steps", "max_bad_images", "weight_decay", "init_lr", "min_lr", "min_len"):
             check(f"run.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        for name in ("max_iters", "iters_per_inner_epoch", "limit_train", "limit_val", "val_steps", "max_grad_norm"):
+        check("run.stall_minutes", self.stall_minutes, self.stall_minutes > 0, "more than 0 minutes")
+        optional = ("max_iters", "iters_per_inner_epoch", "limit_train", "limit_val", "val_steps", "max_grad_norm")
+        for name in (*optional, "save_steps", "save_minutes"):
             value = getattr(self, name)
             check(f"run.{name}", value, value is None or value > 0, "more than 0, or null")
         check("run.beta2", self.beta2, 0 <= self.beta2 < 1, "0 or more, below 1")
