@@ -83,7 +83,7 @@ def _watch_for_failures() -> None:
             time.sleep(5)
             try:
                 failed, patience = store.check(["blipds failures"]), 10
-            except dist.DistError:  # rank 0, which keeps the store, is gone: in good order, or not
+            except RuntimeError:  # rank 0, which keeps the store, is gone: in good order, or not
                 failed, patience = True, 30
             if failed:
                 time.sleep(patience)  # this rank may be about to say more, or to end by itself
@@ -98,7 +98,7 @@ def first_to_fail() -> bool:
         return True
     try:
         return _failures.add("blipds failures", 1) == 1
-    except dist.DistError:  # rank 0 is gone, and has spoken
+    except RuntimeError:  # rank 0 is gone, and has spoken
         return False
 
 

@@ -29,7 +29,8 @@ class Recorder(NullMonitor):
         self.lines.append(dict(values))
 
 
-def run_setting(spec, folder, device):
+def build(spec, folder, device):
+    """A trainer for a setting, and the recorder that it reports to."""
     config, _ = load_run_config(Path(spec["cfg"]), spec["options"])
     run_dir, resumed = Path(spec.get("run_dir", folder / spec["name"])), None
     if "resume" in spec:
@@ -40,6 +41,11 @@ def run_setting(spec, folder, device):
     trainer = building.build_trainer(config, ds_config, run_dir, recorder, resumed)
     if "until" in spec:
         trainer.plan = replace(trainer.plan, total_steps=spec["until"])
+    return trainer, recorder
+
+
+def run_setting(spec, folder, device):
+    trainer, recorder = build(spec, folder, device)
     trainer.train()
     weight_sums = {name: weight.double().abs().sum().item() for name, weight in trainer.engine.weights()}
     trainer.close()
