@@ -62,11 +62,16 @@ def device_type() -> str:
 
 
 def shut_down() -> None:
+    if _watcher is not None:  # a thread in the middle of a C++ call would bring the interpreter's end down
+        _ended.set()
+        _watcher.join()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 _failures: dist.Store | None = None
+_watcher: threading.Thread | None = None
+_ended = threading.Event()
 
 
 def _watch_for_failures() -> None:
@@ -74,22 +79,21 @@ def _watch_for_failures() -> None:
 
     A launcher ends the ranks of its own machine only, and NCCL would wait for TIMEOUT.
     """
-    global _failures
+    global _failures, _watcher
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     _failures = store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
 
     def watch() -> None:
-        while True:
-            time.sleep(5)
+        while not _ended.wait(5):
             try:
                 failed, patience = store.check(["blipds failures"]), 10
             except RuntimeError:  # rank 0, which keeps the store, is gone: in good order, or not
                 failed, patience = True, 30
-            if failed:
-                time.sleep(patience)  # this rank may be about to say more, or to end by itself
+            if failed and not _ended.wait(patience):  # this rank may be about to say more, or to end by itself
                 os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    _watcher = threading.Thread(target=watch, daemon=True)
+    _watcher.start()
 
 
 def first_to_fail() -> bool:

@@ -148,6 +148,11 @@ class TrainingState:
         else:
             self.optimizer._release_swap_buffers(master.group)
 
+    def adam_of(self, master: Master) -> torch.optim.Optimizer:
+        """The Adam that steps it: where only a part is offloaded (`ratio`), DeepSpeed steps the rest with another."""
+        devices = getattr(self.optimizer, "subgroup_to_device", {})
+        return self.inner if devices.get(master.group, "cpu") == "cpu" else self.optimizer.backup_optimizer
+
     # --- what is in it
 
     @property
@@ -192,7 +197,7 @@ class TrainingState:
     def own_moments(self) -> Iterator[Tensor]:
         for master in self.masters:
             with self.at_hand(master, writing=False):
-                state = self.inner.state[master.tensor]
+                state = self.adam_of(master).state[master.tensor]
                 for piece in self.own_pieces(master):
                     for moment in MOMENTS:
                         if moment in state:
@@ -206,7 +211,7 @@ class TrainingState:
         with safe_open(weights, framework="pt") as whole, torch.no_grad():
             for master in self.masters:
                 with self.at_hand(master, writing=True):
-                    state = self.fresh_state(master.tensor, step)
+                    state = self.fresh_state(self.adam_of(master), master.tensor, step)
                     for piece in master.pieces:
                         into = master.tensor.view(-1).narrow(0, piece.offset, piece.numel)
                         into.copy_(whole.get_tensor(piece.name).view(-1)[piece.start : piece.start + piece.numel])
@@ -218,11 +223,11 @@ class TrainingState:
             for key, value in counters["loss_scale"].items():
                 setattr(self.scaler, key, value)
 
-    def fresh_state(self, tensor: Tensor, step: int) -> dict[str, Any]:
+    def fresh_state(self, adam: torch.optim.Optimizer, tensor: Tensor, step: int) -> dict[str, Any]:
         """Adam's state of a master; optimizers make theirs in the first step only."""
-        state = self.inner.state[tensor]
-        if isinstance(self.inner, torch.optim.Adam):  # AdamW is one; it keeps the step in a tensor
-            fused = self.inner.param_groups[0].get("fused")
+        state = adam.state[tensor]
+        if isinstance(adam, torch.optim.Adam):  # AdamW is one; it keeps the step in a tensor
+            fused = adam.param_groups[0].get("fused")
             state["step"] = torch.tensor(float(step), device=tensor.device if fused else "cpu")
         else:
             state["step"] = step
