@@ -6,7 +6,6 @@
 import os
 import socket
 import threading
-import time
 from datetime import timedelta
 from typing import Any, TypeVar
 
