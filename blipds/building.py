@@ -5,12 +5,13 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from blipds import distributed, planner
 from blipds.captioner import Captioner
-from blipds.config import Config
+from blipds.config import Config, RunConfig
 from blipds.data.datasets import CaptionDataset, build_dataset
 from blipds.data.loader import TrainLoader
 from blipds.data.tokenizer import CaptionTokenizer
@@ -38,19 +39,18 @@ from blipds.engine import (
     prepare_ops,
     write_parameter,
 )
-from blipds.engine.checkpoints import load_engine, read_state, shape_of
+from blipds.engine.checkpoints import load_engine, read_state
 from blipds.errors import UserError
 from blipds.evaluator import Evaluator, build_evaluators
 from blipds.image_embeds import cache_image_embeds
 from blipds.models import build_model, read_text_config
-from blipds.models.checkpoints import open_checkpoint
 from blipds.models.lr_scales import lr_scales
 from blipds.models.parameters import whole_shape
 from blipds.monitor import NullMonitor
 from blipds.registry import SCHEDULES
 from blipds.schedules import Schedule
 from blipds.trainer import Plan, RunState, Trainer
-from blipds.weights import load_initial_weights, take_constants
+from blipds.weights import load_initial_weights, load_weights
 
 
 def build_trainer(
@@ -75,7 +75,7 @@ def build_trainer(
         loader.start(*divmod(state.global_step, loader.steps_per_epoch))
     engine = build_engine(config, ds_config, run_dir, resumed, monitor)
     if resumed is not None:
-        load_engine(engine, resumed, shape_of(engine, loader.global_batch))
+        load_engine(engine, resumed)
     if config.model.cache_image_embeds:
         read_from_cache(config, engine, datasets, monitor)
     for line in start_block(config, ds_config, engine.model, plan, loader, run_dir, state):
@@ -91,8 +91,39 @@ def build_trainer(
         plan,
         run_dir,
         seed=run.seed,
+        save_minutes=run.save_minutes,
+        keep_last=run.keep_last,
         max_bad_images=run.max_bad_images,
+        max_bad_steps=run.max_bad_steps,
+        stall_minutes=run.stall_minutes,
         state=state,
+    )
+
+
+def keep_global_batch(run: RunConfig, written: dict[str, Any]) -> str | None:
+    """Shares the global batch of a checkpoint (its "shape") out anew where the ranks are others; a line about it.
+
+    `run.batch_size_train` never grows, so that memory suffices. UserError where it cannot be, with the choices.
+    """
+    ranks, wanted = distributed.world_size(), int(written["global_batch"])
+    now = run.batch_size_train * run.accum_grad_iters * ranks
+    if now == wanted:
+        return None
+    sizes = f"run.batch_size_train {run.batch_size_train} x run.accum_grad_iters {run.accum_grad_iters} x {ranks} ranks"
+    if ranks == written["ranks"]:
+        raise UserError(f"the checkpoint is of a run with {wanted} samples a step, but {sizes} = {now}")
+    if wanted % ranks:
+        choices = ", ".join(str(n) for n in range(1, wanted + 1) if wanted % n == 0)
+        raise UserError(
+            f"the checkpoint is of a run with {wanted} samples a step, which {ranks} ranks cannot share evenly; ranks "
+            f"that can: {choices}"
+        )
+    share = wanted // ranks
+    run.batch_size_train = max(n for n in range(1, min(run.batch_size_train, share) + 1) if share % n == 0)
+    run.accum_grad_iters = share // run.batch_size_train
+    return (
+        f"{ranks} ranks instead of {written['ranks']}: run.batch_size_train {run.batch_size_train} x "
+        f"run.accum_grad_iters {run.accum_grad_iters} keep {wanted} samples a step (dropout draws other numbers)"
     )
 
 
@@ -176,7 +207,16 @@ def build_plan(config: Config, steps_per_epoch: int) -> Plan:
     else:
         epoch_steps = steps_per_epoch
         total = run.max_epoch * steps_per_epoch
-    return Plan(epoch_steps, total, run.log_freq, run.val_freq, run.val_steps, run.save_freq, run.save_last)
+    return Plan(
+        epoch_steps,
+        total,
+        log_steps=run.log_freq,
+        val_epochs=run.val_freq,
+        val_steps=run.val_steps,
+        save_epochs=run.save_freq,
+        save_steps=run.save_steps,
+        save_last=run.save_last,
+    )
 
 
 def build_schedule(config: Config, plan: Plan) -> Schedule:
@@ -207,7 +247,9 @@ def build_engine(
     if resumed is None:
         load_initial_weights(model, config, monitor.say, partial(write_parameter, model))
     else:
-        take_constants(model, open_checkpoint(resumed))  # the weights come with the engine's own files
+        # frozen ones too; the optimizer's fp32 copies follow in load_engine
+        cache_root = Path(config.env.cache_root).expanduser()
+        load_weights(model, str(resumed), cache_root, monitor.say, partial(write_parameter, model))
     scales = lr_scales((name for name, _ in model.named_parameters()), run.lr_scale, run.lr_layer_decay)
     groups = parameter_groups(model, run.weight_decay, run.weight_decay_on, scales)
     return Engine(model, ds_config, groups, precision(ds_config))

@@ -4,8 +4,10 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +18,17 @@ from omegaconf import OmegaConf
 from blipds import distributed
 from blipds.config import Config, load_run_config
 from blipds.errors import UserError
+from blipds.signals import REQUEUE, Stopped
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command: what the user can mend is one line on stderr and exit status 1, Ctrl-C is 130."""
+    """Runs a command. What the user can mend is one line on stderr and exit status 1, Ctrl-C is 130.
+
+    Other signals to stop are REQUEUE; while it trains, `Trainer.train` saves first. A bug's traceback is shown once, by
+    the rank that met it first, and no rank outlives it.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: leave(REQUEUE))
     try:
         main()
     except UserError as error:
@@ -27,12 +36,21 @@ def run(main: Callable[[], None]) -> None:
             # If rank 0 failed alike it has said so, and the launcher ends this rank while it waits.
             time.sleep(5)
         where = f" (rank {distributed.rank()})" if distributed.rank() else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        if distributed.first_to_fail():
+            print(f"error{where}: {error}", file=sys.stderr, flush=True)
         leave(1)
+    except Stopped as stopped:
+        if distributed.is_main():
+            print(stopped, file=sys.stderr, flush=True)
+        leave(REQUEUE)
     except KeyboardInterrupt:
         if distributed.rank() == 0:
             print("interrupted", file=sys.stderr, flush=True)
         leave(130)
+    except Exception:
+        if distributed.first_to_fail():  # the others fail because this rank is gone: gloo says so at length
+            print(f"rank {distributed.rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        leave(1)
     distributed.shut_down()
 
 
@@ -96,16 +114,16 @@ def as_json(section: dict[str, Any]) -> str:
     return json.dumps(section, indent=2) + "\n"
 
 
-def open_run_dir(config: Config, resumed: Path | None = None) -> Path:
+def open_run_dir(config: Config, resumed: Path | None = None, restart: bool = False) -> Path:
     """`run.output_dir`/<job id>, the same on every rank; the monitor makes it. Collective.
 
-    An existing run is gone on with only if asked.
+    An existing run is gone on with only if asked. `restart`: one that came to no checkpoint may begin anew.
     """
     if resumed is not None:
         return resumed.parent.parent  # RUN/checkpoints/step_N
     job_id = config.run.job_id or distributed.broadcast(time.strftime("%Y%m%d-%H%M%S"))
     run_dir = Path(config.run.output_dir).expanduser() / job_id
-    if distributed.broadcast(run_dir.exists() and any(run_dir.iterdir())):
+    if not restart and distributed.broadcast(run_dir.exists() and any(run_dir.iterdir())):
         raise UserError(
             f"{run_dir} holds a run already: give another run.job_id, or go on: finetune.py --resume {run_dir}"
         )

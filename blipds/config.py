@@ -215,7 +215,12 @@ class RunConfig:
     val_freq: int = 1
     val_steps: int | None = None
     save_freq: int = 1
+    save_steps: int | None = None
+    save_minutes: float | None = None
     save_last: bool = True
+    keep_last: int = 2
+    max_bad_steps: int = 20
+    stall_minutes: float = 30.0
 
     def __post_init__(self) -> None:
         one_of("run.task", self.task, ["captioning"])
@@ -223,11 +228,12 @@ class RunConfig:
         one_of("run.weight_decay_on", self.weight_decay_on, ["matrices", "all"])
         for name in ("batch_size_train", "batch_size_eval", "accum_grad_iters", "num_beams", "max_epoch"):
             check(f"run.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        for name in ("log_freq", "val_freq", "save_freq"):
+        for name in ("log_freq", "val_freq", "save_freq", "keep_last", "max_bad_steps"):
             check(f"run.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in ("num_workers", "warmup_steps", "max_bad_images", "weight_decay", "init_lr", "min_lr", "min_len"):
             check(f"run.{name}", getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
         check("run.length_penalty", self.length_penalty, math.isfinite(self.length_penalty), "a number")
+        check("run.stall_minutes", self.stall_minutes, self.stall_minutes > 0, "more than 0 minutes")
         for name in (
             "max_iters",
             "iters_per_inner_epoch",
@@ -235,6 +241,8 @@ class RunConfig:
             "limit_val",
             "val_steps",
             "max_grad_norm",
+            "save_steps",
+            "save_minutes",
             "expect_world_size",
         ):
             value = getattr(self, name)

@@ -5,6 +5,7 @@
 
 import os
 import socket
+import threading
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -68,6 +69,8 @@ def initialise() -> torch.device:
             raise UserError(
                 f"port {port} is in use, by another run on this machine perhaps: give the launcher --master_port"
             ) from error
+        if world_size() > 1:
+            _watch_for_failures()
     return device
 
 
@@ -93,8 +96,48 @@ def device_type() -> str:
 
 
 def shut_down() -> None:
+    if _watcher is not None:  # a thread in the middle of a C++ call would bring the interpreter's end down
+        _ended.set()
+        _watcher.join()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+_failures: dist.Store | None = None
+_watcher: threading.Thread | None = None
+_ended = threading.Event()
+
+
+def _watch_for_failures() -> None:
+    """Ends this process when another rank has failed, also while a collective call hangs or on another machine.
+
+    A launcher ends the ranks of its own machine only, and NCCL would wait for TIMEOUT.
+    """
+    global _failures, _watcher
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    _failures = store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+
+    def watch() -> None:
+        while not _ended.wait(5):
+            try:
+                failed, patience = store.check(["blipds failures"]), 10
+            except RuntimeError:  # rank 0, which keeps the store, is gone: in good order, or not
+                failed, patience = True, 30
+            if failed and not _ended.wait(patience):  # this rank may be about to say more, or to end by itself
+                os._exit(1)
+
+    _watcher = threading.Thread(target=watch, daemon=True)
+    _watcher.start()
+
+
+def first_to_fail() -> bool:
+    """Whether no other rank has failed before; all ranks learn of it and end within seconds."""
+    if _failures is None:
+        return True
+    try:
+        return _failures.add("blipds failures", 1) == 1
+    except RuntimeError:  # rank 0 is gone, and has spoken
+        return False
 
 
 def rank() -> int:
@@ -129,6 +172,24 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+class ReadLater:
+    """A copy of a small device tensor on the host, made while the device goes on; `numbers` waits for the copy alone.
+
+    An `.item()` later would wait for all that was queued in between.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._copy = tensor.to("cpu", non_blocking=True)
+        self._event = torch.cuda.Event() if tensor.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def numbers(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy.tolist()
 
 
 def gather(value: T) -> list[T]:

@@ -51,6 +51,9 @@ class NullMonitor:
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""
 
+    def flush(self) -> None:
+        """Hands the curves over to the system, so that a checkpoint is never ahead of them."""
+
     def close(self) -> None:
         """Closes the bar and the files; may be called twice."""
 
@@ -133,6 +136,9 @@ class Monitor(NullMonitor):
     def say(self, line: str) -> None:
         tqdm.write(line)
         sys.stdout.flush()
+
+    def flush(self) -> None:
+        self._board.flush()
 
     def close(self) -> None:
         self._close_bar()

@@ -1,5 +1,7 @@
 """The loop: epochs of optimizer steps, with evaluation and checkpoints in between."""
 
+import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +17,7 @@ from blipds.errors import UserError
 from blipds.evaluator import Evaluator
 from blipds.monitor import NullMonitor
 from blipds.schedules import Schedule
+from blipds.signals import STOPPING, StallWatch, Stopped, StopSignals
 
 
 @dataclass
@@ -24,6 +27,7 @@ class RunState:
     global_step: int = 0
     best_metric: float | None = None
     best_step: int | None = None
+    bad_steps: int = 0  # skipped, because a loss or a gradient was not finite
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Plan:
     val_epochs: int
     val_steps: int | None
     save_epochs: int
+    save_steps: int | None
     save_last: bool
 
     @property
@@ -64,7 +69,17 @@ class Plan:
     def saves(self, step: int) -> bool:
         if step == self.total_steps:
             return self.save_last
-        return self.epoch_ends(step) and (self.epoch_of(step) + 1) % self.save_epochs == 0
+        by_epoch = self.epoch_ends(step) and (self.epoch_of(step) + 1) % self.save_epochs == 0
+        return by_epoch or (self.save_steps is not None and step % self.save_steps == 0)
+
+
+class Wishes:
+    """What ranks wished for before a step, known to all of them after it: a checkpoint, or an end by a signal."""
+
+    def __init__(self, save: float, *stop: float) -> None:
+        self.save = save > 0
+        self.signal = next((number.name for number, count in zip(STOPPING, stop, strict=True) if count), "")
+        self.stop = self.signal != ""
 
 
 class Totals:
@@ -94,7 +109,11 @@ class Trainer:
         run_dir: Path,
         *,
         seed: int,
+        save_minutes: float | None,
+        keep_last: int,
         max_bad_images: int,
+        max_bad_steps: int,
+        stall_minutes: float,
         state: RunState,
     ) -> None:
         self.engine = engine
@@ -104,21 +123,39 @@ class Trainer:
         self.monitor = monitor
         self.plan = plan
         self.run_dir = run_dir
-        self.checkpoints = CheckpointFolder(run_dir / "checkpoints")
+        self.checkpoints = CheckpointFolder(run_dir / "checkpoints", keep_last)
         self.seed = seed
+        self.save_seconds = math.inf if save_minutes is None else 60 * save_minutes
         self.max_bad_images = max_bad_images
+        self.max_bad_steps = max_bad_steps
+        self.stall_minutes = stall_minutes
         self.state = state
+        self.stop = StopSignals()
+        self.saved = time.monotonic()
+        self.bad_in_a_row = 0
         self.bad_images: list[str] = []  # of this rank, since the start
         self.totals = Totals(engine.device)
         self.shown: dict[str, str] = {}  # behind the progress bar, renewed at log steps
 
     def train(self) -> None:
-        """Trains from where `state` stands to the end of the plan. Collective."""
+        """Trains from where `state` stands to the end of the plan. Collective.
+
+        Raises Stopped when any rank was told to stop, after a step and a checkpoint.
+        """
+        watch = StallWatch(self.run_dir / "stacks" / f"rank{distributed.rank()}.txt", self.stall_minutes)
+        try:
+            with self.stop:
+                self.train_steps(watch)
+        finally:
+            watch.close()
+
+    def train_steps(self, watch: StallWatch) -> None:
         plan, state = self.plan, self.state
         self.engine.train()
         windows = self.windows()
         self.open_epoch()
         while state.global_step < plan.total_steps:
+            watch.moved()
             asked = time.perf_counter()
             window = next(windows)
             self.totals.waited += time.perf_counter() - asked
@@ -127,15 +164,17 @@ class Trainer:
             learning_rate = self.schedule.lr(
                 plan.epoch_of(step), state.global_step % plan.epoch_steps, state.global_step
             )
-            norm = self.train_step(window, learning_rate, measure=plan.logs(step))
+            norm, wishes = self.train_step(window, learning_rate, measure=plan.logs(step))
             state.global_step = step
 
             if plan.logs(step):
                 self.log(learning_rate, norm)
             self.monitor.advance((step - 1) % plan.epoch_steps + 1, self.shown)
             improved = self.validate() if plan.validates(step) else False
-            if improved or plan.saves(step):
+            if improved or plan.saves(step) or wishes.save or wishes.stop:
                 self.save(best=improved or not self.evaluators)
+            if wishes.stop and step < plan.total_steps:
+                raise Stopped(f"stopped by {wishes.signal} after step {step}; go on with --resume {self.run_dir}")
             if plan.epoch_ends(step) and step < plan.total_steps:
                 self.open_epoch()
 
@@ -146,30 +185,86 @@ class Trainer:
             yield from self.loader.windows(data_epoch, first_step)
             data_epoch, first_step = data_epoch + 1, 0
 
-    def train_step(self, window: list[Batch], learning_rate: float, measure: bool) -> float | None:
+    def train_step(self, window: list[Batch], learning_rate: float, measure: bool) -> tuple[float | None, "Wishes"]:
         """One optimizer step on the global batch of which `window` is this rank's share. Collective.
 
         The gradient is that of the mean loss over all labelled tokens of the global batch: they are counted over the
-        ranks before the first backward (one small all-reduce), and DeepSpeed's own average over ranks is undone.
+        ranks before the first backward (one small all-reduce), and DeepSpeed's own average over ranks is undone. What
+        single ranks wish for rides on that all-reduce, so that all of them act after the same step.
         """
         engine = self.engine
         counts = torch.zeros(4, dtype=torch.float64)
         for batch in window:
             counts += torch.tensor([len(batch.labels), batch.num_images, batch.num_captions, len(batch.errors)])
             self.bad_images += batch.errors
-        counts = distributed.sum_over_ranks(counts.to(engine.device, non_blocking=True))
+        summed = torch.cat([counts, self.own_wishes()]).to(engine.device, non_blocking=True)
+        summed = distributed.sum_over_ranks(summed)
+        counts, wishes = summed[:4], distributed.ReadLater(summed[4:])
         scale = distributed.world_size() / counts[0].clamp(min=1)
 
         # dropout depends on seed, step and rank alone, so a resumed run needs no saved random state
         torch.manual_seed(derive_seed(self.seed, "dropout", self.state.global_step, distributed.rank()))
         norm = None
+        window_loss = torch.zeros_like(self.totals.loss)
         for batch in window:
             loss = engine.loss(batch.model_inputs(engine.device, engine.dtype))
             engine.backward(loss * scale.to(loss.dtype))
-            self.totals.loss += loss.detach()
+            window_loss += loss.detach()
             norm = engine.step(learning_rate, measure and batch is window[-1])
-        self.totals.counts += counts
-        return norm
+        if engine.skipped:
+            self.skip(window, learning_rate, window_loss.item())
+        else:
+            self.bad_in_a_row = 0
+            self.totals.loss += window_loss
+            self.totals.counts += counts
+        return norm, Wishes(*wishes.numbers())
+
+    def own_wishes(self) -> torch.Tensor:
+        """What this rank would have all ranks do after this step; summed, the fields of Wishes."""
+        due = distributed.is_main() and time.monotonic() - self.saved > self.save_seconds
+        stop = self.stop.received
+        return torch.tensor([due, *(stop == number.name for number in STOPPING)], dtype=torch.float64)
+
+    def skip(self, window: list[Batch], learning_rate: float, loss: float) -> None:
+        """Notes a step that was skipped, and its images; ends the run when there are too many in a row. Collective.
+
+        In fp16 a gradient that overflows is how the loss scale is found, and nobody's fault while the loss is finite.
+        """
+        self.bad_in_a_row += 1
+        losses = distributed.gather(loss)
+        ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        listing = self.run_dir / "bad_steps.jsonl"
+        if ranks or self.engine.precision != "fp16":
+            self.state.bad_steps += 1
+            if distributed.is_main():
+                self.write_bad_step(listing, ranks or list(range(len(losses))), learning_rate, losses)
+        if self.bad_in_a_row < self.max_bad_steps and not self.engine.scale_exhausted:
+            return
+        where = self.engine.find_non_finite(b.model_inputs(self.engine.device, self.engine.dtype) for b in window)
+        places = [f"rank {rank}: {place}" for rank, place in enumerate(distributed.gather(where)) if place]
+        scale = "" if self.engine.loss_scale is None else f", loss scale {self.engine.loss_scale:g}"
+        raise UserError(
+            f"{self.bad_in_a_row} steps in a row with a loss or gradient that is not finite (run.max_bad_steps is "
+            f"{self.max_bad_steps}), the last is step {self.state.global_step + 1}; first met at "
+            f"{'; '.join(places) or 'no place that could be found again'}; learning rate {learning_rate:g}{scale}; the "
+            f"images are in {listing}, and the checkpoints hold no such step"
+        )
+
+    def write_bad_step(self, listing: Path, ranks: list[int], learning_rate: float, losses: list[float]) -> None:
+        step = self.state.global_step
+        images = {rank: self.loader.images_of(step, rank) for rank in ranks}
+        what = "loss" if not all(map(math.isfinite, losses)) else "gradient"
+        line = {
+            "step": step + 1,
+            "not_finite": what,
+            "losses": [loss if math.isfinite(loss) else str(loss) for loss in losses],
+            "lr": learning_rate,
+            "loss_scale": self.engine.loss_scale,
+            "images": images,
+        }
+        with listing.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.monitor.say(f"step {step + 1} is skipped, its {what} is not finite; its images are in {listing}")
 
     def open_epoch(self) -> None:
         plan = self.plan
@@ -185,7 +280,7 @@ class Trainer:
         labels, images, captions, errors = totals.counts.tolist()
         seconds = time.perf_counter() - totals.started
         values: dict[str, float | None] = {
-            "loss": loss / max(labels, 1),
+            "loss": loss / labels if labels else None,  # none: all of the steps were skipped
             "lr": learning_rate,
             "grad_norm": norm,
             "images_per_s": images / seconds,
@@ -198,7 +293,7 @@ class Trainer:
             values |= {"loss_scale": engine.loss_scale, "skipped_steps": engine.skipped_steps}
         self.monitor.train(step, self.plan.epoch_of(step), values)
         self.shown = {
-            "loss": f"{values['loss']:.4f}",
+            "loss": f"{values['loss']:.4f}" if labels else "-",
             "lr": f"{learning_rate:.2e}",
             "img/s": f"{values['images_per_s']:.1f}",
             "cap/s": f"{values['captions_per_s']:.1f}",
@@ -258,9 +353,22 @@ class Trainer:
         return True
 
     def save(self, best: bool) -> None:
-        """Saves the run's state. Collective."""
+        """Saves where the run stands. Collective.
+
+        A full disk costs the checkpoint and no more; only after the last step it is an error.
+        """
+        self.monitor.flush()
         shape = shape_of(self.engine, self.loader.global_batch)
-        self.checkpoints.save(self.engine, asdict(self.state), shape, best)
+        started = time.perf_counter()
+        failure = self.checkpoints.save(self.engine, asdict(self.state), shape, best)
+        self.totals.started += time.perf_counter() - started
+        self.saved = time.monotonic()
+        if failure is None:
+            return
+        line = f"no checkpoint after step {self.state.global_step}: {failure}"
+        if self.state.global_step == self.plan.total_steps:
+            raise UserError(f"{line}; make room and go on with --resume {self.run_dir}")
+        self.monitor.say(f"{line}; the run goes on, and the earlier checkpoints are as they were")
 
     def close(self) -> None:
         """Lets go of the engine's memory. Collective."""

@@ -18,7 +18,8 @@ import torch
 from blipds import building, cli, distributed
 from blipds.config import Config
 from blipds.ds_config import load_ds_config
-from blipds.engine.checkpoints import find_checkpoint, newest_run, read_state
+from blipds.engine.checkpoints import find_checkpoint, read_state, resume_point
+from blipds.errors import UserError
 from blipds.evaluator import evaluate_checkpoint
 from blipds.monitor import Monitor, NullMonitor
 from blipds.weights import initial_weights
@@ -39,8 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         metavar="auto|PATH",
-        help="go on after a checkpoint: auto (the newest run below run.output_dir, or a fresh start), a run directory, "
-        "or one of its checkpoints; ranks, ZeRO stage, precision and batch stay as they were",
+        help="go on after a checkpoint: auto (that of run.job_id, else the newest run below run.output_dir, or a fresh "
+        "start), a run directory (its newest whole checkpoint), or a checkpoint; on any number of ranks and under any "
+        "ZeRO stage, with the same global batch",
     )
     return parser.parse_args()
 
@@ -50,6 +52,8 @@ def main() -> None:
     config = cli.load_config(args)
     device = distributed.initialise()
     building.check_world_size(config)
+    resume = None if args.print_config else args.resume or config.run.resume_ckpt_path
+    resumed = checkpoint_to_resume(resume, config) if resume else None
     ds_config = building.resolve(config, load_ds_config(args.ds_config), device, str(args.ds_config))
     if args.print_config:
         if distributed.is_main():
@@ -57,19 +61,21 @@ def main() -> None:
         return
     if distributed.is_main() and (line := building.memory_warning(config, ds_config, device)):
         print(line, flush=True)
-    resumed = checkpoint_to_resume(args.resume or config.run.resume_ckpt_path, config)
-    run_dir = cli.open_run_dir(config, resumed)
+    run_dir = cli.open_run_dir(config, resumed, restart=resume == "auto")
     if config.run.evaluate:
         evaluate(config, str(resumed) if resumed else initial_weights(config.model), device, run_dir)
         return
 
     monitor = NullMonitor()
     if distributed.is_main():
-        monitor = Monitor(run_dir, resume_step=read_state(resumed)["run"]["global_step"] if resumed else None)
+        monitor = Monitor(run_dir, resume_step=read_state(resumed)["run"]["global_step"] if resumed else 0)
         (run_dir / "config.yaml").write_text(cli.as_yaml(config))
         (run_dir / "ds_config.json").write_text(cli.as_json(ds_config))
-    trainer = building.build_trainer(config, ds_config, run_dir, monitor, resumed)
-    trainer.train()
+    try:
+        trainer = building.build_trainer(config, ds_config, run_dir, monitor, resumed)
+        trainer.train()
+    finally:
+        monitor.close()
     trainer.close()
     if config.run.test_splits:
         best_step = trainer.state.best_step or trainer.state.global_step
@@ -77,17 +83,28 @@ def main() -> None:
         evaluate(config, best, device, run_dir, step=best_step, epoch=trainer.plan.epoch_of(best_step))
 
 
-def checkpoint_to_resume(where: str | None, config: Config) -> Path | None:
-    """The checkpoint that --resume means; rank 0 looks, so that all ranks agree. Collective."""
-    if where is None:
-        return None
-    if where == "auto":
-        newest = distributed.broadcast(newest_run(Path(config.run.output_dir).expanduser()))
-        if newest is None:
-            return None
-        where = str(newest)
-    checkpoint = Path(find_checkpoint(where, "latest"))
-    read_state(checkpoint)
+def checkpoint_to_resume(where: str, config: Config) -> Path | None:
+    """The checkpoint that --resume means. Rank 0 looks, and reads it once to see that it is whole. Collective.
+
+    The global batch stays that of the checkpoint, whatever the number of ranks.
+    """
+    output_dir = Path(config.run.output_dir).expanduser()
+    run_dirs = [output_dir / config.run.job_id] if config.run.job_id else sorted(output_dir.glob("*"))
+    found: tuple[Path | None, list[str]] | UserError = (None, [])
+    if distributed.is_main():
+        try:
+            found = resume_point(where, run_dirs)
+        except UserError as error:  # raised on every rank below: the others wait for the answer
+            found = error
+    found = distributed.broadcast(found)
+    if isinstance(found, UserError):
+        raise found
+    checkpoint, lines = found
+    if checkpoint is not None and (line := building.keep_global_batch(config.run, read_state(checkpoint)["shape"])):
+        lines.append(line)
+    if distributed.is_main():
+        for line in lines:
+            print(line)
     return checkpoint
 
 

@@ -1,6 +1,8 @@
 """Starts real ranks through the real launcher."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +45,29 @@ def launch(ranks: int, script: Path | str, *arguments: object, timeout: float = 
         port = typed[typed.index("--master_port") + 1]
         assert list(Path("/dev/shm").glob(f"*_{port}_*")) == []
     return process
+
+
+def start_ranks(ranks: int, log: Path, script: Path | str, *arguments: object) -> list[subprocess.Popen]:
+    """The ranks alone, as a scheduler starts them: no launcher between them and a signal. They all write to `log`."""
+    place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    place |= {"MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}
+    with log.open("a") as output:
+        return [
+            subprocess.Popen(
+                [sys.executable, str(REPOSITORY / script), *map(str, arguments)],
+                cwd=REPOSITORY,
+                env={**environment(), **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for rank in range(ranks)
+        ]
+
+
+def kill(processes: list[subprocess.Popen]) -> None:
+    """SIGKILL for ranks and their loaders' workers."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -227,7 +227,7 @@ def run_dir(tmp_path: Path) -> Path:
         with torch.no_grad():
             model.visual_encoder.norm.bias.fill_(step)
         save(checkpoint / "model.safetensors", model)
-        (checkpoint / "state.json").write_text(json.dumps({"run": {"global_step": step}, "shape": {}}))
+        (checkpoint / "state.json").write_text(json.dumps({"run": {"global_step": step}, "shape": {}, "engine": {}}))
     (folder / "checkpoints" / "best").symlink_to("step_00000020")
     (folder / "checkpoints" / "latest").symlink_to("step_00000030")
     lines = [

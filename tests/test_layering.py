@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "blipds"
 FLOORS = (
-    {"__init__", "errors", "registry", "config", "ds_config", "ds_schema", "distributed", "download"},
+    {"__init__", "errors", "registry", "config", "ds_config", "ds_schema", "distributed", "download", "signals"},
     {"models", "data", "metrics", "schedules", "monitor"},
     {"engine", "weights"},
     {"trainer", "evaluator", "captioner", "planner", "preflight", "image_embeds"},

@@ -5,7 +5,16 @@ from dataclasses import replace
 from blipds.trainer import Plan
 
 # three epochs of ten steps
-PLAN = Plan(epoch_steps=10, total_steps=30, log_steps=4, val_epochs=1, val_steps=None, save_epochs=1, save_last=True)
+PLAN = Plan(
+    epoch_steps=10,
+    total_steps=30,
+    log_steps=4,
+    val_epochs=1,
+    val_steps=None,
+    save_epochs=1,
+    save_steps=None,
+    save_last=True,
+)
 # runner_iter: 25 steps, an inner epoch of 10
 ITERATIONS = replace(PLAN, total_steps=25)
 
@@ -53,3 +62,8 @@ def test_saves_by_epoch_and_last():
     assert steps(replace(PLAN, save_epochs=2), Plan.saves) == [20, 30]
     assert steps(replace(PLAN, save_last=False), Plan.saves) == [10, 20]
     assert steps(ITERATIONS, Plan.saves) == [10, 20, 25]
+
+
+def test_saves_by_steps_besides():
+    assert steps(replace(PLAN, save_steps=4), Plan.saves) == [4, 8, 10, 12, 16, 20, 24, 28, 30]
+    assert steps(replace(PLAN, save_epochs=9, save_steps=15, save_last=False), Plan.saves) == [15]

@@ -13,6 +13,7 @@ from blipds.data.datasets import CaptionDataset, Sample
 from blipds.data.images import ImageBatch
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
+from blipds.signals import leave_signals_alone
 
 
 @dataclass
@@ -172,13 +173,20 @@ class _RankBatches:
         return -(-len(self.order) // self.global_batch)
 
     def __iter__(self) -> Iterator[list[Key | None]]:
-        keys: list[Key | None] = list(self.order.keys(self.epoch))
-        keys += [None] * (len(self) * self.global_batch - len(keys))
+        keys = self.keys(self.epoch)
         for step in range(self.first_step, len(self)):
-            block = keys[step * self.global_batch : (step + 1) * self.global_batch]
-            share = block[self.rank :: self.world_size]  # strided: fillers are spread over the ranks
+            share = self.share_of(keys, step, self.rank)
             for start in range(0, len(share), self.micro_batch):
                 yield share[start : start + self.micro_batch]
+
+    def keys(self, epoch: int) -> list[Key | None]:
+        """All samples of an epoch, and the fillers that complete its last global batch."""
+        keys: list[Key | None] = list(self.order.keys(epoch))
+        return keys + [None] * (len(self) * self.global_batch - len(keys))
+
+    def share_of(self, keys: list[Key | None], step: int, rank: int) -> list[Key | None]:
+        block = keys[step * self.global_batch : (step + 1) * self.global_batch]
+        return block[rank :: self.world_size]  # strided: fillers are spread over the ranks
 
 
 class TrainLoader:
@@ -215,6 +223,7 @@ class TrainLoader:
             collate_fn=Collator(tokenizer, datasets[0].image_batch),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            worker_init_fn=leave_signals_alone,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its draws leave torch's own random state alone
         )
@@ -233,6 +242,16 @@ class TrainLoader:
         """Sets the workers to the batches of `windows(epoch, first_step)`, to be ready when they are asked for."""
         self.batches.epoch, self.batches.first_step = epoch, first_step
         self.started = (epoch, first_step), iter(self.loader)
+
+    def images_of(self, step: int, rank: int) -> list[str]:
+        """The images of a rank in the optimizer step after `step` others, in order."""
+        epoch, in_epoch = divmod(step, self.steps_per_epoch)
+        named = []
+        for key in self.batches.share_of(self.batches.keys(epoch), in_epoch, rank):
+            if key is not None:
+                dataset = self.datasets[key[0]]
+                named.append(str(dataset.records[dataset.groups[key[1]][0]].image))
+        return named
 
     def windows(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """The accumulation windows of one epoch, one for each optimizer step from `first_step` on."""
@@ -254,6 +273,7 @@ class EvalLoader:
             batch_sampler=[list(records[i : i + batch_size]) for i in range(0, len(records), batch_size)],
             collate_fn=self.collate,
             num_workers=num_workers,
+            worker_init_fn=leave_signals_alone,
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -1,53 +1,115 @@
 """A run's checkpoints: `step_N` folders, and the links `latest` and `best` to two of them."""
 
+import contextlib
 import json
 import shutil
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from blipds import distributed
 from blipds.engine.engine import Engine
+from blipds.engine.files import (
+    FileRecord,
+    damage,
+    flush_folder,
+    read_manifest,
+    write_manifest,
+    write_tensors,
+    write_text,
+)
 from blipds.errors import UserError
 from blipds.models.geometry import constants_of
 
 STATE = "state.json"
 WEIGHTS = "model.safetensors"  # fp32, whole, whatever the ZeRO stage: what evaluation and export read
-RESUME = "engine"  # DeepSpeed's own files, one or more a rank
+SLACK = 16 << 20  # bytes beside the tensors: headers, JSON, the file system's own
 
 
 class CheckpointFolder:
-    """`<run directory>/checkpoints`. Keeps the latest and the best checkpoint, and no other."""
+    """`<run directory>/checkpoints`. Keeps the newest `keep_last` checkpoints and the best, and no other."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keep_last: int) -> None:
         self.folder = folder
+        self.keep_last = keep_last
 
-    def save(self, engine: Engine, run: dict[str, Any], shape: dict[str, Any], best: bool) -> None:
-        """Writes `step_N` under a temporary name, renames it, and moves `latest` (and `best`) to it. Collective."""
+    def save(self, engine: Engine, run: dict[str, Any], shape: dict[str, Any], best: bool) -> str | None:
+        """Writes `step_N`, whole or not at all, and moves `latest` (and `best`) to it. Collective.
+
+        It is written under another name, through to the disk, and renamed when its manifest is there. Returns why it
+        could not be written (a full disk); what was there before is then as it was.
+        """
         name = f"step_{run['global_step']:08d}"
-        target, partial = self.folder / name, self.folder / f"{name}.partial"
-        if distributed.is_main():
+        partial = self.folder / f"{name}.partial"
+        failure = self.prepare(partial, engine.checkpoint_bytes) if distributed.is_main() else None
+        failure = distributed.broadcast(failure)
+        if failure is None:
+            records, failure = self.write_tensors(engine, partial)
+            if distributed.is_main() and failure is None:
+                state = {"run": run, "shape": shape, "engine": engine.counters()}
+                failure = self.complete(partial, name, records, state, best)
+            failure = distributed.broadcast(failure)
+        if distributed.is_main() and failure is not None:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        distributed.barrier()
-        engine.save(partial, RESUME)
-        is_main = distributed.is_main()
-        weights = {name: weight for name, weight in engine.weights() if is_main}
-        if is_main:
-            constants = json.dumps(constants_of(engine.model))  # type: ignore[arg-type]
-            save_file(weights, partial / WEIGHTS, metadata={"format": "blipds", "config": constants})
-            (partial / WEIGHTS).chmod(0o644)  # safetensors leaves it to its owner alone
-            (partial / STATE).write_text(json.dumps({"run": run, "shape": shape}, indent=2))
-        distributed.barrier()
-        if is_main:
-            shutil.rmtree(target, ignore_errors=True)
+        return failure
+
+    def prepare(self, partial: Path, needed: int) -> str | None:
+        """An empty folder on a disk with room, for which old checkpoints may have to go; else why not. Rank 0 only."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left_over in self.folder.glob("*.partial"):
+                shutil.rmtree(left_over) if left_over.is_dir() and not left_over.is_symlink() else left_over.unlink()
+            if shutil.disk_usage(self.folder).free < needed + SLACK:
+                self.prune(keep_last=1)
+            free = shutil.disk_usage(self.folder).free
+            if free < needed + SLACK:
+                return f"it takes {(needed + SLACK) / 1e9:.2f} GB, and {self.folder} has {free / 1e9:.2f} GB left"
+            partial.mkdir()
+        except OSError as error:
+            return str(error)
+        return None
+
+    def write_tensors(self, engine: Engine, partial: Path) -> tuple[list[FileRecord], str | None]:
+        """Every rank its moments, side by side; rank 0 the weights. (all files, why it failed). Collective."""
+        records, failure = [], None
+        try:
+            records.append(engine.write_moments(partial))
+        except OSError as error:
+            failure = str(error)
+        weights = (weight for _, weight in engine.weights())  # collective: to be exhausted by every rank
+        try:
+            if distributed.is_main():
+                metadata = {"format": "blipds", "config": json.dumps(constants_of(engine.model))}  # type: ignore[arg-type]
+                records.append(write_tensors(partial / WEIGHTS, engine.weight_shapes(), weights, metadata))
+        except OSError as error:
+            failure = str(error)
+        for _ in weights:
+            pass
+        shares = distributed.gather((records, failure))
+        failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(shares) if failure]
+        return [record for share, _ in shares for record in share], next(iter(failures), None)
+
+    def complete(
+        self, partial: Path, name: str, records: list[FileRecord], state: dict[str, Any], best: bool
+    ) -> str | None:
+        """Adds what makes the folder a checkpoint and gives it its name; else why not. Rank 0 only."""
+        target = self.folder / name
+        try:
+            records = [*records, write_text(partial / STATE, json.dumps(state, indent=2))]
+            write_manifest(partial, records, written=time.time())
+            flush_folder(partial)
+            if target.exists():  # of a run that went on from an earlier checkpoint, or damaged
+                shutil.rmtree(target)
             partial.rename(target)
             self.point("latest", name)
             if best:
                 self.point("best", name)
-            self.prune()
-        distributed.barrier()
+            flush_folder(self.folder)
+            self.prune(self.keep_last)
+        except OSError as error:
+            return str(error)
+        return None
 
     def point(self, link: str, name: str) -> None:
         """Replaces a link atomically."""
@@ -56,15 +118,45 @@ class CheckpointFolder:
         partial.symlink_to(name)
         partial.replace(self.folder / link)
 
-    def prune(self) -> None:
-        kept = {(self.folder / link).resolve() for link in ("latest", "best")}
-        for folder in self.folder.glob("step_*"):
-            if folder.resolve() not in kept:
-                shutil.rmtree(folder)
+    def prune(self, keep_last: int) -> None:
+        """Removes all but the newest `keep_last` complete checkpoints and the best; damaged ones count for nothing."""
+        kept = [folder.name for _, folder in by_age(self.folder)[:keep_last]]
+        for folder in step_folders(self.folder):
+            if kept and folder.name not in (*kept, (self.folder / "best").resolve().name):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """Those that got their name; a save that never ended leaves a `.partial`."""
+    return [path for path in sorted(checkpoints.glob("step_*")) if path.name.removeprefix("step_").isdecimal()]
+
+
+def by_age(checkpoints: Path) -> list[tuple[float, Path]]:
+    """(time of writing, checkpoint) of those with a manifest, newest first. No tensor is looked at."""
+    found = []
+    for folder in step_folders(checkpoints):
+        with contextlib.suppress(ValueError):
+            found.append((read_manifest(folder)[0], folder))
+    return sorted(found, reverse=True)
+
+
+def newest_good(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is as it was written, and a line for each one passed over. Reads all of it.
+
+    Links are not asked: a crash may have come before they were moved.
+    """
+    complete = [folder for _, folder in by_age(checkpoints)]
+    lines = [f"damaged: {path}: {damage(path)}" for path in step_folders(checkpoints) if path not in complete]
+    for folder in complete:
+        problem = damage(folder)
+        if problem is None:
+            return folder, lines
+        lines.append(f"damaged: {folder}: {problem}")
+    return None, lines
 
 
 def shape_of(engine: Engine, global_batch: int) -> dict[str, Any]:
-    """What must be the same when a run goes on: DeepSpeed's files fit nothing else, and the data's order follows."""
+    """How the run was shared out. Only the global batch must stay: the schedule and the data's order follow it."""
     return {
         "ranks": distributed.world_size(),
         "zero_stage": engine.stage,
@@ -74,21 +166,18 @@ def shape_of(engine: Engine, global_batch: int) -> dict[str, Any]:
 
 
 def read_state(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """{"run": where the run stood, "shape": see `shape_of`} of a run's checkpoint."""
+    """{"run": where the run stood, "shape": see `shape_of`, "engine": its counters} of a run's checkpoint."""
     try:
         state = json.loads((checkpoint / STATE).read_text())
-        return {"run": dict(state["run"]), "shape": dict(state["shape"])}
+        return {key: dict(state[key]) for key in ("run", "shape", "engine")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{checkpoint} is no checkpoint of a run ({STATE}: {error})") from error
 
 
-def load_engine(engine: Engine, checkpoint: Path, shape: dict[str, Any]) -> None:
-    """Brings the engine back to a checkpoint of the same shape. Collective."""
-    written = read_state(checkpoint)["shape"]
-    for key, here in shape.items():
-        if written.get(key) != here:
-            raise UserError(f"{checkpoint} was written with {key} {written.get(key)}, but this run has {here}")
-    engine.load(checkpoint, RESUME)
+def load_engine(engine: Engine, checkpoint: Path) -> None:
+    """Brings the engine to where a checkpoint stands, whatever ranks and ZeRO stage wrote it. Collective."""
+    state = read_state(checkpoint)
+    engine.load(checkpoint, checkpoint / WEIGHTS, state["engine"], state["shape"]["precision"] == engine.precision)
 
 
 def find_checkpoint(location: str, link: str) -> str:
@@ -103,7 +192,35 @@ def find_checkpoint(location: str, link: str) -> str:
     return location
 
 
-def newest_run(output_dir: Path) -> Path | None:
-    """The run directory below `output_dir` whose latest checkpoint is the newest."""
-    links = sorted(output_dir.glob("*/checkpoints/latest"), key=lambda link: (link / STATE).stat().st_mtime)
-    return links[-1].parent.parent if links else None
+def resume_point(where: str, run_dirs: Iterable[Path]) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `--resume where` means, whole and as it was written, and lines about those passed over.
+
+    `where`: a run directory, or a checkpoint; "auto": the newest of `run_dirs`, None where none has any checkpoint.
+    Raises UserError where there are checkpoints and none is whole.
+    """
+    location: Path | None = Path(where).expanduser()
+    if where == "auto":
+        location = newest_run(run_dirs)
+        if location is None:
+            return None, []
+    assert location is not None
+    folder = next((path for path in (location / "checkpoints", location) if step_folders(path)), None)
+    if folder is None:
+        checkpoint = location.resolve()  # `latest` and `best` are links
+        problem = damage(checkpoint) if checkpoint.is_dir() else "no such folder"
+        if problem is not None:
+            raise UserError(f"--resume {where}: no whole checkpoint of a run: {problem}")
+        return checkpoint, []
+    found, lines = newest_good(folder)
+    if found is None:
+        raise UserError(f"none of the checkpoints in {folder} is whole; {'; '.join(lines)}")
+    return found, [*lines, *([f"going on from {found}, the newest that is whole"] if lines else [])]
+
+
+def newest_run(run_dirs: Iterable[Path]) -> Path | None:
+    """The run directory with the newest checkpoint; where no manifest can be read, one with something like it."""
+    found = [
+        (by_age(run_dir / "checkpoints"), run_dir) for run_dir in run_dirs if step_folders(run_dir / "checkpoints")
+    ]
+    ages = [(ages[0][0] if ages else 0.0, run_dir) for ages, run_dir in found]
+    return max(ages)[1] if ages else None

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from blipds import distributed
 from blipds.ds_config import Section, offload_folders, uses_torch_adam, zero_stage
+from blipds.engine.diagnosis import first_non_finite
+from blipds.engine.files import FileRecord
 from blipds.engine.partitions import gathered
+from blipds.engine.state import TrainingState
 from blipds.models.parameters import whole_shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -112,6 +115,9 @@ class Engine:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints one line a rank for each op
             self._deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
         unlink_shared_memory()
+        self.state = TrainingState(self._deepspeed)
+        self._dropped = False
+        self.scale_exhausted = False  # fp16: gradients overflow at the smallest loss scale, too
 
     @property
     def device(self) -> torch.device:
@@ -126,19 +132,48 @@ class Engine:
         self._deepspeed.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float, measure: bool) -> float | None:
-        """Ends a micro-batch; at the end of its window updates the weights. Collective.
+        """Ends a micro-batch; at the end of its window updates the weights, or leaves all as it is. Collective.
 
-        Returns the norm of the gradients, before clipping, where `measure` asks for it (one device sync).
+        It leaves it where a gradient is not finite (`skipped`). Returns the norm of the gradients, before clipping,
+        where `measure` asks for it.
         """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
         norm: Any = None
-        if measure and self.stage == 0 and self.precision == "fp32":  # here DeepSpeed computes none
-            norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
-        self._deepspeed.step()
+        if self.stage == 0 and self.precision == "fp32" and self._deepspeed.is_gradient_accumulation_boundary():
+            norm = self.drop_bad_gradients()  # everywhere else DeepSpeed looks itself: one device sync a step
+        try:
+            self._deepspeed.step()
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):
+                raise
+            self.scale_exhausted = True
         if measure and norm is None:
             norm = self._deepspeed.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return float(norm) if measure and norm is not None else None
+
+    def drop_bad_gradients(self) -> Tensor:
+        """The norm of the gradients; where it is not finite they are dropped, and Adam passes over their weights."""
+        with_gradient = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(parameter.grad for parameter in with_gradient)  # type: ignore[misc]
+        self._dropped = not bool(torch.isfinite(norm))
+        if self._dropped:
+            for parameter in with_gradient:
+                parameter.grad = None
+        return norm
+
+    @property
+    def skipped(self) -> bool:
+        """After the last micro-batch of a window: whether the weights stayed as they were. The same on every rank."""
+        return self._dropped or self.scale_exhausted or not self._deepspeed.was_step_applied()
+
+    def find_non_finite(self, batches: Iterable[dict[str, Tensor]]) -> str | None:
+        """Where numbers stop being finite: in a weight, or in a pass over `batches`. Ends the run's use. Collective."""
+        bad = [name for name, weight in self.weights() if not bool(torch.isfinite(weight).all())]
+        with first_non_finite(self.model) as found:
+            for inputs in batches:
+                self.backward(self.loss(inputs))
+        return f"the weights {bad[0]}" if bad else next(iter(found), None)
 
     @property
     def model(self) -> nn.Module:
@@ -186,22 +221,40 @@ class Engine:
         """
         from deepspeed.utils import safe_get_full_fp32_param
 
+        held = self.state.whole_masters()  # ZeRO-0: every rank has them all
         for name, parameter in self.model.named_parameters():
-            weight = None
-            if parameter.requires_grad and (self.stage > 0 or self.precision == "bf16"):
+            weight = held.get(name)
+            if weight is None and parameter.requires_grad:
                 weight = safe_get_full_fp32_param(parameter)
             if weight is None:
                 with gathered([parameter]):
                     weight = parameter.detach().float().cpu().clone()
             yield name, weight.detach().float().cpu()
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Writes what an exact resume needs: weights, optimizer, loss scale. Collective."""
-        self._deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What `weights` yields, in its order."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.model.named_parameters()}
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Reads what `save` wrote, on the same number of ranks and under the same ZeRO stage. Collective."""
-        self._deepspeed.load_checkpoint(str(folder), tag=tag)
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What the files of all ranks together take: 4 bytes a weight, 8 for the moments of one that learns."""
+        sizes = [(whole_shape(p).numel(), p.requires_grad) for p in self.model.parameters()]
+        return sum(12 * size if learns else 4 * size for size, learns in sizes)
+
+    def write_moments(self, folder: Path) -> FileRecord:
+        """Writes this rank's share of Adam's moments. Raises OSError."""
+        return self.state.write(folder)
+
+    def counters(self) -> dict[str, Any]:
+        """Adam's step and the loss scale, alike on every rank."""
+        return self.state.counters()
+
+    def load(self, folder: Path, weights: Path, counters: dict[str, Any], same_precision: bool) -> None:
+        """Takes up what a run of any shape wrote: fp32 weights, moments, counters. Collective.
+
+        Frozen weights are not in it; they come with the model's initial weights.
+        """
+        self.state.read(folder, weights, counters, same_precision)
 
     def peak_memory(self) -> int:
         """The device's peak memory in bytes; 0 on a CPU."""

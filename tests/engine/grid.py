@@ -3,16 +3,19 @@
     deepspeed --num_accelerators 2 tests/engine/grid.py SPEC.json LOSSES.json
 
 One launch runs many settings, since a launch costs more than the steps. SPEC.json is a list of
-{name, cfg: run config, options: [key=value, ...], ds: DeepSpeed config, nvme: folder of NVMe offload or nothing}.
+{name, cfg: run config, options: [key=value, ...], ds: DeepSpeed config}, where wanted with {run_dir, resume: a run
+directory to go on in, until: the last step before the run is dropped, nvme: folder of NVMe offload}.
 """
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from blipds import building, cli, distributed
 from blipds.config import load_run_config
 from blipds.ds_config import check_keys
+from blipds.engine.checkpoints import read_state, resume_point
 from blipds.monitor import NullMonitor
 
 
@@ -30,11 +33,23 @@ class Recorder(NullMonitor):
             self.nvme_bytes.append(sum(file.stat().st_size for file in Path(self.nvme).rglob("*.swp")))
 
 
-def run_setting(spec, device):
+def build(spec, folder, device):
+    """A trainer for a setting, and the recorder that it reports to."""
     config, _ = load_run_config(Path(spec["cfg"]), spec["options"])
+    run_dir, resumed = Path(spec.get("run_dir", folder / spec["name"])), None
+    if "resume" in spec:
+        resumed, _ = resume_point(spec["resume"], [])
+        building.keep_global_batch(config.run, read_state(resumed)["shape"])
     ds_config = building.resolve(config, check_keys(spec["ds"], spec["name"]), device, spec["name"])
     recorder = Recorder(spec.get("nvme"))
-    trainer = building.build_trainer(config, ds_config, Path(), recorder)
+    trainer = building.build_trainer(config, ds_config, run_dir, recorder, resumed)
+    if "until" in spec:
+        trainer.plan = replace(trainer.plan, total_steps=spec["until"])
+    return trainer, recorder
+
+
+def run_setting(spec, folder, device):
+    trainer, recorder = build(spec, folder, device)
     trainer.train()
     weight_sums = {name: weight.double().abs().sum().item() for name, weight in trainer.engine.weights()}
     trainer.close()
@@ -49,7 +64,7 @@ def run_setting(spec, device):
 def main():
     specs, output = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
     device = distributed.initialise()
-    results = {spec["name"]: run_setting(spec, device) for spec in specs}
+    results = {spec["name"]: run_setting(spec, output.parent, device) for spec in specs}
     if distributed.is_main():
         output.write_text(json.dumps(results))
 

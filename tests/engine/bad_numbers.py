@@ -1,0 +1,52 @@
+"""Trains with a loss that is not a number at step 3 on rank 1, and writes down what became of the weights.
+
+deepspeed --num_accelerators 2 tests/engine/bad_numbers.py SPEC.json RESULTS.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from grid import build
+
+from blipds import cli, distributed
+
+BAD_STEP = 3
+
+
+def run_setting(spec, folder, device):
+    trainer, recorder = build(spec, folder, device)
+    engine, sums = trainer.engine, []
+    loss_of = engine.loss
+
+    def loss(inputs):
+        bad = trainer.state.global_step + 1 == BAD_STEP and distributed.rank() == 1
+        return loss_of(inputs) * (torch.nan if bad else 1.0)
+
+    step_of = trainer.train_step
+
+    def train_step(*arguments, **options):
+        result = step_of(*arguments, **options)
+        sums.append(sum(weight.double().abs().sum().item() for _, weight in engine.weights()))
+        return result
+
+    engine.loss, trainer.train_step = loss, train_step
+    expected = trainer.loader.images_of(BAD_STEP - 1, 1)
+    trainer.train()
+    results = {"weight_sums": sums, "losses": [line["loss"] for line in recorder.lines], "images": expected}
+    results |= {"adam_step": engine.counters()["adam_step"], "bad_steps": trainer.state.bad_steps}
+    trainer.close()
+    return results
+
+
+def main():
+    specs, output = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
+    device = distributed.initialise()
+    results = {spec["name"]: run_setting(spec, output.parent, device) for spec in specs}
+    if distributed.is_main():
+        output.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    cli.run(main)
