@@ -35,13 +35,18 @@ def config(path=TINY, *options):
     return load_run_config(path, options)[0]
 
 
-def ds_config(stage, *, ranks=2, precision="bf16", accumulation=1, micro=16, **zero):
-    """A resolved config of ds_configs/, with changes to its zero_optimization section."""
+def unresolved(stage, precision="bf16", **zero):
+    """A config of ds_configs/ with its precision named, and with changes to its zero_optimization section."""
     ds = load_ds_config(REPOSITORY / "ds_configs" / f"zero{stage}.json")
     for name in ("bf16", "fp16"):
         ds[name]["enabled"] = name == precision
     ds["zero_optimization"] |= zero
+    return ds
+
+
+def ds_config(stage, *, ranks=2, precision="bf16", accumulation=1, micro=16, **zero):
     run = RunValues(micro, accumulation, 1e-5, (0.9, 0.999), 0.05)
+    ds = unresolved(stage, precision, **zero)
     return resolve_ds_config(ds, run, world_size=ranks, default_precision="bf16", hidden_size=128, source="test")
 
 
@@ -113,8 +118,8 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("states")
     specs = []
     for name, (stage, precision, accumulation, zero, options) in SETTINGS.items():
-        ds = ds_config(stage, precision=precision, accumulation=accumulation, micro=2, **zero)
         options = state_options(accumulation, options)
+        ds = unresolved(stage, precision, **zero)
         specs.append({"name": name, "cfg": str(TINY), "options": options, "ds": ds})
     (folder / "spec.json").write_text(json.dumps(specs))
     process = launch(2, "tests/engine/states.py", folder / "spec.json", folder / "bytes.json", timeout=1800)
