@@ -109,6 +109,12 @@ class Engine:
         self.precision = precision
         self.dtype = DTYPES[precision]
         self.offload_folders = offload_folders(config)
+        # Without ZeRO in fp32 DeepSpeed neither measures gradients nor looks whether they are finite: done here, and
+        # clipping with it.
+        self.plain = self.stage == 0 and precision == "fp32"
+        self.max_grad_norm = float(config.get("gradient_clipping", 0.0))
+        if self.plain:
+            config = {**config, "gradient_clipping": 0.0}
         if uses_torch_adam(config):
             groups = [{**group, "fused": True} for group in groups]
         warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's own calls
@@ -140,8 +146,8 @@ class Engine:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
         norm: Any = None
-        if self.stage == 0 and self.precision == "fp32" and self._deepspeed.is_gradient_accumulation_boundary():
-            norm = self.drop_bad_gradients()  # everywhere else DeepSpeed looks itself: one device sync a step
+        if self.plain and self._deepspeed.is_gradient_accumulation_boundary():
+            norm = self.clip_or_drop()  # one device sync a step, as DeepSpeed's own look elsewhere
         try:
             self._deepspeed.step()
         except Exception as error:
@@ -152,7 +158,7 @@ class Engine:
             norm = self._deepspeed.get_global_grad_norm()
         return float(norm) if measure and norm is not None else None
 
-    def drop_bad_gradients(self) -> Tensor:
+    def clip_or_drop(self) -> Tensor:
         """The norm of the gradients; where it is not finite they are dropped, and Adam passes over their weights."""
         with_gradient = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(parameter.grad for parameter in with_gradient)  # type: ignore[misc]
@@ -160,6 +166,8 @@ class Engine:
         if self._dropped:
             for parameter in with_gradient:
                 parameter.grad = None
+        elif self.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(with_gradient, self.max_grad_norm, norm)
         return norm
 
     @property

@@ -22,8 +22,10 @@ def partitioned_init(config: Section) -> Iterator[None]:
     if zero_stage(config) < 3:
         yield
         return
+    from deepspeed import init_distributed
     from deepspeed.runtime.zero import Init
 
+    init_distributed()  # joins the group that is there; without it Init takes this rank for the only one
     with Init(config_dict_or_path=config):
         yield
 

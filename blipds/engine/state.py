@@ -214,7 +214,7 @@ class TrainingState:
                             moments.copy(moment, piece, state[moment].view(-1).narrow(0, piece.offset, piece.numel))
         self.refresh_model()
         wind_adam(self.inner, step)
-        if same_precision and counters["loss_scale"]:
+        if same_precision and self.scaler is not None:
             for key, value in counters["loss_scale"].items():
                 setattr(self.scaler, key, value)
 
