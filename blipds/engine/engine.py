@@ -112,7 +112,7 @@ class Engine:
         # Without ZeRO in fp32 DeepSpeed neither measures gradients nor looks whether they are finite: done here, and
         # clipping with it.
         self.plain = self.stage == 0 and precision == "fp32"
-        self.max_grad_norm = float(config.get("gradient_clipping", 0.0))
+        self.max_grad_norm: Any = config.get("gradient_clipping", 0.0)
         if self.plain:
             config = {**config, "gradient_clipping": 0.0}
         if uses_torch_adam(config):
