@@ -3,7 +3,6 @@
 import contextlib
 import io
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blipds import distributed
 from blipds.ds_config import Section, offload_folders, uses_torch_adam, zero_stage
+from blipds.engine.communication import join_deepspeed
 from blipds.engine.diagnosis import first_non_finite
 from blipds.engine.files import FileRecord
 from blipds.engine.partitions import gathered
@@ -80,17 +80,6 @@ def parameter_groups(
     return [{"params": group, "weight_decay": decay, "lr_scale": scale} for (decay, scale), group in ordered]
 
 
-def unlink_shared_memory() -> None:
-    """Takes the names of DeepSpeed's CPU all-reduce buffers away, now that every rank has mapped them. Collective.
-
-    DeepSpeed leaves them (69 MB a rank) in /dev/shm for ever; like this they go with the last rank, however it ends.
-    """
-    distributed.barrier()
-    names = f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ['MASTER_PORT']}_{distributed.rank()}"
-    for path in Path("/dev/shm").glob(names):
-        path.unlink()
-
-
 class Engine:
     """Owns the model once it is built. `config` is a resolved DeepSpeed config (blipds.ds_config).
 
@@ -118,9 +107,9 @@ class Engine:
         if uses_torch_adam(config):
             groups = [{**group, "fused": True} for group in groups]
         warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's own calls
+        join_deepspeed()
         with contextlib.redirect_stdout(io.StringIO()):  # it prints one line a rank for each op
             self._deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
-        unlink_shared_memory()
         self.state = TrainingState(self._deepspeed)
         self._dropped = False
         self.scale_exhausted = False  # fp16: gradients overflow at the smallest loss scale, too

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from blipds import distributed
 from blipds.ds_config import Section, zero_stage
+from blipds.engine.communication import join_deepspeed
 from blipds.models.parameters import copy_into
 
 
@@ -22,10 +23,9 @@ def partitioned_init(config: Section) -> Iterator[None]:
     if zero_stage(config) < 3:
         yield
         return
-    from deepspeed import init_distributed
     from deepspeed.runtime.zero import Init
 
-    init_distributed()  # joins the group that is there; without it Init takes this rank for the only one
+    join_deepspeed()  # otherwise Init takes this rank for the only one
     with Init(config_dict_or_path=config):
         yield
 
