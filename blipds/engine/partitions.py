@@ -22,8 +22,10 @@ def partitioned_init(config: Section) -> Iterator[None]:
     if zero_stage(config) < 3:
         yield
         return
+    import deepspeed
     from deepspeed.runtime.zero import Init
 
+    deepspeed.init_distributed(verbose=False)  # joins the ranks that there are; before it, DeepSpeed counts one rank
     with Init(config_dict_or_path=config):
         yield
 
