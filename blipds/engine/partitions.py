@@ -1,7 +1,8 @@
 """ZeRO-3 while a model is built and filled: no rank ever holds more than its share and one whole parameter."""
 
+import io
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ def partitioned_init(config: Section) -> Iterator[None]:
     import deepspeed
     from deepspeed.runtime.zero import Init
 
-    deepspeed.init_distributed(verbose=False)  # joins the ranks that there are; before it, DeepSpeed counts one rank
+    with redirect_stdout(io.StringIO()):  # it prints one line a rank for each op
+        deepspeed.init_distributed(verbose=False)  # before it, DeepSpeed counts one rank
     with Init(config_dict_or_path=config):
         yield
 
