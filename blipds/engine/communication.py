@@ -1,6 +1,8 @@
 """DeepSpeed's communication between ranks."""
 
+import io
 import os
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from blipds import distributed
@@ -14,7 +16,8 @@ def join_deepspeed() -> None:
     """
     from deepspeed import init_distributed
 
-    init_distributed()
+    with redirect_stdout(io.StringIO()):  # it prints one line a rank for each op
+        init_distributed(verbose=False)
     distributed.barrier()
     names = f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ['MASTER_PORT']}_{distributed.rank()}"
     for path in Path("/dev/shm").glob(names):
