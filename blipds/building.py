@@ -42,7 +42,7 @@ from blipds.engine import (
 from blipds.engine.checkpoints import load_engine, read_state
 from blipds.errors import UserError
 from blipds.evaluator import Evaluator, build_evaluators
-from blipds.image_embeds import cache_image_embeds
+from blipds.image_embeds import cache_image_embeds, refuse_random_processors
 from blipds.models import build_model, read_text_config
 from blipds.models.lr_scales import lr_scales
 from blipds.models.parameters import whole_shape
@@ -253,15 +253,6 @@ def build_engine(
     scales = lr_scales((name for name, _ in model.named_parameters()), run.lr_scale, run.lr_layer_decay)
     groups = parameter_groups(model, run.weight_decay, run.weight_decay_on, scales)
     return Engine(model, ds_config, groups, precision(ds_config))
-
-
-def refuse_random_processors(datasets: Sequence[CaptionDataset]) -> None:
-    for dataset in datasets:
-        if dataset.image_processor.is_random:
-            raise UserError(
-                f"model.cache_image_embeds keeps one encoding an image, but the processor of datasets.{dataset.name} "
-                "draws at random: give vis_processor.train.name=blip_image_eval"
-            )
 
 
 def read_from_cache(config: Config, engine: Engine, datasets: Sequence[CaptionDataset], monitor: NullMonitor) -> None:

@@ -51,6 +51,15 @@ def cache_image_embeds(
             dataset.reader = store
 
 
+def refuse_random_processors(datasets: Sequence[CaptionDataset]) -> None:
+    for dataset in datasets:
+        if dataset.image_processor.is_random:
+            raise UserError(
+                f"model.cache_image_embeds keeps one encoding an image, but the processor of datasets.{dataset.name} "
+                "draws at random: give vis_processor.train.name=blip_image_eval"
+            )
+
+
 def fingerprint(encoder: nn.Module, name: str) -> str:
     """A hash of the encoder's weights, name and LayerNorm epsilon."""
     digest = hashlib.blake2b(f"{name} {layer_norm_eps(encoder)}".encode(), digest_size=16)
