@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
+from held_memory import activations_on_cpu, plan_for_cpu
 from launching import REPOSITORY, environment, launch
-from measuring import activations_on_cpu, plan_for_cpu
 
 from blipds.config import load_run_config
 from blipds.ds_config import RunValues, load_ds_config, resolve_ds_config

@@ -8,7 +8,7 @@ On a CPU: a forward and backward pass of each, every allocation counted. 3 GB of
 import gc
 from pathlib import Path
 
-from measuring import activations_on_cpu
+from held_memory import activations_on_cpu
 
 from blipds.config import load_run_config
 from blipds.engine import DTYPES

@@ -9,9 +9,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for measuring.py
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for held_memory.py
 
-from measuring import bytes_of, engine_tensors
+from held_memory import bytes_of, engine_tensors
 
 from blipds import building, cli, distributed
 from blipds.config import load_run_config
