@@ -3,6 +3,7 @@
 "Collective" in a docstring means that every rank must call it.
 """
 
+import atexit
 import os
 import socket
 import threading
@@ -128,6 +129,7 @@ def _watch_for_failures() -> None:
 
     _watcher = threading.Thread(target=watch, daemon=True)
     _watcher.start()
+    atexit.register(shut_down)
 
 
 def first_to_fail() -> bool:

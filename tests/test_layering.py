@@ -74,7 +74,7 @@ def test_reads_imports():
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_come_from_lower_floors_or_the_same_folder(path):
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    targets = {name.split(".")[1] for name, _ in imports_of(path) if within(name, "blipds")}
+    targets = {f"{name}.__init__".split(".")[1] for name, _ in imports_of(path) if within(name, "blipds")}
     for target in targets:
         beside = floor(target) == floor(room) and folder(target) == folder(room)
         assert floor(target) < floor(room) or beside, f"blipds/{room} imports blipds.{target}"
