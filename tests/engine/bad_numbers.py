@@ -3,12 +3,8 @@
 deepspeed --num_accelerators 2 tests/engine/bad_numbers.py SPEC.json RESULTS.json
 """
 
-import json
-import sys
-from pathlib import Path
-
 import torch
-from grid import build
+from grid import build, main
 
 from blipds import cli, distributed
 
@@ -40,13 +36,5 @@ def run_setting(spec, folder, device):
     return results
 
 
-def main():
-    specs, output = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
-    device = distributed.initialise()
-    results = {spec["name"]: run_setting(spec, output.parent, device) for spec in specs}
-    if distributed.is_main():
-        output.write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(lambda: main(run_setting))

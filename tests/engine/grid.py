@@ -61,7 +61,8 @@ def run_setting(spec, folder, device):
     }
 
 
-def main():
+def main(run_setting=run_setting):
+    """Runs every setting of SPEC.json, and writes what `run_setting(spec, folder, device)` gave for each."""
     specs, output = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
     device = distributed.initialise()
     results = {spec["name"]: run_setting(spec, output.parent, device) for spec in specs}
