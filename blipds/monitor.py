@@ -38,6 +38,9 @@ class NullMonitor:
         precision were used.
         """
 
+    def checkpoint(self, step: int, seconds: float) -> None:
+        """Logs what a checkpoint cost the run, `save/seconds` in TensorBoard, and a line of kind "save"."""
+
     def captions(
         self,
         split: str,
@@ -116,6 +119,9 @@ class Monitor(NullMonitor):
         self.say(f"{split}{when}: {shown or 'captions only, no references'}{f'  [{note}]' if note else ''}")
         for name, reason in missing.items():
             self.say(f"  {name} is missing: {reason}")
+
+    def checkpoint(self, step: int, seconds: float) -> None:
+        self._log("save", {"kind": "save", "step": step}, {"seconds": seconds})
 
     def captions(
         self,

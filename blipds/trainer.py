@@ -361,9 +361,11 @@ class Trainer:
         shape = shape_of(self.engine, self.loader.global_batch)
         started = time.perf_counter()
         failure = self.checkpoints.save(self.engine, asdict(self.state), shape, best)
-        self.totals.started += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.totals.started += seconds
         self.saved = time.monotonic()
         if failure is None:
+            self.monitor.checkpoint(self.state.global_step, seconds)
             return
         line = f"no checkpoint after step {self.state.global_step}: {failure}"
         if self.state.global_step == self.plan.total_steps:

@@ -98,6 +98,13 @@ def test_resume_drops_what_is_taken_again(tmp_path):
     assert [e.step for e in curves.Scalars("val/CIDEr")] == [3]
 
 
+def test_checkpoint(monitor, tmp_path):
+    monitor.checkpoint(20, 1.5)
+    monitor.close()
+    assert lines(tmp_path) == [{"kind": "save", "step": 20, "seconds": 1.5}]
+    assert [(e.step, e.value) for e in board(tmp_path).Scalars("save/seconds")] == [(20, 1.5)]
+
+
 def test_captions(monitor, tmp_path):
     images = [Image.new("RGB", (60, 30), "red"), Image.new("L", (30, 90))]
     monitor.captions("val", 20, images, ["a red box", ""], [["red", "a box", "third"], []])
@@ -159,6 +166,7 @@ def test_null_monitor_has_the_same_methods(tmp_path):
     null.advance(1, {})
     null.train(1, 0, {})
     null.evaluation("val", 0, 1, {}, {})
+    null.checkpoint(1, 0.5)
     null.captions("val", 1, [], [], [])
     null.say("nothing")
     null.close()
