@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from blipds import distributed
 from blipds.config import Config
 from blipds.data.loader import derive_seed
 from blipds.data.tokenizer import CaptionTokenizer
@@ -42,15 +43,21 @@ class Captioner:
         tokenizer = CaptionTokenizer(config.model.tokenizer, config.model.prompt, config.model.max_txt_len)
         return cls(tokenizer, generation, run.seed)
 
-    def caption(self, model: BlipCaption, images: dict[str, Tensor], names: Sequence[object]) -> list[str]:
+    def caption(
+        self, model: BlipCaption, images: dict[str, Tensor], names: Sequence[object], lockstep: bool = False
+    ) -> list[str]:
         """One caption an image. `images` is {"pixel_values": (I, 3, H, W)} or {"image_embeds": (I, N, width)}.
 
-        `names` seed nucleus sampling, image by image.
+        `names` seed nucleus sampling, image by image. `lockstep`: all ranks call it together, since the model's
+        parameters are partitioned; then it is collective.
         """
         device = next(iter(images.values())).device
         prompt_ids = torch.tensor(self.tokenizer.prompt_ids, device=device)
         uniform = self.uniform(names).to(device) if self.generation.use_nucleus_sampling else None
-        sequences = model.generate(prompt_ids, self.tokenizer.eos_token_id, self.generation, uniform, **images)
+        any_rank = distributed.any_rank if lockstep else None
+        sequences = model.generate(
+            prompt_ids, self.tokenizer.eos_token_id, self.generation, uniform, **images, any_rank=any_rank
+        )
         return [self.tokenizer.decode(sequence) for sequence in sequences]
 
     def uniform(self, names: Sequence[object]) -> Tensor:

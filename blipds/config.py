@@ -195,6 +195,7 @@ class RunConfig:
     valid_splits: list[str] = field(default_factory=lambda: ["val"])
     test_splits: list[str] = field(default_factory=list)
     evaluate: bool = False
+    gather_for_evaluation: bool = True
     num_beams: int = 3
     max_len: int = 20
     min_len: int = 5

@@ -176,6 +176,11 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def any_rank(wish: bool) -> bool:
+    """Whether any rank wishes it. Collective."""
+    return bool(sum_over_ranks(torch.tensor([int(wish)])).item())
+
+
 class ReadLater:
     """A copy of a small device tensor on the host, made while the device goes on; `numbers` waits for the copy alone.
 

@@ -1,7 +1,8 @@
 """Evaluation: every rank captions its share, each image is counted exactly once, rank 0 scores."""
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from blipds import distributed
 from blipds.captioner import Captioner
 from blipds.config import Config
 from blipds.data.datasets import CaptionDataset, build_dataset, has_split
-from blipds.data.loader import EvalLoader
+from blipds.data.loader import EvalBatch, EvalLoader
 from blipds.engine import DTYPES
 from blipds.errors import UserError
 from blipds.metrics import Scores, score_captions
@@ -59,16 +60,23 @@ class Evaluator:
         self.loader = EvalLoader(dataset, mine, batch_size=batch_size, num_workers=num_workers)
 
     def evaluate(
-        self, model: BlipCaption, device: torch.device, dtype: torch.dtype, results: Path | None = None
+        self,
+        model: BlipCaption,
+        device: torch.device,
+        dtype: torch.dtype,
+        results: Path | None = None,
+        lockstep: bool = False,
     ) -> Evaluation:
         """Captions every image and scores them; writes [{image_id, caption}] to `results`. Collective.
 
-        Ranks may do different amounts of work: nothing here is collective until all captions are there.
+        Ranks may do different amounts of work: nothing here is collective until all captions are there. With `lockstep`
+        (a model whose parameters are partitioned) they step together, and who has fewer images captions fillers.
         """
         mine: dict[int, str] = {}
         errors: list[str] = []
         progress = tqdm(
-            self.loader,
+            self.batches(lockstep),
+            total=len(self.loader),
             desc=f"caption {self.split}",
             unit="batch",
             leave=False,
@@ -76,10 +84,11 @@ class Evaluator:
         )
         for batch in progress:
             errors += batch.errors
-            if batch.indices:
-                names = [self.dataset.records[index].image_id for index in batch.indices]
+            if batch.indices or lockstep:
+                names = [self.dataset.records[index].image_id for index in batch.indices] or ["filler"]
                 images = batch.images.model_inputs(device, dtype)
-                mine.update(zip(batch.indices, self.captioner.caption(model, images, names), strict=True))
+                texts = self.captioner.caption(model, images, names, lockstep)
+                mine.update(zip(batch.indices, texts, strict=bool(batch.indices)))
         shares = distributed.gather((mine, errors))
         captions = dict(sorted(item for share, _ in shares for item in share.items()))
         errors = [error for _, share in shares for error in share]
@@ -95,6 +104,12 @@ class Evaluator:
         if isinstance(scores, UserError):
             raise scores
         return Evaluation(self.split, captions, scores, errors)
+
+    def batches(self, lockstep: bool) -> Iterator[EvalBatch]:
+        """This rank's batches; with `lockstep` as many as any rank has, and then it is collective."""
+        most = max(distributed.gather(len(self.loader))) if lockstep else len(self.loader)
+        yield from self.loader
+        yield from itertools.repeat(self.loader.collate([]), most - len(self.loader))
 
     def score(self, captions: dict[int, str]) -> Scores:
         if self.references is None:

@@ -111,6 +111,7 @@ class Trainer:
         seed: int,
         save_minutes: float | None,
         keep_last: int,
+        gather_for_evaluation: bool,
         max_bad_images: int,
         max_bad_steps: int,
         stall_minutes: float,
@@ -126,6 +127,7 @@ class Trainer:
         self.checkpoints = CheckpointFolder(run_dir / "checkpoints", keep_last)
         self.seed = seed
         self.save_seconds = math.inf if save_minutes is None else 60 * save_minutes
+        self.gather_for_evaluation = gather_for_evaluation
         self.max_bad_images = max_bad_images
         self.max_bad_steps = max_bad_steps
         self.stall_minutes = stall_minutes
@@ -330,8 +332,9 @@ class Trainer:
         for evaluator in self.evaluators:
             name = f"{evaluator.split}_epoch{epoch}" if self.plan.epoch_ends(step) else f"{evaluator.split}_step{step}"
             results = self.run_dir / "results" / f"{name}.json"
-            with self.engine.evaluating() as model:
-                evaluation = evaluator.evaluate(model, self.engine.device, self.engine.dtype, results)  # type: ignore[arg-type]
+            with self.engine.evaluating(self.gather_for_evaluation) as model:
+                lockstep = self.engine.stage == 3 and not self.gather_for_evaluation
+                evaluation = evaluator.evaluate(model, self.engine.device, self.engine.dtype, results, lockstep)  # type: ignore[arg-type]
             scores = evaluation.scores
             note = f"training weights, {self.engine.precision}"
             self.monitor.evaluation(evaluator.split, epoch, step, scores.values, scores.missing, note)

@@ -39,6 +39,18 @@ def initial_weights(config: ModelConfig) -> str | None:
     return None
 
 
+def find_checkpoint(location: str, link: str) -> str:
+    """The checkpoint meant by a run directory or its `checkpoints` folder: where `link` points. Others as they are.
+
+    A run without a best checkpoint (nothing was scored) has a latest one.
+    """
+    path = Path(location).expanduser()
+    for candidate in (path / "checkpoints" / link, path / link, path / "checkpoints" / "latest", path / "latest"):
+        if candidate.exists():
+            return str(candidate.resolve())
+    return location
+
+
 def load_initial_weights(
     model: BlipCaption, config: Config, say: Callable[[str], None], write: Write | None = None
 ) -> None:
@@ -71,10 +83,12 @@ def load_weights(
 ) -> None:
     """Loads a whole checkpoint of any kind, from a path, a URL or a hub name: each tensor finds its parameter.
 
-    With a transformers folder the model takes its vision LayerNorm epsilon. `write(name, tensor)` takes the tensors
-    instead of the model's own parameters, which may then be on the meta device. Raises UserError for a folder of
-    another geometry (heads are not seen in any tensor) and for a checkpoint of one part.
+    Of a run directory it is the best checkpoint. With a transformers folder the model takes its vision LayerNorm
+    epsilon. `write(name, tensor)` takes the tensors instead of the model's own parameters, which may then be on the
+    meta device. Raises UserError for a folder of another geometry (heads are not seen in any tensor) and for a
+    checkpoint of one part.
     """
+    location = find_checkpoint(location, "best")
     checkpoint = open_checkpoint(locate(location, cache_root))
     if checkpoint.kind in PART_PREFIX:
         key = {"timm": "vit_pretrained", "bert": "text_pretrained"}[checkpoint.kind]

@@ -18,10 +18,9 @@ from blipds import building, cli, distributed
 from blipds.config import Config
 from blipds.ds_config import load_ds_config, precision
 from blipds.engine import DTYPES
-from blipds.engine.checkpoints import find_checkpoint
 from blipds.evaluator import evaluate_checkpoint
 from blipds.monitor import Monitor, NullMonitor
-from blipds.weights import initial_weights
+from blipds.weights import find_checkpoint, initial_weights
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -33,12 +33,12 @@ from blipds import cli
 from blipds.captioner import Captioner
 from blipds.config import Config
 from blipds.data.datasets import build_image_processor
-from blipds.engine.checkpoints import STATE, find_checkpoint, read_state
+from blipds.engine.checkpoints import STATE, read_state
 from blipds.errors import UserError
 from blipds.models import BlipCaption, build_model
 from blipds.models.geometry import ORIGINAL_VISION_EPS, constants_of, geometry_of
 from blipds.models.hf_export import save_blip, save_transformers
-from blipds.weights import load_weights
+from blipds.weights import find_checkpoint, load_weights
 
 SHOWN_METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE")
 

@@ -18,11 +18,11 @@ import torch
 from blipds import building, cli, distributed
 from blipds.config import Config
 from blipds.ds_config import load_ds_config
-from blipds.engine.checkpoints import find_checkpoint, read_state, resume_point
+from blipds.engine.checkpoints import read_state, resume_point
 from blipds.errors import UserError
 from blipds.evaluator import evaluate_checkpoint
 from blipds.monitor import Monitor, NullMonitor
-from blipds.weights import initial_weights
+from blipds.weights import find_checkpoint, initial_weights
 
 DEFAULT_DS_CONFIG = Path(__file__).parent.parent / "ds_configs" / "zero2.json"
 

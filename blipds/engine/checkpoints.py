@@ -180,18 +180,6 @@ def load_engine(engine: Engine, checkpoint: Path) -> None:
     engine.load(checkpoint, checkpoint / WEIGHTS, state["engine"], state["shape"]["precision"] == engine.precision)
 
 
-def find_checkpoint(location: str, link: str) -> str:
-    """The checkpoint meant by a run directory or its `checkpoints` folder: where `link` points. Others as they are.
-
-    A run without a best checkpoint (nothing was scored) has a latest one.
-    """
-    path = Path(location).expanduser()
-    for candidate in (path / "checkpoints" / link, path / link, path / "checkpoints" / "latest", path / "latest"):
-        if candidate.exists():
-            return str(candidate.resolve())
-    return location
-
-
 def resume_point(where: str, run_dirs: Iterable[Path]) -> tuple[Path | None, list[str]]:
     """The checkpoint that `--resume where` means, whole and as it was written, and lines about those passed over.
 

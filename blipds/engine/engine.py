@@ -191,15 +191,16 @@ class Engine:
         self._deepspeed.train()
 
     @contextmanager
-    def evaluating(self) -> Iterator[nn.Module]:
-        """The model with all its weights, in evaluation mode. Collective.
+    def evaluating(self, gather: bool = True) -> Iterator[nn.Module]:
+        """The model in evaluation mode. Collective.
 
-        Under ZeRO-3 they are gathered once for all that happens inside, so ranks may do different amounts of work.
+        Under ZeRO-3 its weights are gathered once for all that happens inside, so that ranks may do different amounts
+        of work; without `gather` they stay partitioned, and ranks must call the same modules the same number of times.
         """
         self._deepspeed.eval()
         torch.backends.cuda.enable_flash_sdp(True)
         try:
-            if self.stage == 3:
+            if self.stage == 3 and gather:
                 from deepspeed.runtime.zero import unwrap_model_for_generation
 
                 with unwrap_model_for_generation(self._deepspeed), torch.no_grad():

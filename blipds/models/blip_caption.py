@@ -1,10 +1,12 @@
 """BLIP's captioner: image encoder, text decoder, loss and generation (BLIP paper, arXiv 2201.12086, section 3)."""
 
+from collections.abc import Callable
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from blipds.models.generation import GenerationConfig, beam_search, single_search
+from blipds.models.generation import GenerationConfig, Lockstep, StepDecoder, beam_search, single_search
 from blipds.models.loss import smoothed_cross_entropy
 from blipds.models.text_decoder import TextDecoder
 
@@ -64,20 +66,28 @@ class BlipCaption(nn.Module):
         *,
         pixel_values: Tensor | None = None,
         image_embeds: Tensor | None = None,
+        any_rank: Callable[[bool], bool] | None = None,
     ) -> list[list[int]]:
         """Token ids of one caption an image, prompt (P,) included, closing token not.
 
-        `uniform` (I, max_len): the random numbers of nucleus sampling, unused otherwise. Under ZeRO-3 the parameters
-        must be gathered around the call. The images: pixel_values (I, 3, H, W), or their image_embeds (I, N, width).
+        `uniform` (I, max_len): the random numbers of nucleus sampling, unused otherwise. The images: pixel_values
+        (I, 3, H, W), or their image_embeds (I, N, width). Under ZeRO-3 the parameters must be gathered around the call,
+        or all ranks make it together and give `any_rank` (generation.Lockstep).
         """
         if image_embeds is None:
             image_embeds = self.visual_encoder(pixel_values)
-        decoder = CachedDecoder(self.text_decoder, image_embeds, config.max_len)
+        decoder: StepDecoder = CachedDecoder(self.text_decoder, image_embeds, config.max_len)
+        if any_rank is not None:
+            decoder = Lockstep(decoder, any_rank)
         if config.use_nucleus_sampling:
             assert uniform is not None
-            return single_search(decoder, prompt_ids, len(image_embeds), eos_token_id, config, uniform)
-        search = single_search if config.num_beams == 1 else beam_search
-        return search(decoder, prompt_ids, len(image_embeds), eos_token_id, config)
+            sequences = single_search(decoder, prompt_ids, len(image_embeds), eos_token_id, config, uniform)
+        else:
+            search = single_search if config.num_beams == 1 else beam_search
+            sequences = search(decoder, prompt_ids, len(image_embeds), eos_token_id, config)
+        if isinstance(decoder, Lockstep):
+            decoder.finish()
+        return sequences
 
 
 class CachedDecoder:

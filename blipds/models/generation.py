@@ -4,6 +4,7 @@ Beam search is that of transformers 4.15 to 4.26, with which BLIP's published nu
 A sequence holds the prompt and what follows, without the closing token; lengths count the prompt.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +43,34 @@ class StepDecoder(Protocol):
 
     def keep(self, images: Tensor) -> None:
         """Goes on with some of the images only."""
+
+
+class Lockstep:
+    """A decoder that steps as often as that of every other rank, for parameters that ranks gather step by step.
+
+    `any_rank` says whether any rank wishes something. It costs a small all-reduce a token; ranks that are done wait by
+    stepping along. Building it, `start`, `step` and `finish` are collective.
+    """
+
+    def __init__(self, decoder: StepDecoder, any_rank: Callable[[bool], bool]) -> None:
+        self.decoder = decoder
+        self.any_rank = any_rank
+        self.keep, self.reorder = decoder.keep, decoder.reorder
+
+    def start(self, prompt_ids: Tensor, beams: int) -> Tensor:
+        logits = self.decoder.start(prompt_ids, beams)
+        self.filler = prompt_ids.new_zeros(len(logits), beams)
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.any_rank(True)
+        self.filler = torch.zeros_like(tokens)
+        return self.decoder.step(tokens)
+
+    def finish(self) -> None:
+        """Steps along until no rank has a token to add."""
+        while self.any_rank(False):
+            self.decoder.step(self.filler)
 
 
 def penalise_repetition(scores: Tensor, sequences: Tensor, penalty: float) -> Tensor:

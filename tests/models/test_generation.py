@@ -1,5 +1,8 @@
 """Searches over tables of probabilities that can be worked out by hand, and over the oracle model."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from blipds.models.generation import (
     NUCLEUS_TOP_K,
     GenerationConfig,
     Hypotheses,
+    Lockstep,
     beam_search,
     penalise_repetition,
     sample_nucleus,
@@ -36,12 +40,14 @@ class TableDecoder:
         return torch.tensor(rows).log() + self.offset
 
     def start(self, prompt_ids, beams):
+        self.steps = 0
         self.said = [[""] for _ in self.tables]
         logits = self.logits().squeeze(1)
         self.said = [[""] * beams for _ in self.tables]
         return logits
 
     def step(self, tokens):
+        self.steps += 1
         self.said = [
             [said + "??ab"[token] for said, token in zip(beams, row, strict=True)]
             for beams, row in zip(self.said, tokens.tolist(), strict=True)
@@ -230,6 +236,37 @@ def test_images_do_not_disturb_each_other():
 
 
 # --- nucleus sampling ---
+
+
+def test_ranks_in_lockstep_step_alike():
+    """Two ranks, as threads: one says "a" and ends, the other "aaa"; both step three times."""
+    sooner, later = {"": (0, 1, 0)}, dict.fromkeys(("", "a", "aa"), (0, 1, 0))
+    barrier, wishes = threading.Barrier(2), [False, False]
+
+    def search(rank):
+        def any_rank(wish):
+            wishes[rank] = wish
+            barrier.wait(timeout=30)
+            answer = any(wishes)
+            barrier.wait(timeout=30)
+            return answer
+
+        tables = TableDecoder(Ending((sooner, later)[rank]))
+        decoder = Lockstep(tables, any_rank)
+        config = GenerationConfig(num_beams=1, max_len=10, min_len=1)
+        sequences = single_search(decoder, PROMPT, 1, END, config)
+        decoder.finish()
+        return spoken(sequences), tables.steps
+
+    with ThreadPoolExecutor() as ranks:
+        assert list(ranks.map(search, range(2))) == [(["a"], 3), (["aaa"], 3)]
+
+
+class Ending(dict):
+    """END wherever nothing else is said."""
+
+    def __missing__(self, said):
+        return (1.0, 0.0, 0.0)
 
 
 def test_nucleus_by_hand():
