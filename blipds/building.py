@@ -93,6 +93,7 @@ def build_trainer(
         seed=run.seed,
         save_minutes=run.save_minutes,
         keep_last=run.keep_last,
+        async_save=run.async_save,
         gather_for_evaluation=run.gather_for_evaluation,
         max_bad_images=run.max_bad_images,
         max_bad_steps=run.max_bad_steps,

@@ -220,6 +220,7 @@ class RunConfig:
     save_minutes: float | None = None
     save_last: bool = True
     keep_last: int = 2
+    async_save: bool = False
     max_bad_steps: int = 20
     stall_minutes: float = 30.0
 

@@ -76,8 +76,9 @@ class Plan:
 class Wishes:
     """What ranks wished for before a step, known to all of them after it: a checkpoint, or an end by a signal."""
 
-    def __init__(self, save: float, *stop: float) -> None:
+    def __init__(self, save: float, written: float, *stop: float) -> None:
         self.save = save > 0
+        self.written = written == distributed.world_size()  # the files of a checkpoint, by all of them
         self.signal = next((number.name for number, count in zip(STOPPING, stop, strict=True) if count), "")
         self.stop = self.signal != ""
 
@@ -111,6 +112,7 @@ class Trainer:
         seed: int,
         save_minutes: float | None,
         keep_last: int,
+        async_save: bool,
         gather_for_evaluation: bool,
         max_bad_images: int,
         max_bad_steps: int,
@@ -124,7 +126,7 @@ class Trainer:
         self.monitor = monitor
         self.plan = plan
         self.run_dir = run_dir
-        self.checkpoints = CheckpointFolder(run_dir / "checkpoints", keep_last)
+        self.checkpoints = CheckpointFolder(run_dir / "checkpoints", keep_last, background=async_save)
         self.seed = seed
         self.save_seconds = math.inf if save_minutes is None else 60 * save_minutes
         self.gather_for_evaluation = gather_for_evaluation
@@ -134,6 +136,7 @@ class Trainer:
         self.state = state
         self.stop = StopSignals()
         self.saved = time.monotonic()
+        self.save_cost = 0.0  # seconds that the newest checkpoint took from the run
         self.bad_in_a_row = 0
         self.bad_images: list[str] = []  # of this rank, since the start
         self.totals = Totals(engine.device)
@@ -172,9 +175,13 @@ class Trainer:
             if plan.logs(step):
                 self.log(learning_rate, norm)
             self.monitor.advance((step - 1) % plan.epoch_steps + 1, self.shown)
+            if wishes.written:
+                self.finish_save()
             improved = self.validate() if plan.validates(step) else False
             if improved or plan.saves(step) or wishes.save or wishes.stop:
                 self.save(best=improved or not self.evaluators)
+            if wishes.stop or step == plan.total_steps:
+                self.finish_save()
             if wishes.stop and step < plan.total_steps:
                 raise Stopped(f"stopped by {wishes.signal} after step {step}; go on with --resume {self.run_dir}")
             if plan.epoch_ends(step) and step < plan.total_steps:
@@ -225,7 +232,9 @@ class Trainer:
         """What this rank would have all ranks do after this step; summed, the fields of Wishes."""
         due = distributed.is_main() and time.monotonic() - self.saved > self.save_seconds
         stop = self.stop.received
-        return torch.tensor([due, *(stop == number.name for number in STOPPING)], dtype=torch.float64)
+        return torch.tensor(
+            [due, self.checkpoints.written, *(stop == number.name for number in STOPPING)], dtype=torch.float64
+        )
 
     def skip(self, window: list[Batch], learning_rate: float, loss: float) -> None:
         """Notes a step that was skipped, and its images; ends the run when there are too many in a row. Collective.
@@ -242,6 +251,7 @@ class Trainer:
                 self.write_bad_step(listing, ranks or list(range(len(losses))), learning_rate, losses)
         if self.bad_in_a_row < self.max_bad_steps and not self.engine.scale_exhausted:
             return
+        self.finish_save()
         where = self.engine.find_non_finite(b.model_inputs(self.engine.device, self.engine.dtype) for b in window)
         places = [f"rank {rank}: {place}" for rank, place in enumerate(distributed.gather(where)) if place]
         scale = "" if self.engine.loss_scale is None else f", loss scale {self.engine.loss_scale:g}"
@@ -318,6 +328,7 @@ class Trainer:
             if new[3:]:
                 self.monitor.say(f"skipped: {len(new) - 3} more unreadable images, listed in {listing}")
         if len(errors) > self.max_bad_images:
+            self.finish_save()
             raise UserError(
                 f"{len(errors)} images cannot be read, more than run.max_bad_images ({self.max_bad_images}); "
                 f"they are listed in {listing}"
@@ -346,7 +357,7 @@ class Trainer:
                 self.monitor.captions(evaluator.split, step, **evaluator.contact_sheet(evaluation.captions))
             if "agg_metrics" in scores.values:
                 metrics.append(scores.values["agg_metrics"])
-        self.totals.started += time.perf_counter() - started
+        self.off_the_clock(started)
         if not metrics:
             return False
         metric = sum(metrics) / len(metrics)
@@ -356,22 +367,42 @@ class Trainer:
         return True
 
     def save(self, best: bool) -> None:
-        """Saves where the run stands. Collective.
-
-        A full disk costs the checkpoint and no more; only after the last step it is an error.
-        """
+        """Saves where the run stands, or begins to (run.async_save). Collective."""
+        self.finish_save()
         self.monitor.flush()
         shape = shape_of(self.engine, self.loader.global_batch)
         started = time.perf_counter()
-        failure = self.checkpoints.save(self.engine, asdict(self.state), shape, best)
+        failure = self.checkpoints.begin(self.engine, asdict(self.state), shape, best)
+        self.save_cost = self.off_the_clock(started)
+        self.saved = time.monotonic()
+        if failure is not None:
+            self.report_unsaved(self.state.global_step, failure)
+        elif not self.checkpoints.background:
+            self.finish_save()
+
+    def finish_save(self) -> None:
+        """Completes the checkpoint that was begun, if any, and waits for its files where they need it. Collective."""
+        if self.checkpoints.begun is None:
+            return
+        step = self.checkpoints.begun.step
+        started = time.perf_counter()
+        failure = self.checkpoints.finish()
+        self.save_cost += self.off_the_clock(started)
+        if failure is None:
+            self.monitor.checkpoint(step, self.save_cost)
+        else:
+            self.report_unsaved(step, failure)
+
+    def off_the_clock(self, started: float) -> float:
+        """The seconds since `started`, which the rates in the next log line leave out."""
         seconds = time.perf_counter() - started
         self.totals.started += seconds
-        self.saved = time.monotonic()
-        if failure is None:
-            self.monitor.checkpoint(self.state.global_step, seconds)
-            return
-        line = f"no checkpoint after step {self.state.global_step}: {failure}"
-        if self.state.global_step == self.plan.total_steps:
+        return seconds
+
+    def report_unsaved(self, step: int, failure: str) -> None:
+        """A full disk costs the checkpoint and no more; only after the last step it is an error."""
+        line = f"no checkpoint after step {step}: {failure}"
+        if step == self.plan.total_steps:
             raise UserError(f"{line}; make room and go on with --resume {self.run_dir}")
         self.monitor.say(f"{line}; the run goes on, and the earlier checkpoints are as they were")
 

@@ -4,8 +4,11 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from blipds import distributed
@@ -14,6 +17,7 @@ from blipds.engine.files import (
     FileRecord,
     damage,
     flush_folder,
+    host_copies,
     read_manifest,
     write_manifest,
     write_tensors,
@@ -27,32 +31,77 @@ WEIGHTS = "model.safetensors"  # fp32, whole, whatever the ZeRO stage: what eval
 SLACK = 16 << 20  # bytes beside the tensors: headers, JSON, the file system's own
 
 
-class CheckpointFolder:
-    """`<run directory>/checkpoints`. Keeps the newest `keep_last` checkpoints and the best, and no other."""
+@dataclass
+class Begun:
+    """A checkpoint that is being written: what only rank 0 can complete once the files of all ranks are there."""
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
+    partial: Path
+    name: str
+    state: dict[str, Any]
+    best: bool
+    files: Future[list[FileRecord]]  # this rank's
+
+    @property
+    def step(self) -> int:
+        return self.state["run"]["global_step"]
+
+
+class CheckpointFolder:
+    """`<run directory>/checkpoints`. Keeps the newest `keep_last` checkpoints and the best, and no other.
+
+    A checkpoint is begun and finished. In between, with `background`, training may go on while a thread writes; it
+    costs a copy of what is saved in the host's memory.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, background: bool = False) -> None:
         self.folder = folder
         self.keep_last = keep_last
+        self.background = background
+        self.begun: Begun | None = None
 
-    def save(self, engine: Engine, run: dict[str, Any], shape: dict[str, Any], best: bool) -> str | None:
-        """Writes `step_N`, whole or not at all, and moves `latest` (and `best`) to it. Collective.
+    def begin(self, engine: Engine, run: dict[str, Any], shape: dict[str, Any], best: bool) -> str | None:
+        """Begins `step_N`, under another name. Collective.
 
-        It is written under another name, through to the disk, and renamed when its manifest is there. Returns why it
-        could not be written (a full disk); what was there before is then as it was.
+        Returns why it cannot be written (a full disk); what was there before is then as it was. What was begun before
+        must be finished.
         """
+        assert self.begun is None
         name = f"step_{run['global_step']:08d}"
         partial = self.folder / f"{name}.partial"
         failure = self.prepare(partial, engine.checkpoint_bytes) if distributed.is_main() else None
         failure = distributed.broadcast(failure)
         if failure is None:
-            records, failure = self.write_tensors(engine, partial)
-            if distributed.is_main() and failure is None:
-                state = {"run": run, "shape": shape, "engine": engine.counters()}
-                failure = self.complete(partial, name, records, state, best)
-            failure = distributed.broadcast(failure)
-        if distributed.is_main() and failure is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+            state = {"run": run, "shape": shape, "engine": engine.counters()}
+            self.begun = Begun(partial, name, state, best, self.write_files(engine, partial))
         return failure
+
+    @property
+    def written(self) -> bool:
+        """Whether a checkpoint is begun and this rank's files of it are written, or cannot be."""
+        return self.begun is not None and self.begun.files.done()
+
+    def finish(self) -> str | None:
+        """Gives what was begun its name, and moves `latest` (and `best`) to it. Collective.
+
+        All files are through to the disk before its manifest is there, and that is before the name. Returns why it
+        could not be written; what was there before is then as it was.
+        """
+        begun, self.begun = self.begun, None
+        assert begun is not None
+        records: list[FileRecord] = []
+        failure: str | None = None
+        try:
+            records = begun.files.result()
+        except OSError as error:
+            failure = f"rank {distributed.rank()}: {error}"
+        shares = distributed.gather((records, failure))
+        failure = next((failure for _, failure in shares if failure), None)
+        if distributed.is_main():
+            if failure is None:
+                failure = self.complete(begun, [record for share, _ in shares for record in share])
+            if failure is not None:
+                shutil.rmtree(begun.partial, ignore_errors=True)
+        return distributed.broadcast(failure)
 
     def prepare(self, partial: Path, needed: int) -> str | None:
         """An empty folder on a disk with room, for which old checkpoints may have to go; else why not. Rank 0 only."""
@@ -70,41 +119,36 @@ class CheckpointFolder:
             return str(error)
         return None
 
-    def write_tensors(self, engine: Engine, partial: Path) -> tuple[list[FileRecord], str | None]:
-        """Every rank its moments, side by side; rank 0 the weights. (all files, why it failed). Collective."""
-        records, failure = [], None
-        try:
-            records.append(engine.write_moments(partial))
-        except OSError as error:
-            failure = str(error)
+    def write_files(self, engine: Engine, partial: Path) -> Future[list[FileRecord]]:
+        """Every rank its moments; rank 0 the weights, too. Collective."""
+        writers = [engine.moments_writer(partial, self.background)]
         weights = (weight for _, weight in engine.weights())  # collective: to be exhausted by every rank
-        try:
-            if distributed.is_main():
-                metadata = {"format": "blipds", "config": json.dumps(constants_of(engine.model))}  # type: ignore[arg-type]
-                records.append(write_tensors(partial / WEIGHTS, engine.weight_shapes(), weights, metadata))
-        except OSError as error:
-            failure = str(error)
+        if distributed.is_main():
+            metadata = {"format": "blipds", "config": json.dumps(constants_of(engine.model))}  # type: ignore[arg-type]
+            tensors = host_copies(weights) if self.background else weights
+            writers.append(lambda: write_tensors(partial / WEIGHTS, engine.weight_shapes(), tensors, metadata))
+        files: Future[list[FileRecord]] = Future()
+        if self.background:
+            Thread(target=fulfil, args=(files, writers), name="checkpoint").start()
+        else:
+            fulfil(files, writers)
         for _ in weights:
             pass
-        shares = distributed.gather((records, failure))
-        failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(shares) if failure]
-        return [record for share, _ in shares for record in share], next(iter(failures), None)
+        return files
 
-    def complete(
-        self, partial: Path, name: str, records: list[FileRecord], state: dict[str, Any], best: bool
-    ) -> str | None:
+    def complete(self, begun: Begun, records: list[FileRecord]) -> str | None:
         """Adds what makes the folder a checkpoint and gives it its name; else why not. Rank 0 only."""
-        target = self.folder / name
+        partial, target = begun.partial, self.folder / begun.name
         try:
-            records = [*records, write_text(partial / STATE, json.dumps(state, indent=2))]
+            records = [*records, write_text(partial / STATE, json.dumps(begun.state, indent=2))]
             write_manifest(partial, records, written=time.time())
             flush_folder(partial)
             if target.exists():  # of a run that went on from an earlier checkpoint, or damaged
                 shutil.rmtree(target)
             partial.rename(target)
-            self.point("latest", name)
-            if best:
-                self.point("best", name)
+            self.point("latest", begun.name)
+            if begun.best:
+                self.point("best", begun.name)
             flush_folder(self.folder)
             self.prune(self.keep_last)
         except OSError as error:
@@ -124,6 +168,14 @@ class CheckpointFolder:
         for folder in step_folders(self.folder):
             if kept and folder.name not in (*kept, (self.folder / "best").resolve().name):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def fulfil(files: Future[list[FileRecord]], writers: list[Callable[[], FileRecord]]) -> None:
+    """Calls the writers one after the other; `files` has what they gave, or the first exception."""
+    try:
+        files.set_result([write() for write in writers])
+    except BaseException as error:
+        files.set_exception(error)
 
 
 def step_folders(checkpoints: Path) -> list[Path]:

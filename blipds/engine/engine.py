@@ -239,9 +239,9 @@ class Engine:
         sizes = [(whole_shape(p).numel(), p.requires_grad) for p in self.model.parameters()]
         return sum(12 * size if learns else 4 * size for size, learns in sizes)
 
-    def write_moments(self, folder: Path) -> FileRecord:
-        """Writes this rank's share of Adam's moments. Raises OSError."""
-        return self.state.write(folder)
+    def moments_writer(self, folder: Path, copy: bool) -> Callable[[], FileRecord]:
+        """Writes this rank's share of Adam's moments when called; with `copy` as they are now. See TrainingState."""
+        return self.state.writer(folder, copy)
 
     def counters(self) -> dict[str, Any]:
         """Adam's step and the loss scale, alike on every rank."""

@@ -58,6 +58,11 @@ def write_tensors(
     return FileRecord(path.name, size, checksum)
 
 
+def host_copies(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What `write_tensors` would write of them, to be written later, whatever becomes of them meanwhile."""
+    return [tensor.detach().to("cpu", torch.float32, copy=True) for tensor in tensors]
+
+
 def write_text(path: Path, text: str) -> FileRecord:
     """Raises OSError."""
     content = text.encode()

@@ -8,9 +8,10 @@ On disk, `adam_<rank>.safetensors` of every rank holds the moments of its pieces
 and `exp_avg_sq:...`; the weights are those of `model.safetensors`, which evaluation and export read too.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from blipds import distributed
-from blipds.engine.files import FileRecord, write_tensors
+from blipds.engine.files import FileRecord, host_copies, write_tensors
 from blipds.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -179,15 +180,20 @@ class TrainingState:
 
     # --- to disk and back
 
-    def write(self, folder: Path) -> FileRecord:
-        """Writes this rank's moments, one piece at a time in memory. Raises OSError."""
+    def writer(self, folder: Path, copy: bool) -> Callable[[], FileRecord]:
+        """A function that writes this rank's moments, once, and may raise OSError.
+
+        With `copy` it holds a copy of them on the host, and may be called while training goes on; else one piece at a
+        time is in memory.
+        """
         shapes = {
             f"{moment}:{piece.name}:{piece.start}": (piece.numel,)
             for master in self.masters
             for piece in self.own_pieces(master)
             for moment in MOMENTS
         }
-        return write_tensors(folder / file_of(distributed.rank()), shapes, self.own_moments(), {"format": "adam"})
+        path, moments = folder / file_of(distributed.rank()), self.own_moments()
+        return partial(write_tensors, path, shapes, host_copies(moments) if copy else moments, {"format": "adam"})
 
     def own_moments(self) -> Iterator[Tensor]:
         for master in self.masters:

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from blipds.engine.checkpoints import CheckpointFolder, read_state, resume_point
-from blipds.engine.files import FileRecord, damage, write_tensors
+from blipds.engine.files import FileRecord, damage, host_copies, write_tensors
 from blipds.errors import UserError
 
 NAMES = ("encoder.weight", "encoder.bias")
@@ -34,16 +36,17 @@ class StubEngine:
     def weights(self):
         yield from self.tensors.items()
 
-    def write_moments(self, folder) -> FileRecord:
-        return write_tensors(folder / "adam_00000.safetensors", self.weight_shapes(), self.tensors.values(), {})
+    def moments_writer(self, folder, copy) -> Callable[[], FileRecord]:
+        tensors = host_copies(self.tensors.values()) if copy else self.tensors.values()
+        return partial(write_tensors, folder / "adam_00000.safetensors", self.weight_shapes(), tensors, {})
 
     def counters(self):
         return {"adam_step": 1, "loss_scale": {}}
 
 
-def save(run_dir, step, best=False, keep_last=9, rows=100):
-    folder = CheckpointFolder(run_dir / "checkpoints", keep_last)
-    return folder.save(StubEngine(step, rows), {"global_step": step}, {"global_batch": 8}, best)
+def save(run_dir, step, best=False, keep_last=9, rows=100, background=False):
+    folder = CheckpointFolder(run_dir / "checkpoints", keep_last, background)
+    return folder.begin(StubEngine(step, rows), {"global_step": step}, {"global_batch": 8}, best) or folder.finish()
 
 
 def names(run_dir):
@@ -193,6 +196,29 @@ def test_going_on_from_an_earlier_one_leaves_the_others_behind(run):
     assert step_of(run) == (4, [])
 
 
+# --- in the background
+
+
+def test_what_is_written_in_the_background_is_what_was_there_when_it_began(tmp_path):
+    folder, engine = CheckpointFolder(tmp_path / "checkpoints", keep_last=1, background=True), StubEngine(2)
+    assert folder.begin(engine, {"global_step": 2}, {}, best=True) is None
+    for tensor in engine.tensors.values():
+        tensor.fill_(3)  # training goes on
+    assert folder.finish() is None
+    written = load_file(tmp_path / "checkpoints" / "best" / "model.safetensors")
+    assert all((tensor == 2).all() for tensor in written.values())
+    assert step_of(tmp_path) == (2, [])
+
+
+def test_before_it_is_finished_the_one_before_counts(run):
+    folder = CheckpointFolder(run / "checkpoints", keep_last=9, background=True)
+    assert not folder.written
+    assert folder.begin(StubEngine(8), {"global_step": 8}, {}, best=False) is None
+    assert step_of(run) == (6, [])
+    assert folder.finish() is None
+    assert step_of(run) == (8, []) and not folder.written
+
+
 # --- a full disk
 
 
@@ -222,14 +248,15 @@ def test_a_disk_that_is_known_to_be_too_small(small_disk):
     assert step_of(small_disk) == (3, [])
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("free", [0, 4 << 10, 2 << 20, 3 << 20])
-def test_a_disk_that_fills_up_all_the_same(small_disk, free, monkeypatch):
+def test_a_disk_that_fills_up_all_the_same(small_disk, free, background, monkeypatch):
     """Another program takes the room between the look and the write."""
     assert save(small_disk, 1, rows=ROWS) is None
     left = shutil.disk_usage(small_disk).free
     (small_disk / "photographs").write_bytes(bytes(left - free))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 40))
-    failure = save(small_disk, 2, rows=ROWS)
+    failure = save(small_disk, 2, rows=ROWS, background=background)
     assert "No space left on device" in failure
     assert step_of(small_disk) == (1, [])
     (small_disk / "photographs").unlink()
