@@ -139,6 +139,7 @@ def resolve(config: Config, ds_config: Section, device: torch.device, source: st
         betas=(0.9, run.beta2),
         weight_decay=run.weight_decay,
         max_grad_norm=run.max_grad_norm,
+        compile=run.compile,
         activation_checkpointing=config.model.vit_grad_ckpt or config.model.text_grad_ckpt,
     )
     return resolve_ds_config(
@@ -252,6 +253,8 @@ def build_engine(
         # frozen ones too; the optimizer's fp32 copies follow in load_engine
         cache_root = Path(config.env.cache_root).expanduser()
         load_weights(model, str(resumed), cache_root, monitor.say, partial(write_parameter, model))
+    if run.compile:
+        model.compile_layers()
     scales = lr_scales((name for name, _ in model.named_parameters()), run.lr_scale, run.lr_layer_decay)
     groups = parameter_groups(model, run.weight_decay, run.weight_decay_on, scales)
     return Engine(model, ds_config, groups, precision(ds_config))

@@ -188,6 +188,7 @@ class RunConfig:
     limit_train: int | None = None
     limit_val: int | None = None
     max_bad_images: int = 100
+    compile: bool = False
     seed: int = 42
 
     # splits and captions
@@ -405,8 +406,12 @@ def check_schema(value: Any, schema: Any, key: str) -> None:
     if get_origin(schema) is dict and value is not None:
         if not isinstance(value, dict):
             raise UserError(f"{key} is {value!r}; expected a mapping")
+        of_values = get_args(schema)[1]
         for name, inner in value.items():
-            check_schema(inner, get_args(schema)[1], f"{key}.{name}" if key else str(name))
+            here = f"{key}.{name}" if key else str(name)
+            if inner is None and of_values in (int, float, str, bool):
+                raise UserError(f"{here} has no value (YAML wants a space after a colon: {{name: value}})")
+            check_schema(inner, of_values, here)
     elif get_origin(schema) is list and isinstance(value, dict):
         raise UserError(f"{key} is {value!r}; expected a list")
     elif is_dataclass(schema) and value is not None and not is_storage(value, schema):

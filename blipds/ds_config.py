@@ -93,6 +93,7 @@ class RunValues:
     betas: tuple[float, float]  # 0.9 and run.beta2
     weight_decay: float  # run.weight_decay
     max_grad_norm: float | None = None  # run.max_grad_norm; None: no clipping
+    compile: bool = False  # run.compile
     activation_checkpointing: bool = False  # model.vit_grad_ckpt or model.text_grad_ckpt
 
 
@@ -122,6 +123,7 @@ def resolve_ds_config(
         _put(resolved, "zero_optimization.zero_hpz_partition_size", local_world_size or world_size)
     faults = (
         _zero_faults(resolved, world_size),
+        _compiling_faults(resolved, run.compile, world_size),
         _offload_faults(resolved),
         _precision_faults(resolved),
         _checkpointing_faults(resolved, run.activation_checkpointing, device_type),
@@ -269,6 +271,21 @@ def _zero_faults(ds: Section, world_size: int) -> Iterator[str]:
         yield (
             f"prescale_gradients and gradient_predivide_factor do not work at stage {stage} with "
             f'zero_optimization.reduce_scatter: remove them or say "reduce_scatter": false'
+        )
+
+
+def _compiling_faults(ds: Section, compiled: bool, world_size: int) -> Iterator[str]:
+    """Gradients of different parameters would be added up (seen with DeepSpeed 0.19).
+
+    Ranks whose captions differ in length compile layers that bring their gradients in different orders. Stage 3 sorts
+    them before it adds them up, stages 0 and 1 without overlap take them by parameter.
+    """
+    stage, overlap = zero_stage(ds), _get(ds, "zero_optimization.overlap_comm") is True
+    if compiled and world_size > 1 and (stage == 2 or (stage == 1 and overlap)):
+        yield (
+            f"stage {stage}{' with overlap_comm' if stage == 1 else ''} adds up the gradients of {world_size} ranks in "
+            "the order in which they come, which run.compile makes another on each: take stage 0 or 3, or 1 with "
+            "zero_optimization.overlap_comm false"
         )
 
 

@@ -184,6 +184,14 @@ def test_whole_floats_are_integers(load):
     assert all(type(value) is int for value in values)
 
 
+def test_a_number_without_a_space_after_its_colon(load):
+    """YAML takes {train:9} as a key `train:9` without a value."""
+    with pytest.raises(
+        UserError, match=r"^datasets.shapes_caption.num_images.train:9 has no value \(YAML wants a space"
+    ):
+        load("datasets: {shapes_caption: {num_images: {train:9}}}")
+
+
 def test_one_name_for_a_list(load):
     config = load(
         "datasets: {custom_caption: {build_info: {annotations: {train: {storage: train.json}}}}}\n"

@@ -1,6 +1,7 @@
 """BLIP's captioner: image encoder, text decoder, loss and generation (BLIP paper, arXiv 2201.12086, section 3)."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -27,6 +28,7 @@ class BlipCaption(nn.Module):
         self.text_decoder = text_decoder
         self.label_smoothing = label_smoothing
         self.freeze_vit = freeze_vit
+        self.compiled = False
         if freeze_vit:
             self.visual_encoder.requires_grad_(False)
 
@@ -35,6 +37,16 @@ class BlipCaption(nn.Module):
         if self.freeze_vit:
             self.visual_encoder.eval()
         return self
+
+    def compile_layers(self) -> None:
+        """Has torch.compile fuse what lies between the matrix products of a layer.
+
+        Layer by layer, since all layers of a kind share what is compiled for the first: seconds instead of minutes.
+        Captions are generated without: they grow by the token, and each length would be compiled.
+        """
+        self.compiled = True
+        for layer in (*self.visual_encoder.blocks, *self.text_decoder.bert.encoder.layer):
+            layer.compile()
 
     def forward(
         self,
@@ -56,7 +68,6 @@ class BlipCaption(nn.Module):
         logits = self.text_decoder(input_ids, image_embeds, label_positions)
         return smoothed_cross_entropy(logits, labels, self.label_smoothing)
 
-    @torch.no_grad()
     def generate(
         self,
         prompt_ids: Tensor,
@@ -74,20 +85,22 @@ class BlipCaption(nn.Module):
         (I, 3, H, W), or their image_embeds (I, N, width). Under ZeRO-3 the parameters must be gathered around the call,
         or all ranks make it together and give `any_rank` (generation.Lockstep).
         """
-        if image_embeds is None:
-            image_embeds = self.visual_encoder(pixel_values)
-        decoder: StepDecoder = CachedDecoder(self.text_decoder, image_embeds, config.max_len)
-        if any_rank is not None:
-            decoder = Lockstep(decoder, any_rank)
-        if config.use_nucleus_sampling:
-            assert uniform is not None
-            sequences = single_search(decoder, prompt_ids, len(image_embeds), eos_token_id, config, uniform)
-        else:
-            search = single_search if config.num_beams == 1 else beam_search
-            sequences = search(decoder, prompt_ids, len(image_embeds), eos_token_id, config)
-        if isinstance(decoder, Lockstep):
-            decoder.finish()
-        return sequences
+        eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        with torch.no_grad(), eager:
+            if image_embeds is None:
+                image_embeds = self.visual_encoder(pixel_values)
+            decoder: StepDecoder = CachedDecoder(self.text_decoder, image_embeds, config.max_len)
+            if any_rank is not None:
+                decoder = Lockstep(decoder, any_rank)
+            if config.use_nucleus_sampling:
+                assert uniform is not None
+                sequences = single_search(decoder, prompt_ids, len(image_embeds), eos_token_id, config, uniform)
+            else:
+                search = single_search if config.num_beams == 1 else beam_search
+                sequences = search(decoder, prompt_ids, len(image_embeds), eos_token_id, config)
+            if isinstance(decoder, Lockstep):
+                decoder.finish()
+            return sequences
 
 
 class CachedDecoder:

@@ -2,7 +2,8 @@
 
     bash tests/benchmarks/run.sh                                    all but quality and compile: about 10 minutes
     bash tests/benchmarks/run.sh training generation --rounds 9     some of them, more carefully
-    bash tests/benchmarks/run.sh quality --data ../shared/data      an hour: real runs on the Flickr8k photographs
+    bash tests/benchmarks/run.sh quality --start model.vit_pretrained=true ...
+                                                                    half an hour: real runs on the Flickr8k photographs
     bash tests/benchmarks/run.sh gpu --geometry large               on a CUDA device: the largest batch of each card
 
 The sides of a comparison take turns in one process and each figure is the median of its rounds, so that ratios hold on
@@ -68,7 +69,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of torch, on a CPU (default: all cores)")
     parser.add_argument("--ranks", type=int, default=2, help="of start-up and quality (default: 2)")
     parser.add_argument("--rounds", type=int, default=5, help="measured runs a side, after one warm-up (default: 5)")
-    parser.add_argument("--epochs", type=int, default=4, help="quality: of the one-caption recipe (default: 4)")
+    parser.add_argument("--steps", type=int, default=300, help="quality: of the one-caption recipe (default: 300)")
+    parser.add_argument(
+        "--start",
+        nargs="+",
+        default=["model.vit_pretrained=true"],
+        metavar="KEY=VALUE",
+        help="quality: what run_configs/caption_flickr8k_small.yaml starts from (default: timm's weights, of the hub)",
+    )
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="quality: holds flickr8k/")
     parser.add_argument(
         "--output", type=Path, default=Path("output/benchmarks"), help="folder of the JSON and the plot"
@@ -91,7 +99,7 @@ def chosen(args: argparse.Namespace, device: torch.device) -> dict[str, Callable
         "generation": lambda: generation(*shape, args.rounds, device),
         "loading": lambda: loading(args.rounds),
         "startup": lambda: startup(args.ranks, min(args.rounds, 3)),
-        "quality": lambda: quality(args.ranks, args.data.resolve(), args.epochs),
+        "quality": lambda: quality(args.ranks, args.data.resolve(), args.steps, args.start),
         "compile": lambda: compiled(*shape, args.rounds, device),
         "gpu": lambda: training_on_cards(args.geometry, args.captions, args.rounds, device),
     }

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from benchmarks.measuring import SavedBytes, alternate
-from benchmarks.quality import Curve
+from benchmarks.quality import Curve, curve_of
 
 CPU = torch.device("cpu")
 
@@ -30,6 +30,18 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter():
     assert saved.total == 3 * (2 * 4 * 4)
     w.sum().backward()
     assert x.grad is not None
+
+
+def test_a_curve_counts_the_time_of_steps_alone():
+    # 10 steps of 6 images at 3 images/s take 20 s, 5 more at 6 images/s take 5 s
+    lines = [
+        {"kind": "train", "step": 10, "images_per_s": 3.0},
+        {"kind": "eval", "step": 10, "CIDEr": 0.1},
+        {"kind": "save", "step": 10, "seconds": 9.0},
+        {"kind": "train", "step": 15, "images_per_s": 6.0},
+        {"kind": "eval", "step": 15, "CIDEr": 0.2},
+    ]
+    assert curve_of(lines, images_a_step=6) == Curve(seconds=[20.0, 25.0], cider=[0.1, 0.2])
 
 
 def test_time_to_a_score_is_interpolated():

@@ -130,7 +130,8 @@ def two_ranks(embeds_folder, tmp_path_factory):
         shapes_spec(name, stage, 4, 1, 3, "model.freeze_vit=true", f"model.cache_image_embeds={embeds_folder}")
         for name, stage in (("cached", 3), ("found", 0))
     ]
-    return train(tmp_path_factory.mktemp("two_ranks"), 2, [*shared_out, *frozen_or_not, *cached])
+    compiled = [shapes_spec(f"compiled zero{stage}", stage, 4, 1, 3, "run.compile=true") for stage in (0, 1, 3)]
+    return train(tmp_path_factory.mktemp("two_ranks"), 2, [*shared_out, *frozen_or_not, *cached, *compiled])
 
 
 def test_one_computation_however_it_is_shared_out(two_ranks, tmp_path):
@@ -153,6 +154,11 @@ def test_a_frozen_encoder_makes_another_run(two_ranks):
     frozen, learning = (two_ranks[f"{encoder} zero3 recomputed"]["losses"] for encoder in ("frozen", "learning"))
     assert frozen[0] == pytest.approx(learning[0], rel=1e-6)
     assert frozen[-1] != pytest.approx(learning[-1], rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_compiled_layers_make_the_same_run(two_ranks, stage):
+    agrees(two_ranks[f"compiled zero{stage}"], two_ranks["learning zero0 direct"], stage)
 
 
 def test_features_from_disk_make_the_same_run(two_ranks, embeds_folder):
