@@ -17,7 +17,7 @@ generation   beam 3, max_len 20, min_len 5, fp32, against transformers' generate
 loading      640x480 JPEGs to the 384 training transform on one core, against torchvision's
 startup      launch to the first step, through the launcher
 quality      time to the validation CIDEr at which the one-caption recipe ends (only when named)
-compile      torch.compile on the training step (only when named)
+compile      run.compile on the training step (only when named)
 gpu          CUDA only: images/s, share of the matmul rate and peak memory at 384 in bf16, with and without activation
              checkpointing, at the largest batch that fits 16, 24, 40 and 80 GB
 """
