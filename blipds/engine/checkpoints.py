@@ -28,11 +28,15 @@ SLACK = 16 << 20  # bytes beside the tensors: headers, JSON, the file system's o
 
 
 class CheckpointFolder:
-    """`<run directory>/checkpoints`. Keeps the newest `keep_last` checkpoints and the best, and no other."""
+    """`<run directory>/checkpoints`. Keeps the newest `keep_last` checkpoints and the best, and no other.
+
+    And the candidate, whose score is still to come, until `settle`.
+    """
 
     def __init__(self, folder: Path, keep_last: int) -> None:
         self.folder = folder
         self.keep_last = keep_last
+        self.candidate: int | None = None  # step
 
     def save(self, engine: Engine, run: dict[str, Any], shape: dict[str, Any], best: bool) -> str | None:
         """Writes `step_N`, whole or not at all, and moves `latest` (and `best`) to it. Collective.
@@ -40,7 +44,7 @@ class CheckpointFolder:
         It is written under another name, through to the disk, and renamed when its manifest is there. Returns why it
         could not be written (a full disk); what was there before is then as it was.
         """
-        name = f"step_{run['global_step']:08d}"
+        name = name_of(run["global_step"])
         partial = self.folder / f"{name}.partial"
         failure = self.prepare(partial, engine.checkpoint_bytes) if distributed.is_main() else None
         failure = distributed.broadcast(failure)
@@ -111,6 +115,21 @@ class CheckpointFolder:
             return str(error)
         return None
 
+    def settle(self, best: bool) -> str | None:
+        """The candidate's score is there: it becomes the best or one among others. Why it could not. Rank 0 only."""
+        assert self.candidate is not None
+        name, self.candidate = name_of(self.candidate), None
+        if not (self.folder / name).is_dir():
+            return f"there is no checkpoint {name}"
+        try:
+            if best:
+                self.point("best", name)
+                flush_folder(self.folder)
+            self.prune(self.keep_last)
+        except OSError as error:
+            return str(error)
+        return None
+
     def point(self, link: str, name: str) -> None:
         """Replaces a link atomically."""
         partial = self.folder / f"{link}.partial"
@@ -119,11 +138,19 @@ class CheckpointFolder:
         partial.replace(self.folder / link)
 
     def prune(self, keep_last: int) -> None:
-        """Removes all but the newest `keep_last` complete checkpoints and the best; damaged ones count for nothing."""
+        """Removes all but the newest `keep_last` complete checkpoints, the best and the candidate.
+
+        Damaged ones count for nothing.
+        """
         kept = [folder.name for _, folder in by_age(self.folder)[:keep_last]]
+        spared = (*kept, (self.folder / "best").resolve().name, name_of(self.candidate or 0))
         for folder in step_folders(self.folder):
-            if kept and folder.name not in (*kept, (self.folder / "best").resolve().name):
+            if kept and folder.name not in spared:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def name_of(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def step_folders(checkpoints: Path) -> list[Path]:
