@@ -14,6 +14,7 @@ from tqdm import tqdm
 from blipds import distributed
 from blipds.captioner import Captioner
 from blipds.config import Config
+from blipds.data.annotations import read_splits
 from blipds.data.datasets import CaptionDataset, build_dataset, has_split
 from blipds.data.loader import EvalLoader
 from blipds.engine import DTYPES
@@ -173,6 +174,20 @@ def read_references(path: Path) -> References:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"run.annotation_file {path}: not COCO's layout ({type(error).__name__}: {error})") from error
     return References(references, domains)
+
+
+def read_cider_corpus(path: Path) -> Captions:
+    """Captions by image of an annotation file of any layout. No pickle is read: it could run code."""
+    if path.suffix in (".p", ".pkl", ".pickle"):
+        raise UserError(
+            f"--cider-df {path}: pickles are not read, since they can run code; give the annotation file in which the "
+            "frequencies were counted (for coco-val-df.p: COCO's captions_val2014.json)"
+        )
+    records = [record for part in read_splits([path.expanduser()], None, None).values() for record in part.records]
+    corpus = {str(number): list(record.captions) for number, record in enumerate(records) if record.captions}
+    if not corpus:
+        raise UserError(f"--cider-df {path}: no caption in it")
+    return corpus
 
 
 def build_evaluators(config: Config, splits: Sequence[str], captioner: Captioner) -> list[Evaluator]:

@@ -28,7 +28,7 @@ class Scores:
 
     values: Bleu_1..Bleu_4, METEOR, ROUGE_L, CIDEr, SPICE as fractions (CIDEr up to 10), and agg_metrics =
     CIDEr + Bleu_4, by which LAVIS picks the best checkpoint. missing: metric -> why it has no value, in one line.
-    seconds: "tokenization" and each metric -> what it took.
+    seconds: "tokenization" and each metric -> what it took. images: how many were scored.
     """
 
     values: dict[str, float] = field(default_factory=dict)
@@ -36,6 +36,7 @@ class Scores:
     warnings: list[str] = field(default_factory=list)
     per_image_cider: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
+    images: int = 0
 
 
 def score_captions(
@@ -54,7 +55,7 @@ def score_captions(
     Raises UserError where candidates and references are not about the same images.
     """
     _check(candidates, references, metrics)
-    scores = Scores()
+    scores = Scores(images=len(candidates))
     tokenized = {} if tokenized is None else tokenized
     corpus = cider_corpus or {}
     if "CIDEr" in metrics and not corpus and len(candidates) < FEW_IMAGES:
@@ -70,7 +71,8 @@ def score_captions(
         tokens = iter(_tokenize([text for captions in lists for texts in captions for text in texts]))
     except Exception as error:  # whatever it is, the training run must outlive it
         reason = f"PTB tokenization cannot run: {_one_line(error)}"
-        return Scores(missing=dict.fromkeys(metrics, reason), warnings=scores.warnings)
+        scores.missing = dict.fromkeys(metrics, reason)
+        return scores
     tokenized_candidates = {image_id: [next(tokens)] for image_id in candidates}
     tokenized |= {image_id: [next(tokens) for _ in texts] for image_id, texts in new.items()}
     tokenized_references = {image_id: tokenized[image_id] for image_id in references}

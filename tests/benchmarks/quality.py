@@ -44,6 +44,7 @@ def watch(captions_per_image: int | str, epochs: int, ranks: int, data: Path, ru
             stderr=subprocess.STDOUT,
         )
         curve, trained, seen, last = Curve(), 0.0, 0, None
+        trained_at: dict[int, float] = {}
         metrics = run_dir / "metrics.jsonl"
         while process.poll() is None:
             time.sleep(0.1)
@@ -56,11 +57,15 @@ def watch(captions_per_image: int | str, epochs: int, ranks: int, data: Path, ru
                 line = json.loads(text)
                 if line["kind"] == "train":
                     trained += now - last if last is not None else 0.0
+                    trained_at[line["step"]] = trained
+                    last = now
+                elif line["kind"] == "save":  # an evaluation ends with one; its scores come later
+                    last = now
                 else:
-                    curve.seconds.append(trained)
+                    seconds = trained_at[line["step"]]
+                    curve.seconds.append(seconds)
                     curve.cider.append(line["CIDEr"])
-                    print(f"  captions_per_image {captions_per_image}: {trained:.0f} s, CIDEr {line['CIDEr']:.3f}")
-                last = now
+                    print(f"  captions_per_image {captions_per_image}: {seconds:.0f} s, CIDEr {line['CIDEr']:.3f}")
     if process.returncode != 0:
         raise RuntimeError(f"the run failed:\n{log.read_text()[-3000:]}")
     return curve
