@@ -1,6 +1,6 @@
 """Measures this project, and transformers' BLIP with the same weights beside it.
 
-    bash tests/benchmarks/run.sh                                    all but scoring, quality and compile: about 10 minutes
+    bash tests/benchmarks/run.sh                                    all that need no name: about 10 minutes
     bash tests/benchmarks/run.sh training generation --rounds 9     some of them, more carefully
     bash tests/benchmarks/run.sh quality --data ../shared/data      an hour: real runs on the Flickr8k photographs
     bash tests/benchmarks/run.sh gpu --geometry large               on a CUDA device: the largest batch of each card
