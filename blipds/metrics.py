@@ -5,10 +5,14 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import IO
 
 from blipds.errors import UserError, nearest
 
@@ -24,43 +28,65 @@ class Scores:
 
     values: Bleu_1..Bleu_4, METEOR, ROUGE_L, CIDEr, SPICE as fractions (CIDEr up to 10), and agg_metrics =
     CIDEr + Bleu_4, by which LAVIS picks the best checkpoint. missing: metric -> why it has no value, in one line.
+    seconds: "tokenization" and each metric -> what it took. images: how many were scored.
     """
 
     values: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     per_image_cider: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
+    images: int = 0
 
 
 def score_captions(
-    candidates: dict[str, str], references: dict[str, list[str]], metrics: Sequence[str] = METRICS
+    candidates: dict[str, str],
+    references: dict[str, list[str]],
+    metrics: Sequence[str] = METRICS,
+    *,
+    tokenized: Captions | None = None,
+    cider_corpus: Mapping[str, list[str]] | None = None,
 ) -> Scores:
     """Scores one candidate caption an image against the image's references; ids are strings.
 
     The numbers are those of pycocoevalcap. A metric that fails is named in `missing` and harms no other.
+    `tokenized` keeps the references' tokens from one call to the next: what it lacks is added to it. `cider_corpus`:
+    captions by image from which CIDEr takes its document frequencies, in place of those of the references.
     Raises UserError where candidates and references are not about the same images.
     """
     _check(candidates, references, metrics)
-    scores = Scores()
-    if "CIDEr" in metrics and len(candidates) < FEW_IMAGES:
+    scores = Scores(images=len(candidates))
+    tokenized = {} if tokenized is None else tokenized
+    corpus = cider_corpus or {}
+    if "CIDEr" in metrics and not corpus and len(candidates) < FEW_IMAGES:
         always_0 = ", and over one image it is always 0" if len(candidates) == 1 else ""
         scores.warnings.append(
             f"CIDEr means little over fewer than {FEW_IMAGES} images (here {len(candidates)}): "
             f"its word weights come from these references alone{always_0}"
         )
+    new = {image_id: texts for image_id, texts in references.items() if image_id not in tokenized}
+    started = time.perf_counter()
     try:
-        tokens = iter(_tokenize([*candidates.values(), *(text for texts in references.values() for text in texts)]))
+        lists = [[text] for text in candidates.values()], new.values(), corpus.values()
+        tokens = iter(_tokenize([text for captions in lists for texts in captions for text in texts]))
     except Exception as error:  # whatever it is, the training run must outlive it
         reason = f"PTB tokenization cannot run: {_one_line(error)}"
-        return Scores(missing=dict.fromkeys(metrics, reason), warnings=scores.warnings)
+        scores.missing = dict.fromkeys(metrics, reason)
+        return scores
     tokenized_candidates = {image_id: [next(tokens)] for image_id in candidates}
-    tokenized_references = {image_id: [next(tokens) for _ in texts] for image_id, texts in references.items()}
+    tokenized |= {image_id: [next(tokens) for _ in texts] for image_id, texts in new.items()}
+    tokenized_references = {image_id: tokenized[image_id] for image_id in references}
+    tokenized_corpus = {image_id: [next(tokens) for _ in texts] for image_id, texts in corpus.items()}
+    scores.seconds["tokenization"] = time.perf_counter() - started
 
+    scorers = _SCORERS | ({"CIDEr": partial(_cider, corpus=tokenized_corpus)} if tokenized_corpus else {})
     for name in metrics:
+        started = time.perf_counter()
         try:
-            _SCORERS[name](tokenized_candidates, tokenized_references, scores)
+            scorers[name](tokenized_candidates, tokenized_references, scores)
         except Exception as error:
             scores.missing[name] = _one_line(error)
+        scores.seconds[name] = time.perf_counter() - started
     if {"CIDEr", "Bleu_4"} <= scores.values.keys():
         scores.values["agg_metrics"] = scores.values["CIDEr"] + scores.values["Bleu_4"]
     return scores
@@ -118,7 +144,8 @@ def _java() -> str:
 
 
 def _java_command(*arguments: str) -> list[str]:
-    return [_java(), "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *arguments]
+    """With one thread for garbage: the default, one a core, would be in the way of the training beside it."""
+    return [_java(), "-XX:+UseSerialGC", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *arguments]
 
 
 def _beside(module: ModuleType, name: str) -> str:
@@ -165,7 +192,11 @@ def _bleu(candidates: Captions, references: Captions, scores: Scores) -> None:
 
 
 def _meteor(candidates: Captions, references: Captions, scores: Scores) -> None:
-    """METEOR 1.5 as pycocoevalcap calls it; about 5 s to load its paraphrases, then 2 ms an image."""
+    """METEOR 1.5 as pycocoevalcap calls it; about 5 s to load its paraphrases, then 2 ms an image.
+
+    All questions are on their way before the first answer is read: on a busy machine a round trip waits for its turn
+    twice, which costs more than the answer (seen: 300 s for 1,000 images, at 10 s of work).
+    """
     from pycocoevalcap.meteor import meteor
 
     jar = _beside(meteor, meteor.METEOR_JAR)
@@ -176,24 +207,30 @@ def _meteor(candidates: Captions, references: Captions, scores: Scores) -> None:
         subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=complaints, encoding="utf-8") as java,
     ):
         assert java.stdin is not None and java.stdout is not None
-
-        def ask(*parts: str) -> str:
-            assert java.stdin is not None and java.stdout is not None
-            print(*parts, sep=" ||| ", file=java.stdin, flush=True)
-            return java.stdout.readline().strip()
-
+        questions = ((*texts, candidates[image_id][0]) for image_id, texts in references.items())
+        asking = threading.Thread(target=_ask, args=(java.stdin, questions), daemon=True)
         try:
-            statistics = [ask("SCORE", *texts, candidates[image_id][0]) for image_id, texts in references.items()]
-            answer = ask("EVAL", *statistics)
-            for _ in statistics:  # a line for each image, then the score of them all
-                answer = java.stdout.readline().strip()
-            scores.values["METEOR"] = float(answer)
+            asking.start()
+            statistics = [java.stdout.readline().strip() for _ in references]
+            asking.join()
+            print("EVAL", *statistics, sep=" ||| ", file=java.stdin, flush=True)
+            answers = [java.stdout.readline() for _ in (*references, "all")]  # of each image, then of them all
+            scores.values["METEOR"] = float(answers[-1])
         except (OSError, ValueError) as error:
             java.kill()
             java.wait()
+            asking.join()
             complaints.seek(0)
             first = complaints.readline().decode(errors="replace").strip()
             raise RuntimeError(f"METEOR's Java ended early: {first or _one_line(error)}") from error
+
+
+def _ask(java: IO[str], questions: Iterable[tuple[str, ...]]) -> None:
+    """Ends where Java does: who waits for the answers sees that they end."""
+    with contextlib.suppress(OSError):
+        for texts in questions:
+            print("SCORE", *texts, sep=" ||| ", file=java)
+        java.flush()
 
 
 def _rouge_l(candidates: Captions, references: Captions, scores: Scores) -> None:
@@ -202,13 +239,35 @@ def _rouge_l(candidates: Captions, references: Captions, scores: Scores) -> None
     scores.values["ROUGE_L"] = float(Rouge().compute_score(references, candidates)[0])
 
 
-def _cider(candidates: Captions, references: Captions, scores: Scores) -> None:
-    """CIDEr-D with the document frequencies of these references, as all published COCO numbers."""
+def _cider(candidates: Captions, references: Captions, scores: Scores, corpus: Captions | None = None) -> None:
+    """CIDEr-D with the document frequencies of these references, as all published COCO numbers, or of `corpus`."""
     from pycocoevalcap.cider.cider import Cider
 
-    value, per_image = Cider().compute_score(references, candidates)
+    if corpus is None:
+        value, per_image = Cider().compute_score(references, candidates)
+    else:
+        value, per_image = _cider_by_corpus(candidates, references, corpus)
     scores.values["CIDEr"] = float(value)
     scores.per_image_cider = dict(zip(references, map(float, per_image), strict=True))
+
+
+def _cider_by_corpus(candidates: Captions, references: Captions, corpus: Captions) -> tuple[float, Sequence[float]]:
+    """What pycocoevalcap's scorer computes, its frequencies and the number of images behind them replaced."""
+    import numpy as np
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    class CorpusScorer(CiderScorer):
+        ref_len = property(lambda self: np.log(float(len(corpus))), lambda self, value: None)
+
+    source, scorer = CiderScorer(), CorpusScorer()
+    for texts in corpus.values():
+        source.cook_append(None, texts)
+    source.compute_doc_freq()
+    scorer.document_frequency = source.document_frequency
+    for image_id, texts in references.items():
+        scorer.cook_append(candidates[image_id][0], texts)
+    per_image = scorer.compute_cider()
+    return np.mean(np.array(per_image)), per_image
 
 
 def _spice(candidates: Captions, references: Captions, scores: Scores) -> None:

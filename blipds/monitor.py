@@ -30,12 +30,19 @@ class NullMonitor:
         """Logs a training step: `values` under `train/` in TensorBoard, and a line of kind "train"."""
 
     def evaluation(
-        self, split: str, epoch: int | None, step: int, values: Values, missing: Mapping[str, str], note: str = ""
+        self,
+        split: str,
+        epoch: int | None,
+        step: int,
+        values: Values,
+        missing: Mapping[str, str],
+        note: str = "",
+        seconds: Mapping[str, float] | None = None,
     ) -> None:
         """Logs an evaluation: `values` under `{split}/`, a line of kind "eval", and a line for the terminal.
 
         `epoch` is None outside of training. `missing` says why a metric has no value; `note` which weights and
-        precision were used.
+        precision were used; `seconds` what "generation", "tokenization" and each metric took.
         """
 
     def checkpoint(self, step: int, seconds: float) -> None:
@@ -65,17 +72,18 @@ class Monitor(NullMonitor):
     """Rank 0's monitor, writing below `run_dir`.
 
     With `resume_step` (the last step the checkpoint holds) what the run before wrote beyond it is dropped, from
-    `metrics.jsonl` and from TensorBoard's curves: those steps are about to be taken again.
+    `metrics.jsonl` and from TensorBoard's curves: those steps are about to be taken again. `awaited_step`: the scores
+    of that step, if there, are about to come again too.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
+    def __init__(self, run_dir: Path, resume_step: int | None = None, awaited_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         metrics = run_dir / "metrics.jsonl"
         if resume_step is not None and metrics.exists():
-            _drop_lines_after(metrics, resume_step)
+            _drop_lines(metrics, resume_step, awaited_step)
         self._lines = metrics.open("a", encoding="utf-8", buffering=1)  # flushed at the end of every line
         purge_step = None if resume_step is None else resume_step + 1
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=30)
@@ -110,10 +118,18 @@ class Monitor(NullMonitor):
         self._log("train", {"kind": "train", "step": step, "epoch": epoch}, values)
 
     def evaluation(
-        self, split: str, epoch: int | None, step: int, values: Values, missing: Mapping[str, str], note: str = ""
+        self,
+        split: str,
+        epoch: int | None,
+        step: int,
+        values: Values,
+        missing: Mapping[str, str],
+        note: str = "",
+        seconds: Mapping[str, float] | None = None,
     ) -> None:
         head = {"kind": "eval", "split": split, "epoch": epoch, "step": step}
-        self._log(split, head, values, {"missing": dict(missing), "note": note})
+        costs = {name: round(value, 2) for name, value in (seconds or {}).items()}
+        self._log(split, head, values, {"missing": dict(missing), "note": note, "seconds": costs})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
         when = "" if epoch is None else f" at step {step} (epoch {epoch + 1})"
         self.say(f"{split}{when}: {shown or 'captions only, no references'}{f'  [{note}]' if note else ''}")
@@ -174,15 +190,16 @@ def _plain(value: Any) -> float | int | None:
     return value if value is None or isinstance(value, int) else float(value)
 
 
-def _drop_lines_after(metrics: Path, step: int) -> None:
-    """Keeps the lines up to `step`; a line that a crash tore is dropped too."""
+def _drop_lines(metrics: Path, after: int, awaited: int | None) -> None:
+    """Those after a step, those of an evaluation that is scored again, and one that a crash tore."""
     kept = []
     for line in metrics.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            entry = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if entry["step"] <= after and not (entry["kind"] == "eval" and entry["step"] == awaited):
+            kept.append(line + "\n")
     partial = metrics.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(metrics)

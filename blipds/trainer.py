@@ -15,8 +15,10 @@ from blipds.engine import Engine
 from blipds.engine.checkpoints import CheckpointFolder, shape_of
 from blipds.errors import UserError
 from blipds.evaluator import Evaluator
+from blipds.metrics import METRICS, Scores
 from blipds.monitor import NullMonitor
 from blipds.schedules import Schedule
+from blipds.scoring import Scoring, ScoringTask
 from blipds.signals import STOPPING, StallWatch, Stopped, StopSignals
 
 
@@ -27,6 +29,7 @@ class RunState:
     global_step: int = 0
     best_metric: float | None = None
     best_step: int | None = None
+    awaited_step: int | None = None  # evaluated, and the scores are still to come
     bad_steps: int = 0  # skipped, because a loss or a gradient was not finite
 
 
@@ -74,10 +77,11 @@ class Plan:
 
 
 class Wishes:
-    """What ranks wished for before a step, known to all of them after it: a checkpoint, or an end by a signal."""
+    """What ranks knew before a step, and all know after it: a checkpoint is due, scores are there, a signal came."""
 
-    def __init__(self, save: float, written: float, *stop: float) -> None:
+    def __init__(self, save: float, scored: float, written: float, *stop: float) -> None:
         self.save = save > 0
+        self.scored = scored > 0
         self.written = written == distributed.world_size()  # the files of a checkpoint, by all of them
         self.signal = next((number.name for number, count in zip(STOPPING, stop, strict=True) if count), "")
         self.stop = self.signal != ""
@@ -139,11 +143,14 @@ class Trainer:
         self.save_cost = 0.0  # seconds that the newest checkpoint took from the run
         self.bad_in_a_row = 0
         self.bad_images: list[str] = []  # of this rank, since the start
+        self.scoring: Scoring | None = None  # of state.awaited_step; rank 0 only, as are its tasks
+        self.scoring_tasks: dict[str, ScoringTask] = {}
+        self.generation_seconds: dict[str, float] = {}  # of state.awaited_step, by split
         self.totals = Totals(engine.device)
         self.shown: dict[str, str] = {}  # behind the progress bar, renewed at log steps
 
     def train(self) -> None:
-        """Trains from where `state` stands to the end of the plan. Collective.
+        """Trains from where `state` stands to the end of the plan, and to the last scores. Collective.
 
         Raises Stopped when any rank was told to stop, after a step and a checkpoint.
         """
@@ -159,6 +166,8 @@ class Trainer:
         self.engine.train()
         windows = self.windows()
         self.open_epoch()
+        if state.awaited_step is not None:  # of a run that ended before its scores came
+            self.start_scoring(state.awaited_step)
         while state.global_step < plan.total_steps:
             watch.moved()
             asked = time.perf_counter()
@@ -177,15 +186,22 @@ class Trainer:
             self.monitor.advance((step - 1) % plan.epoch_steps + 1, self.shown)
             if wishes.written:
                 self.finish_save()
-            improved = self.validate() if plan.validates(step) else False
-            if improved or plan.saves(step) or wishes.save or wishes.stop:
-                self.save(best=improved or not self.evaluators)
+            if wishes.scored:
+                self.take_scores()
+            candidate = self.validate() if plan.validates(step) else False
+            if candidate or plan.saves(step) or wishes.save or wishes.stop:
+                self.save(best=not self.evaluators)
             if wishes.stop or step == plan.total_steps:
                 self.finish_save()
             if wishes.stop and step < plan.total_steps:
-                raise Stopped(f"stopped by {wishes.signal} after step {step}; go on with --resume {self.run_dir}")
+                raise self.stopped(wishes)
             if plan.epoch_ends(step) and step < plan.total_steps:
                 self.open_epoch()
+        self.wait_for_scores(may_stop=True)
+
+    def stopped(self, wishes: "Wishes") -> Stopped:
+        step = self.state.global_step
+        return Stopped(f"stopped by {wishes.signal} after step {step}; go on with --resume {self.run_dir}")
 
     def windows(self) -> Iterator[list[Batch]]:
         """Accumulation windows without end, pass after pass over the data, from where the run stands."""
@@ -231,10 +247,10 @@ class Trainer:
     def own_wishes(self) -> torch.Tensor:
         """What this rank would have all ranks do after this step; summed, the fields of Wishes."""
         due = distributed.is_main() and time.monotonic() - self.saved > self.save_seconds
+        scored = self.scoring is not None and self.scoring.done()
         stop = self.stop.received
-        return torch.tensor(
-            [due, self.checkpoints.written, *(stop == number.name for number in STOPPING)], dtype=torch.float64
-        )
+        known = (due, scored, self.checkpoints.written, *(stop == number.name for number in STOPPING))
+        return torch.tensor(known, dtype=torch.float64)
 
     def skip(self, window: list[Batch], learning_rate: float, loss: float) -> None:
         """Notes a step that was skipped, and its images; ends the run when there are too many in a row. Collective.
@@ -335,36 +351,92 @@ class Trainer:
             )
 
     def validate(self) -> bool:
-        """Evaluates the validation splits; returns whether CIDEr + BLEU-4 is the best so far. Collective."""
+        """Captions the validation splits and has them scored beside the next steps; whether they are. Collective."""
         step = self.state.global_step
-        epoch = self.plan.epoch_of(step)
-        metrics: list[float] = []
         started = time.perf_counter()
+        generation_seconds = {}
         for evaluator in self.evaluators:
-            name = f"{evaluator.split}_epoch{epoch}" if self.plan.epoch_ends(step) else f"{evaluator.split}_step{step}"
-            results = self.run_dir / "results" / f"{name}.json"
             with self.engine.evaluating(self.gather_for_evaluation) as model:
+                device, dtype, results = self.engine.device, self.engine.dtype, self.results(evaluator, step)
                 lockstep = self.engine.stage == 3 and not self.gather_for_evaluation
-                evaluation = evaluator.evaluate(model, self.engine.device, self.engine.dtype, results, lockstep)  # type: ignore[arg-type]
-            scores = evaluation.scores
-            note = f"training weights, {self.engine.precision}"
-            self.monitor.evaluation(evaluator.split, epoch, step, scores.values, scores.missing, note)
-            for warning in scores.warnings:
-                self.monitor.say(f"  {warning}")
-            if evaluation.errors:
-                self.report_bad_images(evaluation.errors)
+                captioned = evaluator.caption(model, device, dtype, results, lockstep)  # type: ignore[arg-type]
+            if captioned.errors:
+                self.report_bad_images(captioned.errors)
             if distributed.is_main():
-                self.monitor.captions(evaluator.split, step, **evaluator.contact_sheet(evaluation.captions))
-            if "agg_metrics" in scores.values:
-                metrics.append(scores.values["agg_metrics"])
+                self.monitor.captions(evaluator.split, step, **evaluator.contact_sheet(captioned.captions))
+            generation_seconds[evaluator.split] = captioned.seconds
+            if evaluator.references is None:
+                self.log_evaluation(evaluator.split, step, Scores(), captioned.seconds)
+        scored = any(evaluator.references is not None for evaluator in self.evaluators)
+        if scored:
+            self.wait_for_scores(may_stop=False)  # of the validation before, where it scores slower than it trains
+            self.generation_seconds = generation_seconds
+            self.start_scoring(step)
         self.off_the_clock(started)
-        if not metrics:
-            return False
-        metric = sum(metrics) / len(metrics)
-        if self.state.best_metric is not None and metric <= self.state.best_metric:
-            return False
-        self.state.best_metric, self.state.best_step = metric, self.state.global_step
-        return True
+        return scored
+
+    def results(self, evaluator: Evaluator, step: int) -> Path:
+        """The file of an evaluation's captions: what is scored, after a resume too."""
+        when = f"epoch{self.plan.epoch_of(step)}" if self.plan.epoch_ends(step) else f"step{step}"
+        return self.run_dir / "results" / f"{evaluator.split}_{when}.json"
+
+    def start_scoring(self, step: int) -> None:
+        """Has the captions of a step scored by a process beside this one. `take_scores` ends it."""
+        self.state.awaited_step = self.checkpoints.candidate = step
+        if not distributed.is_main():
+            return
+        self.scoring_tasks = {}
+        for evaluator in self.evaluators:
+            path = self.results(evaluator, step)
+            try:
+                self.scoring_tasks |= evaluator.scoring_tasks(path, METRICS)
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                self.monitor.say(f"the captions of step {step} cannot be scored, {path}: {error}")
+        self.scoring = Scoring(list(self.scoring_tasks.values()))
+
+    def wait_for_scores(self, may_stop: bool) -> None:
+        """Waits for the scores that are still to come, if any. Collective, and no single call of it waits long.
+
+        Raises Stopped when a rank is told to stop meanwhile and `may_stop`: the captions are scored after the resume.
+        """
+        while self.state.awaited_step is not None:
+            wishes = Wishes(*distributed.sum_over_ranks(self.own_wishes().to(self.engine.device)).tolist())
+            if wishes.scored:
+                self.take_scores()
+            elif wishes.stop and may_stop:
+                raise self.stopped(wishes)
+            else:
+                time.sleep(0.1)
+
+    def take_scores(self) -> None:
+        """Logs the scores that have come. With the highest CIDEr + BLEU-4 the checkpoint is the best. Collective."""
+        self.finish_save()  # the candidate may still be being written
+        state, step = self.state, self.state.awaited_step
+        assert step is not None
+        found: dict[str, Scores] = {}
+        if self.scoring is not None:
+            found = dict(zip(self.scoring_tasks, self.scoring.scores(), strict=True))
+        found = distributed.broadcast(found)
+        for name, scores in found.items():
+            self.log_evaluation(name, step, scores, self.generation_seconds.get(name))
+        splits = [found.get(evaluator.split, Scores()) for evaluator in self.evaluators]
+        metrics = [scores.values["agg_metrics"] for scores in splits if "agg_metrics" in scores.values]
+        metric = sum(metrics) / len(metrics) if metrics else -math.inf
+        better = metric > (-math.inf if state.best_metric is None else state.best_metric)
+        failure = distributed.broadcast(self.checkpoints.settle(better) if distributed.is_main() else None)
+        if better and failure is None:
+            state.best_metric, state.best_step = metric, step
+        elif better:
+            self.monitor.say(f"step {step} is the best so far, but {failure}")
+        state.awaited_step = self.checkpoints.candidate = self.scoring = None
+
+    def log_evaluation(self, split: str, step: int, scores: Scores, generation: float | None) -> None:
+        seconds = scores.seconds if generation is None else {"generation": generation, **scores.seconds}
+        note = f"training weights, {self.engine.precision}"
+        epoch = self.plan.epoch_of(step)
+        self.monitor.evaluation(split, epoch, step, scores.values, scores.missing, note, seconds)
+        for warning in scores.warnings:
+            self.monitor.say(f"  {warning}")
 
     def save(self, best: bool) -> None:
         """Saves where the run stands, or begins to (run.async_save). Collective."""

@@ -5,8 +5,13 @@
     deepspeed launch/evaluate.py --cfg-path ... --checkpoint model.pth --split test --precision bf16
 
 The checkpoint is a run directory (its best), one of a run's checkpoints, a BLIP or LAVIS .pth, or a transformers
-folder; without one, model.finetuned or model.pretrained of the run config. Ranks share the images;
-captions and metrics go to a new run directory below run.output_dir.
+folder; without one, model.finetuned or model.pretrained of the run config. Ranks share the images; captions and metrics
+go to a new run directory below run.output_dir. At the end there is a table, with what was published for the checkpoint
+where it is a released one.
+
+nocaps: results/val.json is the file to submit to its server, as it is. Where you have references for val,
+    --options run.annotation_file=nocaps_val_4500_captions.json
+scores all images and, each like a set of its own, those in-domain, near-domain and out-domain.
 """
 
 import argparse
@@ -18,8 +23,10 @@ from blipds import building, cli, distributed
 from blipds.config import Config
 from blipds.ds_config import load_ds_config, precision
 from blipds.engine import DTYPES
-from blipds.evaluator import evaluate_checkpoint
+from blipds.evaluator import Evaluation, evaluate_checkpoint, read_cider_corpus
+from blipds.metrics import METRICS
 from blipds.monitor import Monitor, NullMonitor
+from blipds.published import published, table
 from blipds.weights import find_checkpoint, initial_weights
 
 
@@ -29,6 +36,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", metavar="PATH", help="what to evaluate: a path, a URL or a hub name")
     parser.add_argument(
         "--split", nargs="+", metavar="NAME", help="splits to caption (default: run.test_splits, else run.valid_splits)"
+    )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        default=METRICS,
+        choices=(*METRICS, "SPICE"),
+        metavar="NAME",
+        help=f"which to compute: {' '.join(METRICS)} (the default), and SPICE, for which launch/prepare_data.py spice "
+        "fetches the models",
+    )
+    parser.add_argument(
+        "--cider-df",
+        type=Path,
+        metavar="FILE",
+        help="take CIDEr's document frequencies from the captions of this annotation file (any layout that "
+        "custom_caption reads), not from the references of the set that is evaluated; for small sets. COCO's "
+        "captions_val2014.json is what coco-val-df.p was counted in",
     )
     parser.add_argument("--precision", choices=list(DTYPES), help="of weights and arithmetic (default: fp32)")
     parser.add_argument(
@@ -44,14 +68,37 @@ def main() -> None:
         if distributed.is_main():
             print(cli.as_yaml(config), end="")
         return
+    corpus = read_cider_corpus(args.cider_df) if args.cider_df else None
     device = distributed.initialise()
     checkpoint = find_checkpoint(args.checkpoint, "best") if args.checkpoint else initial_weights(config.model)
     splits = args.split or config.run.test_splits or config.run.valid_splits
     run_dir = cli.open_run_dir(config)
     monitor = Monitor(run_dir) if distributed.is_main() else NullMonitor()
-    evaluate_checkpoint(config, checkpoint, splits, device, chosen_precision(args, config, device), run_dir, monitor)
+    precision = chosen_precision(args, config, device)
+    options = {"metrics": args.metrics, "cider_corpus": corpus}
+    evaluations = evaluate_checkpoint(config, checkpoint, splits, device, precision, run_dir, monitor, **options)
+    for line in summary(evaluations, checkpoint):
+        monitor.say(line)
     monitor.say(f"captions   {run_dir / 'results'}")
     monitor.close()
+
+
+def summary(evaluations: list[Evaluation], checkpoint: str | None) -> list[str]:
+    """The table of all splits (and domains), a released checkpoint's published scores below its own."""
+    rows, remarks = [], []
+    for evaluation in evaluations:
+        dataset = evaluation.evaluator.dataset.name
+        for name, scores in evaluation.scores.items():
+            if not scores.values:
+                continue
+            rows.append((name, scores.images, {metric: 100 * value for metric, value in scores.values.items()}))
+            theirs = published(checkpoint, dataset, name.removeprefix(f"{dataset}_"))
+            if theirs is not None and theirs.images == scores.images:
+                rows.append(("  published", theirs.images, theirs.values))
+                remarks.append(f"published: {theirs.source}")
+            elif theirs is not None:
+                remarks.append(f"{name}: the published scores are over {theirs.images:,} images, so not shown")
+    return [*(table(rows) if rows else []), *dict.fromkeys(remarks)]
 
 
 def chosen_precision(args: argparse.Namespace, config: Config, device: torch.device) -> str:

@@ -22,6 +22,7 @@ from blipds.engine.checkpoints import read_state, resume_point
 from blipds.errors import UserError
 from blipds.evaluator import evaluate_checkpoint
 from blipds.monitor import Monitor, NullMonitor
+from blipds.trainer import RunState
 from blipds.weights import find_checkpoint, initial_weights
 
 DEFAULT_DS_CONFIG = Path(__file__).parent.parent / "ds_configs" / "zero2.json"
@@ -68,7 +69,8 @@ def main() -> None:
 
     monitor = NullMonitor()
     if distributed.is_main():
-        monitor = Monitor(run_dir, resume_step=read_state(resumed)["run"]["global_step"] if resumed else 0)
+        state = RunState(**read_state(resumed)["run"]) if resumed else RunState()
+        monitor = Monitor(run_dir, state.global_step, state.awaited_step)
         (run_dir / "config.yaml").write_text(cli.as_yaml(config))
         (run_dir / "ds_config.json").write_text(cli.as_json(ds_config))
     try:

@@ -206,6 +206,27 @@ def test_held_out_reference():
         score_held_out_reference({"a": ["one"]})
 
 
+def test_cider_by_the_frequencies_of_a_corpus():
+    """Two images, so log 2 for a word of one of them or of none, and 0 for a word of both. Single words and pairs only.
+
+    a: equal to its reference, (1 + 1 + 0 + 0) / 4 x 10. b: "dog" is shared, one word of two on the other side counts,
+    "the", which the corpus does not have: (1 / sqrt 2 + 0 + 0 + 0) / 4 x 10.
+    """
+    corpus = {"x": ["a dog"], "y": ["a cat", "a cat"]}
+    scores = score_captions(
+        {"a": "a dog", "b": "a dog"}, {"a": ["a dog"], "b": ["the dog"]}, ("CIDEr",), cider_corpus=corpus
+    )
+    assert scores.per_image_cider == pytest.approx({"a": 5.0, "b": 2.5 / 2**0.5})
+    assert scores.values["CIDEr"] == pytest.approx((5.0 + 2.5 / 2**0.5) / 2)
+    assert scores.warnings == []  # two images are enough, where the frequencies come from elsewhere
+
+
+def test_cider_by_the_frequencies_of_its_own_references_is_the_usual_one():
+    usual = score_captions(CANDIDATES, REFERENCES, ("CIDEr",))
+    again = score_captions(CANDIDATES, REFERENCES, ("CIDEr",), cider_corpus=REFERENCES)
+    assert again.per_image_cider == usual.per_image_cider and again.values == usual.values
+
+
 def test_importing_is_light():
     code = "import sys, blipds.metrics; assert not {'pycocoevalcap', 'numpy', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -59,10 +59,13 @@ def test_tensors_and_numpy_numbers(monitor, tmp_path):
 
 
 def test_evaluation(monitor, tmp_path, capsys):
-    monitor.evaluation("val", 0, 20, {"CIDEr": 0.25, "Bleu_4": 0.5}, {"METEOR": "no Java"}, "best, fp32")
+    metrics, seconds = {"CIDEr": 0.25, "Bleu_4": 0.5}, {"generation": 1.234, "CIDEr": 0.5}
+    monitor.evaluation("val", 0, 20, metrics, {"METEOR": "no Java"}, "best, fp32", seconds)
     head = {"kind": "eval", "split": "val", "epoch": 0, "step": 20}
     assert lines(tmp_path) == [
-        head | {"CIDEr": 0.25, "Bleu_4": 0.5, "missing": {"METEOR": "no Java"}, "note": "best, fp32"}
+        head
+        | {"CIDEr": 0.25, "Bleu_4": 0.5, "missing": {"METEOR": "no Java"}, "note": "best, fp32"}
+        | {"seconds": {"generation": 1.23, "CIDEr": 0.5}}
     ]
     assert capsys.readouterr().out.splitlines() == [
         "val at step 20 (epoch 1): CIDEr 0.25  Bleu_4 0.5  [best, fp32]",
@@ -96,6 +99,21 @@ def test_resume_drops_what_is_taken_again(tmp_path):
     curves = board(tmp_path)
     assert [(e.step, e.value) for e in curves.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 3), (4, 40)]
     assert [e.step for e in curves.Scalars("val/CIDEr")] == [3]
+
+
+def test_resume_drops_scores_that_come_again(tmp_path):
+    """The scores of step 2 came after the checkpoint of step 3 was written, which awaits them still."""
+    before = Monitor(tmp_path)
+    for step in (1, 2, 3):
+        before.train(step, 0, {"loss": float(step)})
+    before.evaluation("val", 0, 1, {"CIDEr": 0.1}, {})
+    before.evaluation("val", 0, 2, {"CIDEr": 0.2}, {})
+    before.close()
+    Monitor(tmp_path, resume_step=3, awaited_step=2).close()
+    assert [(line["kind"], line["step"]) for line in lines(tmp_path)] == [
+        *(("train", step) for step in (1, 2, 3)),
+        ("eval", 1),
+    ]
 
 
 def test_checkpoint(monitor, tmp_path):

@@ -49,8 +49,8 @@ class Begun:
 class CheckpointFolder:
     """`<run directory>/checkpoints`. Keeps the newest `keep_last` checkpoints and the best, and no other.
 
-    A checkpoint is begun and finished. In between, with `background`, training may go on while a thread writes; it
-    costs a copy of what is saved in the host's memory.
+    And the candidate, whose score is still to come, until `settle`. A checkpoint is begun and finished: in between,
+    with `background`, training may go on while a thread writes; it costs a copy in the host's memory.
     """
 
     def __init__(self, folder: Path, keep_last: int, background: bool = False) -> None:
@@ -58,6 +58,7 @@ class CheckpointFolder:
         self.keep_last = keep_last
         self.background = background
         self.begun: Begun | None = None
+        self.candidate: int | None = None  # step
 
     def begin(self, engine: Engine, run: dict[str, Any], shape: dict[str, Any], best: bool) -> str | None:
         """Begins `step_N`, under another name. Collective.
@@ -66,7 +67,7 @@ class CheckpointFolder:
         must be finished.
         """
         assert self.begun is None
-        name = f"step_{run['global_step']:08d}"
+        name = name_of(run["global_step"])
         partial = self.folder / f"{name}.partial"
         failure = self.prepare(partial, engine.checkpoint_bytes) if distributed.is_main() else None
         failure = distributed.broadcast(failure)
@@ -155,6 +156,21 @@ class CheckpointFolder:
             return str(error)
         return None
 
+    def settle(self, best: bool) -> str | None:
+        """The candidate's score is there: it becomes the best or one among others. Why it could not. Rank 0 only."""
+        assert self.candidate is not None
+        name, self.candidate = name_of(self.candidate), None
+        if not (self.folder / name).is_dir():
+            return f"there is no checkpoint {name}"
+        try:
+            if best:
+                self.point("best", name)
+                flush_folder(self.folder)
+            self.prune(self.keep_last)
+        except OSError as error:
+            return str(error)
+        return None
+
     def point(self, link: str, name: str) -> None:
         """Replaces a link atomically."""
         partial = self.folder / f"{link}.partial"
@@ -163,10 +179,14 @@ class CheckpointFolder:
         partial.replace(self.folder / link)
 
     def prune(self, keep_last: int) -> None:
-        """Removes all but the newest `keep_last` complete checkpoints and the best; damaged ones count for nothing."""
+        """Removes all but the newest `keep_last` complete checkpoints, the best and the candidate.
+
+        Damaged ones count for nothing.
+        """
         kept = [folder.name for _, folder in by_age(self.folder)[:keep_last]]
+        spared = (*kept, (self.folder / "best").resolve().name, name_of(self.candidate or 0))
         for folder in step_folders(self.folder):
-            if kept and folder.name not in (*kept, (self.folder / "best").resolve().name):
+            if kept and folder.name not in spared:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -176,6 +196,10 @@ def fulfil(files: Future[list[FileRecord]], writers: list[Callable[[], FileRecor
         files.set_result([write() for write in writers])
     except BaseException as error:
         files.set_exception(error)
+
+
+def name_of(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def step_folders(checkpoints: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """Measures this project, and transformers' BLIP with the same weights beside it.
 
-    bash tests/benchmarks/run.sh                                    all but quality and compile: about 10 minutes
+    bash tests/benchmarks/run.sh                                    all that need no name: about 10 minutes
     bash tests/benchmarks/run.sh training generation --rounds 9     some of them, more carefully
     bash tests/benchmarks/run.sh quality --start model.vit_pretrained=true ...
                                                                     half an hour: real runs on the Flickr8k photographs
@@ -15,6 +15,7 @@ training     steps of 1 and of --captions captions an image, fp32 and bf16, agai
 memory       activations of a step: captions that share an image against separate pairs
 generation   beam 3, max_len 20, min_len 5, fp32, against transformers' generate
 loading      640x480 JPEGs to the 384 training transform on one core, against torchvision's
+scoring      an evaluation's tokenization and metrics, 1,000 captions, against pycocoevalcap's (only when named)
 startup      launch to the first step, through the launcher
 quality      time to the validation CIDEr at which the one-caption recipe ends (only when named)
 compile      run.compile on the training step (only when named)
@@ -40,6 +41,7 @@ from benchmarks.loading import loading
 from benchmarks.measuring import Row, machine
 from benchmarks.pair import GEOMETRIES, Size
 from benchmarks.quality import quality
+from benchmarks.scoring import scoring
 from benchmarks.startup import startup
 from benchmarks.training import activation_memory, compiled, training
 
@@ -48,7 +50,7 @@ UNASKED = ("training", "memory", "generation", "loading", "startup")
 
 
 def parse_arguments() -> argparse.Namespace:
-    names = [*UNASKED, "quality", "compile", "gpu"]
+    names = [*UNASKED, "scoring", "quality", "compile", "gpu"]
     parser = argparse.ArgumentParser(
         prog="run.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -77,7 +79,8 @@ def parse_arguments() -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="quality: what run_configs/caption_flickr8k_small.yaml starts from (default: timm's weights, of the hub)",
     )
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="quality: holds flickr8k/")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="quality, scoring: holds flickr8k/")
+    parser.add_argument("--results", type=Path, help="scoring: a run's results/val_epoch<N>.json on flickr8k")
     parser.add_argument(
         "--output", type=Path, default=Path("output/benchmarks"), help="folder of the JSON and the plot"
     )
@@ -99,6 +102,7 @@ def chosen(args: argparse.Namespace, device: torch.device) -> dict[str, Callable
         "generation": lambda: generation(*shape, args.rounds, device),
         "loading": lambda: loading(args.rounds),
         "startup": lambda: startup(args.ranks, min(args.rounds, 3)),
+        "scoring": lambda: scoring(min(args.rounds, 3), args.data.resolve(), args.results),
         "quality": lambda: quality(args.ranks, args.data.resolve(), args.steps, args.start),
         "compile": lambda: compiled(*shape, args.rounds, device),
         "gpu": lambda: training_on_cards(args.geometry, args.captions, args.rounds, device),

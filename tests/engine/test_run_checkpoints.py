@@ -45,7 +45,10 @@ class StubEngine:
 
 
 def save(run_dir, step, best=False, keep_last=9, rows=100, background=False):
-    folder = CheckpointFolder(run_dir / "checkpoints", keep_last, background)
+    return save_in(CheckpointFolder(run_dir / "checkpoints", keep_last, background), step, best, rows)
+
+
+def save_in(folder, step, best=False, rows=100):
     return folder.begin(StubEngine(step, rows), {"global_step": step}, {"global_batch": 8}, best) or folder.finish()
 
 
@@ -188,6 +191,27 @@ def test_keeps_the_newest_and_the_best(tmp_path):
         assert save(tmp_path, step, best=step == 2, keep_last=2) is None
     assert names(tmp_path) == ["best", "latest", "step_00000002", "step_00000005", "step_00000006"]
     assert (tmp_path / "checkpoints" / "best").resolve().name == "step_00000002"
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_a_candidate_is_kept_until_its_score_is_there(tmp_path, better):
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep_last=1)
+    for step in range(1, 6):
+        if step == 2:
+            folder.candidate = 2
+        assert save_in(folder, step, best=step == 1) is None
+    assert names(tmp_path) == ["best", "latest", "step_00000001", "step_00000002", "step_00000005"]
+    assert folder.settle(best=better) is None
+    kept = "step_00000002" if better else "step_00000001"
+    assert names(tmp_path) == ["best", "latest", kept, "step_00000005"]
+    assert (tmp_path / "checkpoints" / "best").resolve().name == kept
+
+
+def test_a_candidate_that_was_never_written_is_not_the_best(run):
+    folder = CheckpointFolder(run / "checkpoints", keep_last=9)
+    folder.candidate = 8
+    assert folder.settle(best=True) == "there is no checkpoint step_00000008"
+    assert names(run) == ["latest", "step_00000002", "step_00000004", "step_00000006"]
 
 
 def test_going_on_from_an_earlier_one_leaves_the_others_behind(run):
