@@ -22,6 +22,7 @@ from blipds.models import BlipCaption, build_model
 from blipds.models.initialisation import initialise
 from blipds.models.parameters import copy_into
 from blipds.monitor import NullMonitor
+from blipds.report import write_cider
 from blipds.weights import load_weights
 
 SHOWN_IMAGES = 8  # on the contact sheet of each evaluation
@@ -91,6 +92,8 @@ class Evaluator:
                 scores = self.score(captions)
             except UserError as error:  # raised on every rank below: the others wait for the scores
                 scores = error
+            if results is not None and isinstance(scores, Scores) and scores.per_image_cider:
+                write_cider(results, scores.per_image_cider)
         scores = distributed.broadcast(scores)
         if isinstance(scores, UserError):
             raise scores

@@ -16,6 +16,7 @@ from blipds.engine.checkpoints import CheckpointFolder, shape_of
 from blipds.errors import UserError
 from blipds.evaluator import Evaluator
 from blipds.monitor import NullMonitor
+from blipds.report import write_report
 from blipds.schedules import Schedule
 from blipds.signals import STOPPING, StallWatch, Stopped, StopSignals
 
@@ -343,6 +344,8 @@ class Trainer:
                 self.monitor.captions(evaluator.split, step, **evaluator.contact_sheet(evaluation.captions))
             if "agg_metrics" in scores.values:
                 metrics.append(scores.values["agg_metrics"])
+        if distributed.is_main():
+            write_report(self.run_dir, self.evaluators, self.monitor.say)
         self.totals.started += time.perf_counter() - started
         if not metrics:
             return False

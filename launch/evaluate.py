@@ -21,6 +21,7 @@ from blipds.engine import DTYPES
 from blipds.engine.checkpoints import find_checkpoint
 from blipds.evaluator import evaluate_checkpoint
 from blipds.monitor import Monitor, NullMonitor
+from blipds.report import machine_facts
 from blipds.weights import initial_weights
 
 
@@ -50,8 +51,13 @@ def main() -> None:
     splits = args.split or config.run.test_splits or config.run.valid_splits
     run_dir = cli.open_run_dir(config)
     monitor = Monitor(run_dir) if distributed.is_main() else NullMonitor()
+    if distributed.is_main():
+        cli.keep_config(config, run_dir)
+        monitor.start(0, machine_facts(device))
     evaluate_checkpoint(config, checkpoint, splits, device, chosen_precision(args, config, device), run_dir, monitor)
     monitor.say(f"captions   {run_dir / 'results'}")
+    if distributed.is_main():
+        building.rewrite_report(config, run_dir, monitor.say)
     monitor.close()
 
 
