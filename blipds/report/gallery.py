@@ -121,7 +121,7 @@ def data_uri(kind: str, content: bytes) -> str:
 
 # --- heat maps
 
-OVERLAY = 96  # longest side in pixels; the browser enlarges it
+OVERLAY = 64  # longest side in pixels; the browser enlarges it
 # From dark to bright, as opaque as they should be on a photograph: (red, green, blue, alpha) at equal distances.
 COLOURS = ((20, 11, 52, 150), (90, 20, 110, 140), (187, 55, 84, 135), (249, 142, 9, 130), (252, 255, 164, 125))
 

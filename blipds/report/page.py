@@ -249,7 +249,11 @@ def gallery_of(
     of = "the best evaluation so far" if line.get("agg_metrics") is not None else "the newest evaluation"
     head = f"{when(line)}, {of}" if line["epoch"] is not None else weights_of(line) or of
     return Gallery(
-        evaluated.split, head, choice(chosen, len(evaluation.captions)), drawn, scored=evaluation.cider is not None
+        evaluated.split,
+        head[0].upper() + head[1:],
+        choice(chosen, len(evaluation.captions)),
+        drawn,
+        scored=evaluation.cider is not None,
     )
 
 
