@@ -48,7 +48,7 @@ from blipds.models.lr_scales import lr_scales
 from blipds.models.parameters import whole_shape
 from blipds.monitor import NullMonitor
 from blipds.registry import SCHEDULES
-from blipds.report import REPORT, machine_facts, write_report
+from blipds.report import REPORT, Shown, machine_facts, write_report
 from blipds.report.run_files import of_kind, read_lines
 from blipds.schedules import Schedule
 from blipds.trainer import Plan, RunState, Trainer
@@ -357,12 +357,12 @@ def evaluators_of_run(config: Config, run_dir: Path) -> list[Evaluator]:
 
 def rewrite_report(config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
     """`report.html` about all that a run has evaluated; rank 0 only. Without captions where the data are gone."""
-    evaluated: list[Evaluator] = []
+    splits: list[Shown] = []
     try:
-        evaluated = evaluators_of_run(config, run_dir)
+        splits = [evaluator.shown() for evaluator in evaluators_of_run(config, run_dir)]
     except Exception as error:  # the run is worth more than its report
         say(f"{run_dir / REPORT} shows no captions: {error}")
-    write_report(run_dir, evaluated, say)
+    write_report(run_dir, splits, say)
 
 
 def data_notices(loader: TrainLoader, evaluators: list[Evaluator]) -> list[str]:

@@ -22,7 +22,7 @@ from blipds.models import BlipCaption, build_model
 from blipds.models.initialisation import initialise
 from blipds.models.parameters import copy_into
 from blipds.monitor import NullMonitor
-from blipds.report import write_cider
+from blipds.report import Shown, write_cider
 from blipds.weights import load_weights
 
 SHOWN_IMAGES = 8  # on the contact sheet of each evaluation
@@ -118,6 +118,10 @@ class Evaluator:
         partial = path.with_suffix(".tmp")
         partial.write_text(json.dumps(entries, ensure_ascii=False, indent=0), encoding="utf-8")
         partial.replace(path)
+
+    def shown(self) -> Shown:
+        """What the report needs of this split."""
+        return Shown(self.split, self.dataset.records, self.references)
 
     def contact_sheet(self, captions: dict[int, str]) -> dict[str, list[Any]]:
         """The first readable images with their captions and references, as the monitor shows them."""

@@ -345,7 +345,7 @@ class Trainer:
             if "agg_metrics" in scores.values:
                 metrics.append(scores.values["agg_metrics"])
         if distributed.is_main():
-            write_report(self.run_dir, self.evaluators, self.monitor.say)
+            write_report(self.run_dir, [evaluator.shown() for evaluator in self.evaluators], self.monitor.say)
         self.totals.started += time.perf_counter() - started
         if not metrics:
             return False

@@ -40,16 +40,16 @@ def main() -> None:
     if not args.cfg_path.exists():
         raise UserError(f"{args.run} is no run directory: it has no config.yaml")
     config = cli.load_config(args)
-    evaluated = building.evaluators_of_run(config, args.run)
-    maps = heat_maps_of(config, args, evaluated) if args.attention > 0 else {}
-    if not write_report(args.run, evaluated, print, maps, args.output):
+    evaluators = building.evaluators_of_run(config, args.run)
+    maps = heat_maps_of(config, args, evaluators) if args.attention > 0 else {}
+    if not write_report(args.run, [evaluator.shown() for evaluator in evaluators], print, maps, args.output):
         raise SystemExit(1)
     path = args.output or args.run / REPORT
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 def heat_maps_of(
-    config: Config, args: argparse.Namespace, evaluated: list[Evaluator]
+    config: Config, args: argparse.Namespace, evaluators: list[Evaluator]
 ) -> dict[str, dict[str, list[HeatMap]]]:
     """By split and image id, of the images whose captions the gallery shows."""
     checkpoint = find_checkpoint(args.checkpoint or str(args.run), "best")
@@ -59,9 +59,9 @@ def heat_maps_of(
     model = attention.load_model(config, checkpoint, device)
     return {
         evaluator.split: attention.heat_maps(
-            model, evaluator, shown_captions(args.run, evaluator, args.attention), device
+            model, evaluator, shown_captions(args.run, evaluator.shown(), args.attention), device
         )
-        for evaluator in evaluated
+        for evaluator in evaluators
     }
 
 

@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from blipds.config import load_run_config
 from blipds.data.annotations import Record
-from blipds.data.datasets import CaptionDataset
 from blipds.metrics import score_captions
 from blipds.report.charts import Chart, chart
 from blipds.report.facts import SplitSize, duration, facts
@@ -47,15 +46,13 @@ CURVES = (
 )
 
 
-class Evaluated(Protocol):
-    """A split that was evaluated, with its images; an Evaluator is one."""
+@dataclass(frozen=True)
+class Shown:
+    """An evaluated split and where its pictures come from. `references`: {image id: captions}; None: there are none."""
 
-    @property
-    def split(self) -> str: ...
-    @property
-    def dataset(self) -> CaptionDataset: ...
-    @property
-    def references(self) -> dict[str, list[str]] | None: ...
+    split: str
+    records: Sequence[Record]
+    references: Mapping[str, Sequence[str]] | None
 
 
 @dataclass(frozen=True)
@@ -82,19 +79,19 @@ class Gallery:
 
 def write_report(
     run_dir: Path,
-    evaluated: Sequence[Evaluated],
+    splits: Sequence[Shown],
     say: Callable[[str], None],
     heat_maps: Mapping[str, Mapping[str, Sequence[HeatMap]]] | None = None,
     path: Path | None = None,
 ) -> bool:
     """Makes `report.html` anew from the files of the run directory; rank 0 only. False: it could not be written.
 
-    `evaluated`: where images and references come from; of other splits the page has numbers alone. `heat_maps`: by
+    `splits`: where images and references come from; of others the page has numbers alone. `heat_maps`: by
     split and image id. A failure is a line and no more, as the run that is reported on is worth more than its report.
     """
     target = path or run_dir / REPORT
     try:
-        replace_text(target, page(run_dir, evaluated, heat_maps or {}))
+        replace_text(target, page(run_dir, splits, heat_maps or {}))
     except Exception as error:  # whatever it is, the training run must outlive it
         reason = " ".join(str(error).split())[:300]
         say(f"{target} is not written: {type(error).__name__}: {reason}")
@@ -102,21 +99,18 @@ def write_report(
     return True
 
 
-def page(
-    run_dir: Path, evaluated: Sequence[Evaluated], heat_maps: Mapping[str, Mapping[str, Sequence[HeatMap]]]
-) -> str:
+def page(run_dir: Path, splits: Sequence[Shown], heat_maps: Mapping[str, Mapping[str, Sequence[HeatMap]]]) -> str:
     """The report's HTML. All that comes from files is escaped by the template; script and style are known by hash."""
     lines = read_lines(run_dir)
     config, _ = load_run_config(run_dir / "config.yaml")
     evaluations = by_split(of_kind(lines, "eval"))
     galleries = [
         gallery
-        for one in evaluated
-        if (gallery := gallery_of(run_dir, one, evaluations, IMAGES // len(evaluated), heat_maps.get(one.split, {})))
+        for shown in splits
+        if (gallery := gallery_of(run_dir, shown, evaluations, IMAGES // len(splits), heat_maps.get(shown.split, {})))
     ]
     sizes = [
-        SplitSize(one.split, len(one.dataset.records), sum(map(len, (one.references or {}).values())))
-        for one in evaluated
+        SplitSize(shown.split, len(shown.records), sum(map(len, (shown.references or {}).values()))) for shown in splits
     ]
     start = (of_kind(lines, "start") or [{}])[-1]
     return render(
@@ -233,23 +227,23 @@ def weights_of(line: Line) -> str:
 
 def gallery_of(
     run_dir: Path,
-    evaluated: Evaluated,
+    shown: Shown,
     evaluations: Mapping[str, list[Line]],
     count: int,
     heat_maps: Mapping[str, Sequence[HeatMap]],
 ) -> Gallery | None:
     """What `shown_evaluation` says about some of the images."""
-    evaluation = shown_evaluation(run_dir, evaluated, evaluations)
+    evaluation = shown_evaluation(run_dir, shown, evaluations)
     if evaluation is None:
         return None
     line = evaluation.line
     chosen = choose([image_id for image_id, _ in evaluation.captions], evaluation.cider, count)
-    records: dict[str, Record] = {str(record.image_id): record for record in evaluated.dataset.records}
-    drawn = cards(evaluation, chosen, records, evaluated.references or {}, heat_maps)
+    records: dict[str, Record] = {str(record.image_id): record for record in shown.records}
+    drawn = cards(evaluation, chosen, records, shown.references or {}, heat_maps)
     of = "the best evaluation so far" if line.get("agg_metrics") is not None else "the newest evaluation"
     head = f"{when(line)}, {of}" if line["epoch"] is not None else weights_of(line) or of
     return Gallery(
-        evaluated.split,
+        shown.split,
         head[0].upper() + head[1:],
         choice(chosen, len(evaluation.captions)),
         drawn,
@@ -257,28 +251,28 @@ def gallery_of(
     )
 
 
-def shown_evaluation(run_dir: Path, evaluated: Evaluated, evaluations: Mapping[str, list[Line]]) -> Evaluation | None:
+def shown_evaluation(run_dir: Path, shown: Shown, evaluations: Mapping[str, list[Line]]) -> Evaluation | None:
     """The best of a split, the newest where nothing was scored; None where its captions are not there."""
-    rows = evaluations.get(evaluated.split)
+    rows = evaluations.get(shown.split)
     found = read_evaluation(run_dir, best_of(rows) or rows[-1]) if rows else None
-    return None if found is None else with_cider(found, evaluated.references)
+    return None if found is None else with_cider(found, shown.references)
 
 
-def shown_captions(run_dir: Path, evaluated: Evaluated, count: int) -> dict[str, str]:
+def shown_captions(run_dir: Path, shown: Shown, count: int) -> dict[str, str]:
     """{image id: caption} of `count` images of a split's gallery, chosen as its own are."""
-    evaluation = shown_evaluation(run_dir, evaluated, by_split(of_kind(read_lines(run_dir), "eval")))
+    evaluation = shown_evaluation(run_dir, shown, by_split(of_kind(read_lines(run_dir), "eval")))
     if evaluation is None:
         return {}
     captions = dict(evaluation.captions)
     return {image_id: captions[image_id] for image_id in choose(list(captions), evaluation.cider, count)}
 
 
-def with_cider(evaluation: Evaluation, references: Mapping[str, list[str]] | None) -> Evaluation:
+def with_cider(evaluation: Evaluation, references: Mapping[str, Sequence[str]] | None) -> Evaluation:
     """With the CIDEr of each image; of a run that did not keep it, it is computed anew."""
     if evaluation.cider is not None or references is None:
         return evaluation
     known = {image_id: caption for image_id, caption in evaluation.captions if references.get(image_id)}
-    scores = score_captions(known, {image_id: references[image_id] for image_id in known}, ("CIDEr",))
+    scores = score_captions(known, {image_id: list(references[image_id]) for image_id in known}, ("CIDEr",))
     return replace(evaluation, cider=scores.per_image_cider or None)
 
 
