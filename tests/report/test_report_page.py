@@ -53,7 +53,7 @@ run: {{output_dir: {folder}, job_id: {json.dumps(JOB.replace("/", ""))}, max_epo
 
 @pytest.fixture(scope="module")
 def rebuilt(run, tmp_path_factory):
-    """What launch/report.py makes, with heat maps, of the same run without CIDEr of single images; a caption differs."""
+    """What launch/report.py makes, with heat maps, of the same run without scores/ and with another caption."""
     copy = tmp_path_factory.mktemp("rebuilt") / "run"
     shutil.copytree(run, copy, symlinks=True)
     shutil.rmtree(copy / "scores")
