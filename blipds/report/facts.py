@@ -84,9 +84,10 @@ def training_rows(run_dir: Path, config: Config, start: Line, trained: Sequence[
     step, of_steps = trained[-1]["step"], f" of {start['total_steps']:,}" if "total_steps" in start else ""
     epochs = f" of {run.max_epoch}" if run.runner == "runner_base" else ""
     micro, accumulated = run.batch_size_train, run.accum_grad_iters
+    warmup = f", {run.warmup_steps:,} steps of warm-up" if run.warmup_steps else ""
     rows = [
         ("Stands at", f"step {step:,}{of_steps}, epoch {trained[-1]['epoch'] + 1}{epochs}"),
-        ("Learning rate", f"{run.lr_sched} from {run.init_lr:g}, {run.warmup_steps:,} steps of warm-up"),
+        ("Learning rate", f"{run.lr_sched} from {run.init_lr:g}{warmup}"),
         ("Weight decay", f"{run.weight_decay:g} on {run.weight_decay_on}"),
     ]
     if "train_batch_size" in ds:

@@ -58,7 +58,7 @@ def choose(ids: Sequence[str], cider: Mapping[str, float] | None, count: int) ->
     chosen: dict[str, str] = {}
     if cider is not None:
         ranked = sorted((image_id for image_id in ids if image_id in cider), key=lambda image_id: cider[image_id])
-        third = min(count // 3, len(ranked) // 2)
+        third = min(count, len(ranked)) // 3
         chosen |= dict.fromkeys(ranked[:third], WORST)
         chosen |= dict.fromkeys(ranked[len(ranked) - third :], BEST)
     rest = sorted((image_id for image_id in ids if image_id not in chosen), key=lot)

@@ -171,8 +171,8 @@ def tiles(lines: Sequence[Line], evaluations: Mapping[str, list[Line]]) -> list[
 
 
 def when(line: Line) -> str:
-    """Epochs count from 1 where people read them."""
-    return f"step {line['step']:,}" if line["epoch"] is None else f"epoch {line['epoch'] + 1}"
+    """The epoch, from 1 as people count; the weights where it was no evaluation of a run's own."""
+    return weights_of(line) if line["epoch"] is None else f"epoch {line['epoch'] + 1}"
 
 
 # --- curves and tables
@@ -241,7 +241,7 @@ def gallery_of(
     records: dict[str, Record] = {str(record.image_id): record for record in shown.records}
     drawn = cards(evaluation, chosen, records, shown.references or {}, heat_maps)
     of = "the best evaluation so far" if line.get("agg_metrics") is not None else "the newest evaluation"
-    head = f"{when(line)}, {of}" if line["epoch"] is not None else weights_of(line) or of
+    head = f"{when(line)}, {of}" if line["epoch"] is not None else when(line) or of
     return Gallery(
         shown.split,
         head[0].upper() + head[1:],

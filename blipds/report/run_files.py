@@ -106,5 +106,8 @@ def read_cider(results: Path) -> dict[str, float] | None:
 def replace_text(path: Path, text: str) -> None:
     """Whole or not at all: whoever reads it meanwhile reads what was there before."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8", errors="replace")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -62,7 +62,9 @@ def test_machine(tmp_path, config):
     json.dumps(found)  # a line of metrics.jsonl
     assert found["ranks"] == 1 and torch.__version__.startswith(found["versions"]["torch"])
     said = rows(tmp_path, config, [START | found])
-    assert said["Device"] == "CPU" and said["Ranks"] == "1" and f"torch {found['versions']['torch']}" in said["Versions"]
+    assert (
+        said["Device"] == "CPU" and said["Ranks"] == "1" and f"torch {found['versions']['torch']}" in said["Versions"]
+    )
     several = START | found | {"ranks": 16, "ranks_a_machine": 8, "device": "NVIDIA H100", "device_memory_gb": 84.9}
     said = rows(tmp_path, config, [several])
     assert said["Ranks"] == "16 on 2 machines" and said["Device"] == "NVIDIA H100, 85 GB"
