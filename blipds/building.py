@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from blipds import distributed, planner
 from blipds.captioner import Captioner
 from blipds.config import Config, RunConfig
-from blipds.data.datasets import CaptionDataset, build_dataset
+from blipds.data.datasets import CaptionDataset, build_dataset, splits_of
 from blipds.data.loader import TrainLoader
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.ds_config import (
@@ -48,6 +48,8 @@ from blipds.models.lr_scales import lr_scales
 from blipds.models.parameters import whole_shape
 from blipds.monitor import NullMonitor
 from blipds.registry import SCHEDULES
+from blipds.report import REPORT, Shown, machine_facts, write_report
+from blipds.report.run_files import of_kind, read_lines
 from blipds.schedules import Schedule
 from blipds.trainer import Plan, RunState, Trainer
 from blipds.weights import load_initial_weights, load_weights
@@ -78,6 +80,7 @@ def build_trainer(
         load_engine(engine, resumed)
     if config.model.cache_image_embeds:
         read_from_cache(config, engine, datasets, monitor)
+    monitor.start(state.global_step, run_facts(engine, plan, loader))
     for line in start_block(config, ds_config, engine.model, plan, loader, run_dir, state):
         monitor.say(line)
     for line in data_notices(loader, evaluators):
@@ -299,12 +302,10 @@ def start_block(
 ) -> list[str]:
     """The arithmetic of the run, for a person to check before it has cost an hour."""
     run, ranks = config.run, distributed.world_size()
-    sizes = [(whole_shape(p).numel(), p.requires_grad) for p in model.parameters()]
-    trainable = sum(size for size, learns in sizes if learns)
-    frozen = sum(size for size, learns in sizes if not learns)
+    trainable, frozen = parameter_counts(model)
     images = run.batch_size_train * run.accum_grad_iters * ranks
     samples = sum(len(dataset) for dataset in loader.datasets)
-    captions = sum(len(group) for dataset in loader.datasets for _, group in dataset.groups)
+    captions = number_of_captions(loader)
     micro, accumulated = run.batch_size_train, run.accum_grad_iters
     lines = [
         f"model      {config.model.arch} {config.model.model_type}: {trainable:,} parameters, and {frozen:,} frozen",
@@ -319,6 +320,54 @@ def start_block(
     if state.global_step:
         lines.append(f"resumed    after step {state.global_step}")
     return lines
+
+
+def run_facts(engine: Engine, plan: Plan, loader: TrainLoader) -> dict[str, Any]:
+    """What a line of kind "start" says, for the report: sizes, and the machine."""
+    trainable, frozen = parameter_counts(engine.model)
+    sizes = {
+        "total_steps": plan.total_steps,
+        "parameters": trainable,
+        "frozen_parameters": frozen,
+        "images": sum(len(dataset.records) for dataset in loader.datasets),
+        "captions": number_of_captions(loader),
+    }
+    return sizes | machine_facts(engine.device)
+
+
+def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
+    """(those that learn, frozen ones), whole, whatever the ZeRO stage."""
+    sizes = [(whole_shape(p).numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, learns in sizes if learns), sum(size for size, learns in sizes if not learns)
+
+
+def number_of_captions(loader: TrainLoader) -> int:
+    return sum(len(group) for dataset in loader.datasets for _, group in dataset.groups)
+
+
+def evaluators_of_run(config: Config, run_dir: Path) -> list[Evaluator]:
+    """An evaluator for each split that a run has evaluated, for its images and references; rank 0 may call it alone.
+
+    UserError where the data are no longer there.
+    """
+    evaluated = {line["split"] for line in of_kind(read_lines(run_dir), "eval")}
+    splits = [split for dataset in config.datasets.values() for split in splits_of(dataset)]
+    captioner = Captioner.from_config(config)
+    found = []
+    for split in dict.fromkeys(splits):
+        if any(name == split or name.endswith(f"_{split}") for name in evaluated):
+            found += build_evaluators(config, [split], captioner)
+    return [evaluator for evaluator in found if evaluator.split in evaluated]
+
+
+def rewrite_report(config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
+    """`report.html` about all that a run has evaluated; rank 0 only. Without captions where the data are gone."""
+    splits: list[Shown] = []
+    try:
+        splits = [evaluator.shown() for evaluator in evaluators_of_run(config, run_dir)]
+    except Exception as error:  # the run is worth more than its report
+        say(f"{run_dir / REPORT} shows no captions: {error}")
+    write_report(run_dir, splits, say)
 
 
 def data_notices(loader: TrainLoader, evaluators: list[Evaluator]) -> list[str]:

@@ -65,6 +65,12 @@ def add_config_arguments(
     parser: argparse.ArgumentParser, cfg_path_required: bool = True, cfg_path_help: str = "run config (run_configs/)"
 ) -> None:
     parser.add_argument("--cfg-path", type=Path, required=cfg_path_required, metavar="YAML", help=cfg_path_help)
+    add_override_arguments(parser)
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configs and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+
+
+def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--options",
         nargs="+",
@@ -79,8 +85,6 @@ def add_config_arguments(
         metavar="MODULE",
         help="import a module that registers models, datasets, processors or schedules of your own",
     )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configs and stop")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -108,6 +112,13 @@ def load_config(args: argparse.Namespace) -> Config:
 
 def as_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def keep_config(config: Config, run_dir: Path) -> None:
+    """Writes config.yaml where there is none yet: an evaluation in a run's own directory leaves the run's."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        path.write_text(as_yaml(config))
 
 
 def as_json(section: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from blipds.models import BlipCaption, build_model
 from blipds.models.initialisation import initialise
 from blipds.models.parameters import copy_into
 from blipds.monitor import NullMonitor
+from blipds.report import Shown, write_cider
 from blipds.scoring import Scoring, ScoringTask
 from blipds.weights import load_weights
 
@@ -152,6 +153,10 @@ class Evaluator:
         partial.write_text(json.dumps(entries, ensure_ascii=False, indent=0), encoding="utf-8")
         partial.replace(path)
 
+    def shown(self) -> Shown:
+        """What the report needs of this split."""
+        return Shown(self.split, self.dataset.records, self.references.captions if self.references else None)
+
     def contact_sheet(self, captions: dict[int, str]) -> dict[str, list[Any]]:
         """The first readable images with their captions and references, as the monitor shows them."""
         shown = list(captions)[:SHOWN_IMAGES]
@@ -255,6 +260,8 @@ def evaluate_checkpoint(
         captioned = evaluator.caption(model, device, DTYPES[precision], results)
         tasks = evaluator.scoring_tasks(results, metrics, cider_corpus) if distributed.is_main() else {}
         scores = score_together(tasks) or {evaluator.split: Scores()}
+        if distributed.is_main() and (cider := scores[evaluator.split].per_image_cider):
+            write_cider(results, cider)
         note = f"{checkpoint or 'random weights'}, {precision}"
         for name, found in scores.items():
             seconds = {"generation": captioned.seconds, **found.seconds}

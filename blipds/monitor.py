@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ class NullMonitor:
 
     def advance(self, done: int, postfix: Mapping[str, Any]) -> None:
         """`done` steps of this epoch are behind us; `postfix` (loss, lr, ...) goes behind the bar."""
+
+    def start(self, step: int, facts: Mapping[str, Any]) -> None:
+        """Logs that a run begins, or goes on, after `step`, and what it is: a line of kind "start"."""
 
     def train(self, step: int, epoch: int, values: Values) -> None:
         """Logs a training step: `values` under `train/` in TensorBoard, and a line of kind "train"."""
@@ -114,6 +118,9 @@ class Monitor(NullMonitor):
         if done >= self._bar.total:
             self._close_bar()
 
+    def start(self, step: int, facts: Mapping[str, Any]) -> None:
+        self._log("start", {"kind": "start", "step": step}, {}, facts)
+
     def train(self, step: int, epoch: int, values: Values) -> None:
         self._log("train", {"kind": "train", "step": step, "epoch": epoch}, values)
 
@@ -173,12 +180,16 @@ class Monitor(NullMonitor):
             self._bar = None
 
     def _log(self, section: str, head: dict[str, Any], values: Values, tail: Mapping[str, Any] | None = None) -> None:
-        """JSON has no NaN and no infinity: they become null, and `not_finite` says which of them it was."""
+        """JSON has no NaN and no infinity: they become null, and `not_finite` says which of them it was.
+
+        `time` is the clock's, in seconds since 1970.
+        """
         numbers = {name: _plain(value) for name, value in values.items()}
         not_finite = {name: str(n) for name, n in numbers.items() if n is not None and not math.isfinite(n)}
         line = head | numbers | dict.fromkeys(not_finite) | dict(tail or {})
         if not_finite:
             line["not_finite"] = not_finite
+        line["time"] = round(time.time(), 1)
         self._lines.write(json.dumps(line, allow_nan=False) + "\n")
         for name, number in numbers.items():
             if number is not None:

@@ -17,6 +17,7 @@ from blipds.errors import UserError
 from blipds.evaluator import Evaluator
 from blipds.metrics import METRICS, Scores
 from blipds.monitor import NullMonitor
+from blipds.report import write_cider, write_report
 from blipds.schedules import Schedule
 from blipds.scoring import Scoring, ScoringTask
 from blipds.signals import STOPPING, StallWatch, Stopped, StopSignals
@@ -372,6 +373,8 @@ class Trainer:
             self.wait_for_scores(may_stop=False)  # of the validation before, where it scores slower than it trains
             self.generation_seconds = generation_seconds
             self.start_scoring(step)
+        elif self.evaluators and distributed.is_main():
+            self.report()
         self.off_the_clock(started)
         return scored
 
@@ -429,6 +432,14 @@ class Trainer:
         elif better:
             self.monitor.say(f"step {step} is the best so far, but {failure}")
         state.awaited_step = self.checkpoints.candidate = self.scoring = None
+        if distributed.is_main():
+            for evaluator in self.evaluators:
+                if cider := found.get(evaluator.split, Scores()).per_image_cider:
+                    write_cider(self.results(evaluator, step), cider)
+            self.report()
+
+    def report(self) -> None:
+        write_report(self.run_dir, [evaluator.shown() for evaluator in self.evaluators], self.monitor.say)
 
     def log_evaluation(self, split: str, step: int, scores: Scores, generation: float | None) -> None:
         seconds = scores.seconds if generation is None else {"generation": generation, **scores.seconds}

@@ -27,6 +27,7 @@ from blipds.evaluator import Evaluation, evaluate_checkpoint, read_cider_corpus
 from blipds.metrics import METRICS
 from blipds.monitor import Monitor, NullMonitor
 from blipds.published import published, table
+from blipds.report import machine_facts
 from blipds.weights import find_checkpoint, initial_weights
 
 
@@ -74,12 +75,17 @@ def main() -> None:
     splits = args.split or config.run.test_splits or config.run.valid_splits
     run_dir = cli.open_run_dir(config)
     monitor = Monitor(run_dir) if distributed.is_main() else NullMonitor()
+    if distributed.is_main():
+        cli.keep_config(config, run_dir)
+        monitor.start(0, machine_facts(device))
     precision = chosen_precision(args, config, device)
     options = {"metrics": args.metrics, "cider_corpus": corpus}
     evaluations = evaluate_checkpoint(config, checkpoint, splits, device, precision, run_dir, monitor, **options)
     for line in summary(evaluations, checkpoint):
         monitor.say(line)
     monitor.say(f"captions   {run_dir / 'results'}")
+    if distributed.is_main():
+        building.rewrite_report(config, run_dir, monitor.say)
     monitor.close()
 
 

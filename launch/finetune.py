@@ -117,6 +117,9 @@ def evaluate(
     splits = config.run.test_splits or config.run.valid_splits
     monitor = Monitor(run_dir) if distributed.is_main() else NullMonitor()
     evaluate_checkpoint(config, checkpoint, splits, device, "fp32", run_dir, monitor, step=step, epoch=epoch)
+    if distributed.is_main():
+        cli.keep_config(config, run_dir)
+        building.rewrite_report(config, run_dir, monitor.say)
     monitor.close()
 
 

@@ -6,13 +6,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
 install_blipds "[test]"
 cd "$root"
 
-echo "== what the tests of NVMe offload and of two machines run on"
+echo "== what the tests of NVMe offload, of two machines and of the report run on"
 wanted=()
 [ -e /usr/include/libaio.h ] || wanted+=(libaio-dev)
 command -v c++ >/dev/null || wanted+=(g++)
 command -v ip >/dev/null || wanted+=(iproute2)
 command -v sshd >/dev/null || [ -x /usr/sbin/sshd ] || wanted+=(openssh-server)
 command -v pdsh >/dev/null || wanted+=(pdsh)
+command -v chromium >/dev/null || wanted+=(chromium)
+command -v chromedriver >/dev/null || wanted+=(chromium-driver)
 if [ ${#wanted[@]} -gt 0 ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         export DEBIAN_FRONTEND=noninteractive

@@ -82,6 +82,17 @@ def test_run_directory(finished):
     assert "lr_sched: cosine_step_lr" in (run_dir / "config.yaml").read_text()
 
 
+def test_report(finished):
+    """Rank 0's, about both splits; with the CIDEr of each image of each evaluation."""
+    run_dir, _ = finished
+    page = (run_dir / "report.html").read_text()
+    assert "Captions of val" in page and "Captions of test" in page and page.rstrip().endswith("</html>")
+    for line in lines(run_dir, "eval"):
+        entries = json.loads((run_dir / "scores" / f"{line['split']}_epoch{line['epoch']}.json").read_text())
+        assert [entry["image_id"] for entry in entries] == [f"{line['split']}-42-{number:06d}" for number in range(11)]
+        assert sum(entry["CIDEr"] for entry in entries) / 11 == pytest.approx(line["CIDEr"])
+
+
 def test_tensorboard_holds_the_curves(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -105,6 +116,7 @@ def test_evaluate_writes_what_the_run_wrote(finished, tmp_path):
     assert (tmp_path / "test" / "results" / "test.json").read_text() == written
     scores = [next(line for line in lines(d, "eval") if line["split"] == "test") for d in (run_dir, tmp_path / "test")]
     assert scores[0]["CIDEr"] == scores[1]["CIDEr"]
+    assert "Captions of test" in (tmp_path / "test" / "report.html").read_text()
 
 
 def test_a_checkpoint_of_two_ranks_under_zero3_exports_as_one_under_zero0(tmp_path):

@@ -12,8 +12,8 @@ PACKAGE = ROOT / "blipds"
 FLOORS = (
     {"__init__", "errors", "registry", "config", "ds_config", "ds_schema", "distributed", "download", "signals"},
     {"models", "data", "metrics", "schedules", "monitor"},
-    {"engine", "weights"},
-    {"trainer", "evaluator", "scoring", "published", "captioner", "planner", "preflight", "image_embeds"},
+    {"engine", "weights", "report"},
+    {"trainer", "evaluator", "scoring", "published", "captioner", "attention", "planner", "preflight", "image_embeds"},
     {"building", "cli"},
 )
 HEAVY = ("deepspeed", "pycocoevalcap", "tensorboard", "torch.utils.tensorboard")

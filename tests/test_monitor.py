@@ -4,6 +4,7 @@ import inspect
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -15,7 +16,14 @@ def lines(run_dir):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    text = (run_dir / "metrics.jsonl").read_text()
+    return [timeless(json.loads(line, parse_constant=refuse)) for line in text.splitlines()]
+
+
+def timeless(line):
+    """Without the time, which every line has; a torn line is another test's."""
+    assert abs(line.pop("time", time.time()) - time.time()) < 3600
+    return line
 
 
 def board(run_dir):
@@ -116,6 +124,16 @@ def test_resume_drops_scores_that_come_again(tmp_path):
     ]
 
 
+def test_start(monitor, tmp_path):
+    """What a run is, and when each of its lines was written, in seconds since 1970."""
+    monitor.start(20, {"ranks": 2, "device": "cpu"})
+    monitor.checkpoint(20, 1.5)
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    times = [line.pop("time") for line in found]
+    assert times == sorted(times) and abs(time.time() - times[0]) < 60
+    assert found[0] == {"kind": "start", "step": 20, "ranks": 2, "device": "cpu"}
+
+
 def test_checkpoint(monitor, tmp_path):
     monitor.checkpoint(20, 1.5)
     monitor.close()
@@ -182,6 +200,7 @@ def test_null_monitor_has_the_same_methods(tmp_path):
     null = NullMonitor()
     null.start_epoch(0, 1, 1)
     null.advance(1, {})
+    null.start(0, {})
     null.train(1, 0, {})
     null.evaluation("val", 0, 1, {}, {})
     null.checkpoint(1, 0.5)

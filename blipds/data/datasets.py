@@ -114,6 +114,12 @@ def has_split(dataset: DatasetConfig, split: str) -> bool:
     return split in dataset.num_images or (files is not None and bool(files.storage))
 
 
+def splits_of(dataset: DatasetConfig) -> list[str]:
+    """The splits that a dataset has files or drawings for."""
+    names = dict.fromkeys([*dataset.build_info.annotations, *dataset.num_images])
+    return [name for name in names if has_split(dataset, name)]
+
+
 def build_image_processor(config: ImageProcessorConfig, image_size: int) -> ImageProcessor:
     """What the config leaves open is the processor's own default."""
     optional = ("min_scale", "max_scale", "mean", "std")

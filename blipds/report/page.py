@@ -1,0 +1,289 @@
+"""Puts the report together and writes it."""
+
+import base64
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from blipds.config import load_run_config
+from blipds.data.annotations import Record
+from blipds.metrics import score_captions
+from blipds.report.charts import Chart, chart
+from blipds.report.facts import SplitSize, duration, facts
+from blipds.report.gallery import BEST, IMAGES, RANDOM, WORST, Card, HeatMap, cards, choose
+from blipds.report.run_files import (
+    Evaluation,
+    Line,
+    best_of,
+    by_split,
+    of_kind,
+    read_evaluation,
+    read_lines,
+    replace_text,
+    seconds_spent,
+)
+
+REPORT = "report.html"
+# (name in metrics.jsonl, as papers write it, also where there is little room)
+METRICS = (
+    ("CIDEr", "CIDEr", True),
+    ("Bleu_4", "BLEU-4", True),
+    ("METEOR", "METEOR", True),
+    ("ROUGE_L", "ROUGE-L", True),
+    ("SPICE", "SPICE", True),
+    ("Bleu_1", "BLEU-1", False),
+    ("Bleu_2", "BLEU-2", False),
+    ("Bleu_3", "BLEU-3", False),
+)
+CURVES = (
+    ("loss", "Training loss", False),
+    ("lr", "Learning rate", True),
+    ("grad_norm", "Gradient norm", True),
+    ("captions_per_s", "Captions a second", True),
+)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An evaluated split and where its pictures come from. `references`: {image id: captions}; None: there are none."""
+
+    split: str
+    records: Sequence[Record]
+    references: Mapping[str, Sequence[str]] | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Evaluations of a split. `missing`: metric -> why it has no value, of the newest."""
+
+    split: str
+    columns: list[tuple[str, str, bool]]
+    rows: list[Line]
+    best: Line | None
+    missing: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Cards of one split; `head` says of which evaluation, `choice` how they were chosen."""
+
+    split: str
+    head: str
+    choice: str
+    cards: list[Card]
+    scored: bool
+
+
+def write_report(
+    run_dir: Path,
+    splits: Sequence[Shown],
+    say: Callable[[str], None],
+    heat_maps: Mapping[str, Mapping[str, Sequence[HeatMap]]] | None = None,
+    path: Path | None = None,
+) -> bool:
+    """Makes `report.html` anew from the files of the run directory; rank 0 only. False: it could not be written.
+
+    `splits`: where images and references come from; of others the page has numbers alone. `heat_maps`: by
+    split and image id. A failure is a line and no more, as the run that is reported on is worth more than its report.
+    """
+    target = path or run_dir / REPORT
+    try:
+        replace_text(target, page(run_dir, splits, heat_maps or {}))
+    except Exception as error:  # whatever it is, the training run must outlive it
+        reason = " ".join(str(error).split())[:300]
+        say(f"{target} is not written: {type(error).__name__}: {reason}")
+        return False
+    return True
+
+
+def page(run_dir: Path, splits: Sequence[Shown], heat_maps: Mapping[str, Mapping[str, Sequence[HeatMap]]]) -> str:
+    """The report's HTML. All that comes from files is escaped by the template; script and style are known by hash."""
+    lines = read_lines(run_dir)
+    config, _ = load_run_config(run_dir / "config.yaml")
+    evaluations = by_split(of_kind(lines, "eval"))
+    galleries = [
+        gallery
+        for shown in splits
+        if (gallery := gallery_of(run_dir, shown, evaluations, IMAGES // len(splits), heat_maps.get(shown.split, {})))
+    ]
+    sizes = [
+        SplitSize(shown.split, len(shown.records), sum(map(len, (shown.references or {}).values()))) for shown in splits
+    ]
+    start = (of_kind(lines, "start") or [{}])[-1]
+    return render(
+        name=run_dir.resolve().name,
+        folder=str(run_dir.resolve()),
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        tiles=tiles(lines, evaluations),
+        charts=metric_charts(lines, evaluations) + training_charts(lines),
+        tables=[table_of(split, rows) for split, rows in evaluations.items()],
+        galleries=galleries,
+        facts=facts(run_dir, config, lines, sizes),
+        command=start.get("command"),
+        files=[(name, read_text(run_dir / name)) for name in ("config.yaml", "ds_config.json")],
+    )
+
+
+def render(**content: Any) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("blipds.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.lstrip_blocks = True
+    environment.filters["weights"] = weights_of
+    folder = Path(__file__).parent
+    style, script = (folder / "page.css").read_text("utf-8"), (folder / "page.js").read_text("utf-8")
+    template = environment.get_template("page.html")
+    return template.render(style=style, script=script, style_hash=csp(style), script_hash=csp(script), **content)
+
+
+def csp(text: str) -> str:
+    """How a content security policy names the one script, or style, that a browser may take."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def read_text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
+
+
+# --- head
+
+
+def tiles(lines: Sequence[Line], evaluations: Mapping[str, list[Line]]) -> list[tuple[str, str, str]]:
+    """(label, value, what it is of) of what one looks for first."""
+    found = []
+    for split, rows in evaluations.items():
+        best = best_of(rows)
+        if best is not None:
+            found.append((f"CIDEr, {split}", f"{best['CIDEr']:.3f}", when(best)))
+            found.append((f"BLEU-4, {split}", f"{best['Bleu_4']:.3f}", when(best)))
+    trained = of_kind(lines, "train")
+    if losses := [line for line in trained if line.get("loss") is not None]:
+        found.append(("Training loss", f"{losses[-1]['loss']:.3f}", f"step {losses[-1]['step']:,}"))
+    seconds = seconds_spent(lines)
+    if seconds is not None:
+        found.append(("Time so far", duration(seconds), f"{trained[-1]['step']:,} steps" if trained else ""))
+    return found
+
+
+def when(line: Line) -> str:
+    """The epoch, from 1 as people count; the weights where it was no evaluation of a run's own."""
+    return weights_of(line) if line["epoch"] is None else f"epoch {line['epoch'] + 1}"
+
+
+# --- curves and tables
+
+
+def training_charts(lines: Sequence[Line]) -> list[Chart]:
+    trained = of_kind(lines, "train")
+    if not trained:
+        return []
+    drawn = []
+    for key, title, from_zero in CURVES:
+        points = [(line["step"], line[key]) for line in trained if line.get(key) is not None]
+        drawn.append(chart(title, {title: points}, trained[-1]["step"], epoch_ends(trained), from_zero=from_zero))
+    return [one for one in drawn if one is not None]
+
+
+def metric_charts(lines: Sequence[Line], evaluations: Mapping[str, list[Line]]) -> list[Chart]:
+    """One for each metric, a line for each split; of evaluations in training, as others have no step."""
+    trained = of_kind(lines, "train")
+    if not trained:
+        return []
+    best = next(filter(None, map(best_of, evaluations.values())), None)
+    drawn = []
+    for key, title, _ in [metric for metric in METRICS if metric[2]]:
+        curves = {
+            split: [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            for split, rows in evaluations.items()
+        }
+        mark = None if best is None or best.get(key) is None else (best["step"], best[key])
+        drawn.append(chart(title, curves, trained[-1]["step"], epoch_ends(trained), best=mark, dots=True))
+    return [one for one in drawn if one is not None]
+
+
+def epoch_ends(trained: Iterable[Line]) -> list[tuple[int, float]]:
+    """(epoch from 1, its last logged step)"""
+    return list({line["epoch"] + 1: line["step"] for line in trained}.items())
+
+
+def table_of(split: str, rows: list[Line]) -> Table:
+    columns = [column for column in METRICS if any(row.get(column[0]) is not None for row in rows)]
+    return Table(split, columns, rows, best_of(rows) if len(rows) > 1 else None, rows[-1].get("missing") or {})
+
+
+def weights_of(line: Line) -> str:
+    """The note of an evaluation, a path shortened to its last part."""
+    what, comma, precision = str(line.get("note") or "").rpartition(", ")
+    return f"{Path(what).name}{comma}{precision}"
+
+
+# --- gallery
+
+
+def gallery_of(
+    run_dir: Path,
+    shown: Shown,
+    evaluations: Mapping[str, list[Line]],
+    count: int,
+    heat_maps: Mapping[str, Sequence[HeatMap]],
+) -> Gallery | None:
+    """What `shown_evaluation` says about some of the images."""
+    evaluation = shown_evaluation(run_dir, shown, evaluations)
+    if evaluation is None:
+        return None
+    line = evaluation.line
+    chosen = choose([image_id for image_id, _ in evaluation.captions], evaluation.cider, count)
+    records: dict[str, Record] = {str(record.image_id): record for record in shown.records}
+    drawn = cards(evaluation, chosen, records, shown.references or {}, heat_maps)
+    of = "the best evaluation so far" if line.get("agg_metrics") is not None else "the newest evaluation"
+    head = f"{when(line)}, {of}" if line["epoch"] is not None else when(line) or of
+    return Gallery(
+        shown.split,
+        head[0].upper() + head[1:],
+        choice(chosen, len(evaluation.captions)),
+        drawn,
+        scored=evaluation.cider is not None,
+    )
+
+
+def shown_evaluation(run_dir: Path, shown: Shown, evaluations: Mapping[str, list[Line]]) -> Evaluation | None:
+    """The best of a split, the newest where nothing was scored; None where its captions are not there."""
+    rows = evaluations.get(shown.split)
+    found = read_evaluation(run_dir, best_of(rows) or rows[-1]) if rows else None
+    return None if found is None else with_cider(found, shown.references)
+
+
+def shown_captions(run_dir: Path, shown: Shown, count: int) -> dict[str, str]:
+    """{image id: caption} of `count` images of a split's gallery, chosen as its own are."""
+    evaluation = shown_evaluation(run_dir, shown, by_split(of_kind(read_lines(run_dir), "eval")))
+    if evaluation is None:
+        return {}
+    captions = dict(evaluation.captions)
+    return {image_id: captions[image_id] for image_id in choose(list(captions), evaluation.cider, count)}
+
+
+def with_cider(evaluation: Evaluation, references: Mapping[str, Sequence[str]] | None) -> Evaluation:
+    """With the CIDEr of each image; of a run that did not keep it, it is computed anew."""
+    if evaluation.cider is not None or references is None:
+        return evaluation
+    known = {image_id: caption for image_id, caption in evaluation.captions if references.get(image_id)}
+    scores = score_captions(known, {image_id: list(references[image_id]) for image_id in known}, ("CIDEr",))
+    return replace(evaluation, cider=scores.per_image_cider or None)
+
+
+def choice(chosen: Mapping[str, str], images: int) -> str:
+    """How the images of a gallery were chosen, as a sentence."""
+    if len(chosen) == images:
+        return f"All {images:,} images."
+    counts = {why: sum(reason == why for reason in chosen.values()) for why in (WORST, BEST, RANDOM)}
+    if not counts[WORST]:
+        return f"Of {images:,} images, {counts[RANDOM]:,} drawn by lot."
+    return (
+        f"Of {images:,} images: the {counts[WORST]:,} with the lowest CIDEr, the {counts[BEST]:,} with the highest, "
+        f"and {counts[RANDOM]:,} of the others, drawn by lot."
+    )

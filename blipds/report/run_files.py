@@ -1,0 +1,113 @@
+"""What a run directory holds, as the report reads it. Files that a crash tore are passed over."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]  # of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A line of kind "eval" and the captions that it is about: (image id, caption) in the order of the dataset.
+
+    `cider`: of each image, by its id; None where it was not kept.
+    """
+
+    line: Line
+    captions: list[tuple[str, str]]
+    cider: dict[str, float] | None
+
+
+def read_lines(run_dir: Path) -> list[Line]:
+    """The lines of metrics.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and "kind" in line:
+            lines.append(line)
+    return lines
+
+
+def of_kind(lines: Iterable[Line], kind: str) -> list[Line]:
+    return [line for line in lines if line["kind"] == kind]
+
+
+def by_split(evaluations: Iterable[Line]) -> dict[str, list[Line]]:
+    """Lines of kind "eval" of each split, in order; of one step evaluated twice in the same way the later."""
+    splits: dict[str, dict[tuple[Any, ...], Line]] = {}
+    for line in evaluations:
+        splits.setdefault(line["split"], {})[line["step"], line["epoch"], line.get("note")] = line
+    return {split: list(lines.values()) for split, lines in splits.items()}
+
+
+def best_of(evaluations: list[Line]) -> Line | None:
+    """The highest agg_metrics, as the best checkpoint is chosen; of equal ones the first. None: nothing was scored."""
+    scored = [line for line in evaluations if line.get("agg_metrics") is not None]
+    return max(scored, key=lambda line: line["agg_metrics"], default=None)
+
+
+def seconds_spent(lines: Iterable[Line]) -> float | None:
+    """From each start of the run to its last line, added up; None for a run that notes no times."""
+    total, started, last = 0.0, None, None
+    for line in lines:
+        time = line.get("time")
+        if line["kind"] == "start":
+            if started is not None and last is not None:
+                total += last - started
+            started = time
+        last = time if time is not None else last
+    if started is None or last is None:
+        return None
+    return total + last - started
+
+
+def read_evaluation(run_dir: Path, line: Line) -> Evaluation | None:
+    """None where the captions of the line are not there."""
+    split, step, epoch = line["split"], line["step"], line["epoch"]
+    for name in (f"{split}_step{step}", f"{split}_epoch{epoch}", split):
+        results = run_dir / "results" / f"{name}.json"
+        if results.exists():
+            entries = json.loads(results.read_text(encoding="utf-8"))
+            captions = [(str(entry["image_id"]), str(entry["caption"])) for entry in entries]
+            return Evaluation(line, captions, read_cider(results))
+    return None
+
+
+# --- CIDEr of each image
+
+
+def cider_path(results: Path) -> Path:
+    """<run>/results/val_epoch0.json -> <run>/scores/val_epoch0.json"""
+    return results.parent.parent / "scores" / results.name
+
+
+def write_cider(results: Path, per_image: Mapping[str, float]) -> None:
+    """Keeps the CIDEr of each image beside the captions in `results`, as [{image_id, CIDEr}]."""
+    path = cider_path(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = [{"image_id": image_id, "CIDEr": value} for image_id, value in per_image.items()]
+    replace_text(path, json.dumps(entries, ensure_ascii=False, indent=0))
+
+
+def read_cider(results: Path) -> dict[str, float] | None:
+    path = cider_path(results)
+    if not path.exists():
+        return None
+    return {str(entry["image_id"]): float(entry["CIDEr"]) for entry in json.loads(path.read_text(encoding="utf-8"))}
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Whole or not at all: whoever reads it meanwhile reads what was there before."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8", errors="replace")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

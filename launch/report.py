@@ -1,0 +1,69 @@
+#!/usr/bin/env python
+"""Write report.html of a run, finished or running: what it was, curves, metrics, captions to look at.
+
+    python launch/report.py output/caption_coco_base/RUN
+    python launch/report.py output/caption_coco_base/RUN --attention 24
+
+Training and launch/evaluate.py write it after each evaluation; this writes it anew. It is one file that needs nothing
+else, to be opened in any browser or sent to somebody. Where the run kept no CIDEr of single images, it is computed.
+
+--attention N adds heat maps to N images of each split, as many of the worst, the best and the others: where the decoder
+looked when it chose each word. It loads the best checkpoint of the run, or --checkpoint.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from blipds import attention, building, cli, distributed
+from blipds.config import Config
+from blipds.errors import UserError
+from blipds.evaluator import Evaluator
+from blipds.report import REPORT, HeatMap, shown_captions, write_report
+from blipds.weights import find_checkpoint
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help="where to write it; default: RUN/report.html")
+    parser.add_argument("--attention", type=int, default=0, metavar="N", help="heat maps for N images of each split")
+    parser.add_argument("--checkpoint", metavar="PATH", help="of the heat maps; default: the best of the run")
+    cli.add_override_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    args.cfg_path = args.run / "config.yaml"
+    if not args.cfg_path.exists():
+        raise UserError(f"{args.run} is no run directory: it has no config.yaml")
+    config = cli.load_config(args)
+    evaluators = building.evaluators_of_run(config, args.run)
+    maps = heat_maps_of(config, args, evaluators) if args.attention > 0 else {}
+    if not write_report(args.run, [evaluator.shown() for evaluator in evaluators], print, maps, args.output):
+        raise SystemExit(1)
+    path = args.output or args.run / REPORT
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def heat_maps_of(
+    config: Config, args: argparse.Namespace, evaluators: list[Evaluator]
+) -> dict[str, dict[str, list[HeatMap]]]:
+    """By split and image id, of the images whose captions the gallery shows."""
+    checkpoint = find_checkpoint(args.checkpoint or str(args.run), "best")
+    if checkpoint == str(args.run):
+        raise UserError(f"{args.run} has no checkpoint; give one with --checkpoint")
+    device = torch.device(distributed.device_type())
+    model = attention.load_model(config, checkpoint, device)
+    return {
+        evaluator.split: attention.heat_maps(
+            model, evaluator, shown_captions(args.run, evaluator.shown(), args.attention), device
+        )
+        for evaluator in evaluators
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)
