@@ -13,7 +13,7 @@ FLOORS = (
     {"__init__", "errors", "registry", "config", "ds_config", "ds_schema", "distributed", "download", "signals"},
     {"models", "data", "metrics", "schedules", "monitor"},
     {"engine", "weights"},
-    {"trainer", "evaluator", "captioner", "planner", "preflight", "image_embeds"},
+    {"trainer", "evaluator", "captioner", "captioning", "caption_files", "planner", "preflight", "image_embeds"},
     {"building", "cli"},
 )
 HEAVY = ("deepspeed", "pycocoevalcap", "tensorboard", "torch.utils.tensorboard")

@@ -65,7 +65,8 @@ class BlipCaption(nn.Module):
         pixel_values: Tensor | None = None,
         image_embeds: Tensor | None = None,
     ) -> list[list[int]]:
-        """Token ids of one caption an image, prompt (P,) included, closing token not.
+        """Token ids of captions, prompt (P,) included, closing token not: `config.num_captions` an image from beams,
+        one image after the other; one an image else.
 
         `uniform` (I, max_len): the random numbers of nucleus sampling, unused otherwise. Under ZeRO-3 the parameters
         must be gathered around the call. The images: pixel_values (I, 3, H, W), or their image_embeds (I, N, width).
