@@ -224,10 +224,15 @@ def _request(address: str, headers: dict[str, str], timeout: float) -> Any:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             raise UserError(f"{address}: the server's certificate is not trusted ({error.reason})") from error
         raise _Broken("the answer did not begin in time" if connections.ended else str(error.reason)) from error
+    except UserError:  # of a redirect
+        raise
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise _Broken(str(error) or type(error).__name__) from error
     finally:
         timer.cancel()
+    if connections.ended:  # in the middle of the headers, which look whole
+        response.close()
+        raise _Broken("the answer did not begin in time")
     if response.status not in (200, 206):
         response.close()
         raise UserError(f"{address}: the server answers {response.status} {response.reason}")
@@ -374,6 +379,8 @@ class _Download:
                     break  # a server may go on for ever
             file.flush()
             os.fsync(file.fileno())
+        if expected is None and not received:
+            raise _Broken("an answer without a byte")
         # Without a total (neither length nor chunks) an early end cannot be told from the end; the md5 can.
         if expected is not None and received < expected:
             raise _Broken(f"the connection ended after {received} of {expected} bytes")

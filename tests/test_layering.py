@@ -10,10 +10,31 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "blipds"
 FLOORS = (
-    {"__init__", "errors", "registry", "config", "ds_config", "ds_schema", "distributed", "download", "signals"},
+    {
+        "__init__",
+        "errors",
+        "registry",
+        "config",
+        "ds_config",
+        "ds_schema",
+        "distributed",
+        "download",
+        "signals",
+        "archives",
+    },
     {"models", "data", "metrics", "schedules", "monitor"},
     {"engine", "weights"},
-    {"trainer", "evaluator", "captioner", "captioning", "caption_files", "planner", "preflight", "image_embeds"},
+    {
+        "trainer",
+        "evaluator",
+        "captioner",
+        "captioning",
+        "caption_files",
+        "preparation",
+        "planner",
+        "preflight",
+        "image_embeds",
+    },
     {"building", "cli"},
 )
 HEAVY = ("deepspeed", "pycocoevalcap", "tensorboard", "torch.utils.tensorboard")
