@@ -17,6 +17,11 @@ MOST_MEMBERS = 5_000_000
 # What reading a damaged archive may raise, in zipfile, tarfile and the decompressors below them.
 DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError)
 
+
+class BadArchive(UserError):
+    """What is wrong lies in the archive: another try with the same file ends the same way."""
+
+
 Member = tuple[PurePosixPath, int, Callable[[], IO[bytes]]]  # name, bytes, a reader
 
 
@@ -34,7 +39,7 @@ def unpack(
     They are unpacked beside it first, into `.<target>.unpacking`, and moved when all are there: at once where there is
     no `target` yet, else one by one, and what is there already stays. What an unpacking that was killed left behind is
     removed. Nothing is unpacked of an archive with a name that leads outside, a link, a device, or with more than
-    `max_bytes` in it; UserError for these, for damage, and where nothing is `wanted`.
+    `max_bytes` in it: BadArchive for these, for damage, and where nothing is `wanted`. UserError for a full disk.
     """
     staging = target.with_name(f".{target.name}.unpacking")
     try:
@@ -61,7 +66,7 @@ def _extract(
                     continue
                 unpacked += size
                 if unpacked > max_bytes or count >= MOST_MEMBERS:
-                    raise UserError(f"{archive}: more than {max_bytes:,} bytes or {MOST_MEMBERS:,} files are in it")
+                    raise BadArchive(f"{archive}: more than {max_bytes:,} bytes or {MOST_MEMBERS:,} files are in it")
                 path = staging / inner
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with opened() as packed, path.open("xb") as file:
@@ -69,25 +74,25 @@ def _extract(
                     while chunk := packed.read(CHUNK):
                         written += len(chunk)
                         if written > size:
-                            raise UserError(f"{archive}: {name} is longer than it says")
+                            raise BadArchive(f"{archive}: {name} is longer than it says")
                         file.write(chunk)
                         bar.update(len(chunk))
                 if written < size:
-                    raise UserError(f"{archive}: is damaged ({name} ends after {written} of {size} bytes)")
+                    raise BadArchive(f"{archive}: is damaged ({name} ends after {written} of {size} bytes)")
                 count += 1
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise UserError(f"{archive}: has {Path(error.filename).name} twice") from error
+        raise BadArchive(f"{archive}: has {Path(error.filename).name} twice") from error
     except UserError:
         raise
     except DAMAGE as error:
-        raise UserError(f"{archive}: is damaged ({' '.join(str(error).split()) or type(error).__name__})") from error
+        raise BadArchive(f"{archive}: is damaged ({' '.join(str(error).split()) or type(error).__name__})") from error
     if not count:
-        raise UserError(f"{archive}: not what was expected, {source or 'a file'} is not in it")
+        raise BadArchive(f"{archive}: not what was expected, {source or 'a file'} is not in it")
     return count
 
 
 def _members(archive: Path) -> Iterator[Member]:
-    """The files of an archive. UserError for a name or kind that is not safe, of a zip before the first file."""
+    """The files of an archive. BadArchive for a name or kind that is not safe, of a zip before the first file."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as file:
             infos = [info for info in file.infolist() if not info.is_dir()]
@@ -95,7 +100,7 @@ def _members(archive: Path) -> Iterator[Member]:
             for info in infos:
                 kind = info.external_attr >> 28  # of a mode as Unix writes it; 0 where another system packed
                 if kind not in (0, 0o10):
-                    raise UserError(f"{archive}: {info.filename} is a link or a device; nothing was unpacked")
+                    raise BadArchive(f"{archive}: {info.filename} is a link or a device; nothing was unpacked")
             for name, info in zip(names, infos, strict=True):
                 yield name, info.file_size, lambda info=info: file.open(info)  # type: ignore[misc]
     elif tarfile.is_tarfile(archive):
@@ -105,16 +110,16 @@ def _members(archive: Path) -> Iterator[Member]:
                 if member.isdir():
                     continue
                 if not member.isreg():
-                    raise UserError(f"{archive}: {member.name} is a link or a device; nothing was unpacked")
+                    raise BadArchive(f"{archive}: {member.name} is a link or a device; nothing was unpacked")
                 yield name, member.size, lambda member=member: tar.extractfile(member)  # type: ignore[misc]
     else:
-        raise UserError(f"{archive}: neither a zip nor a tar file, or only a part of one")
+        raise BadArchive(f"{archive}: neither a zip nor a tar file, or only a part of one")
 
 
 def _safe(archive: Path, name: str) -> PurePosixPath:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name.split("/")[0] or CONTROL.search(name):
-        raise UserError(f"{archive}: {name!r} leads outside of the folder; nothing was unpacked")
+        raise BadArchive(f"{archive}: {name!r} leads outside of the folder; nothing was unpacked")
     return path
 
 

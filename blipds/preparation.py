@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from blipds.archives import unpack
+from blipds.archives import BadArchive, unpack
 from blipds.config import ArchiveConfig, DatasetConfig
 from blipds.data.annotations import read_annotations, read_splits
 from blipds.data.sources import ImageFile
@@ -111,7 +112,12 @@ class StandardSet:
                 return
             by_hand = self.images.parent / url.rpartition("/")[2]
             archive = by_hand if by_hand.is_file() else self.download(url, by_hand)
-            write_split(archive, member, split, path, self.downloads)
+            try:
+                write_split(archive, member, split, path, self.downloads)
+            except BadArchive:
+                if archive != by_hand:
+                    archive.unlink()
+                raise
 
         return Step(f"{path}  from {url}", ANNOTATION_BYTES, ANNOTATION_BYTES, do)
 
@@ -134,8 +140,7 @@ class StandardSet:
 
         def do() -> None:
             fetched = self.download(url, placed, md5=archive.md5, size=archive.size or None)
-            unpack(fetched, target, archive.source, max_bytes=MOST_UNPACKED * fetched.stat().st_size)
-            fetched.unlink()
+            unpack_download(fetched, target, archive.source, max_bytes=MOST_UNPACKED * fetched.stat().st_size)
 
         part = self.downloads / (cache_name(url) + ".part")
         left = archive.size - (part.stat().st_size if part.exists() else 0)
@@ -193,6 +198,16 @@ def place(path: Path, target: Path) -> None:
     path.replace(target)
 
 
+def unpack_download(archive: Path, target: Path, source: str, **options: Any) -> None:
+    """As `unpack`; the archive goes when it is done, or when it is bad: kept, it would never be downloaded anew."""
+    try:
+        unpack(archive, target, source, **options)
+    except BadArchive:
+        archive.unlink()
+        raise
+    archive.unlink()
+
+
 def readable_json(path: Path) -> None:
     try:
         with path.open(encoding="utf-8") as file:
@@ -233,10 +248,8 @@ def spice_steps(downloads: Path) -> list[Step]:
 
     def do() -> None:
         archive = fetch(CORENLP, downloads)
-        unpack(
-            archive, folder, get_stanford_models.CORENLP, max_bytes=2 * SPICE_BYTES, wanted=lambda name: name in jars
-        )
-        archive.unlink()
+        source, wanted = get_stanford_models.CORENLP, lambda name: name in jars
+        unpack_download(archive, folder, source, max_bytes=2 * SPICE_BYTES, wanted=wanted)
 
     return [Step(f"{folder}  from {CORENLP}", SPICE_BYTES // 2, SPICE_BYTES, do)]
 
