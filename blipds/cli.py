@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,14 +87,18 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """Imports the plugins and loads the run config; rank 0 says which of its keys something else decides now."""
+def import_plugins(plugins: Sequence[str]) -> None:
     sys.path.insert(0, str(Path.cwd()))
-    for plugin in args.plugin:
+    for plugin in plugins:
         try:
             importlib.import_module(plugin)
         except ImportError as error:
             raise UserError(f"--plugin {plugin}: {error}") from error
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Imports the plugins and loads the run config; rank 0 says which of its keys something else decides now."""
+    import_plugins(args.plugin)
     config, notices = load_run_config(args.cfg_path, args.options)
     if not config.datasets:
         raise UserError(f"{args.cfg_path}: the section datasets names none")

@@ -77,16 +77,38 @@ class ModelConfig:
 
 @dataclass
 class AnnotationConfig:
-    """Annotation files of one split: where they come from, their checksums, and where they lie."""
+    """Annotation files of one split: where they come from, their checksums, and where they lie.
+
+    `member`: the url is a zip, and this is Karpathy's file in it, of which `storage` gets the split.
+    """
 
     url: list[str] = field(default_factory=list)
     md5: list[str] = field(default_factory=list)
     storage: list[str] = field(default_factory=list)
+    member: str | None = None
+
+
+@dataclass
+class ArchiveConfig:
+    """An archive of images, for launch/prepare_data.py: its folder `source` becomes `target` below `images.storage`.
+
+    `file` is its name, `size` in bytes. Without a `url` it has to be asked for at `request`; without a `file`, too,
+    that page says how the images are to be had one by one.
+    """
+
+    file: str = ""
+    url: str | None = None
+    request: str | None = None
+    md5: str | None = None
+    size: int = 0
+    source: str = ""
+    target: str = ""
 
 
 @dataclass
 class ImagesConfig:
     storage: str | None = None
+    archives: list[ArchiveConfig] = field(default_factory=list)
 
 
 @dataclass
@@ -393,6 +415,15 @@ def packaged_datasets(given: dict[Any, Any]) -> dict[Any, Any]:
         if path.exists():
             found[name] = container(read_yaml(path))["datasets"][name]
     return {"datasets": found}
+
+
+def packaged_dataset(name: str) -> DatasetConfig:
+    """A dataset as its packaged default has it."""
+    layer = packaged_datasets({"datasets": {name: None}})["datasets"][name]
+    merged = OmegaConf.merge(OmegaConf.structured(DatasetConfig), conform(layer, DatasetConfig))
+    dataset = OmegaConf.to_object(merged)
+    assert isinstance(dataset, DatasetConfig)
+    return dataset
 
 
 def container(config: Container) -> dict[Any, Any]:

@@ -276,8 +276,7 @@ def _spice(candidates: Captions, references: Captions, scores: Scores) -> None:
     models = Path(_beside(get_stanford_models, "lib"), f"{get_stanford_models.JAR}-models.jar")
     if not models.exists():  # pycocoevalcap would download half a gigabyte now, while the other ranks wait
         raise RuntimeError(
-            "SPICE's models are not there; once, where there is a network: python -c "
-            "'from pycocoevalcap.spice.get_stanford_models import *; get_stanford_models()'"
+            "SPICE's models are not there; once, where there is a network: python launch/prepare_data.py spice"
         )
     with _java_on_path():
         scores.values["SPICE"] = float(spice.Spice().compute_score(references, candidates)[0])

@@ -30,9 +30,8 @@ import torch
 from torch import Tensor
 
 from blipds import cli
-from blipds.captioner import Captioner
+from blipds.captioner import Captioner, image_processor_of, run_directory
 from blipds.config import Config
-from blipds.data.datasets import build_image_processor
 from blipds.engine.checkpoints import STATE, read_state
 from blipds.errors import UserError
 from blipds.models import BlipCaption, build_model
@@ -68,14 +67,6 @@ def main() -> None:
     else:
         write_transformers(output, model, tensors, config, card_text(config, run_dir, location), args.force)
     print(f"{output}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers, from {location}")
-
-
-def run_directory(checkpoint: Path) -> Path | None:
-    """The run that a checkpoint is of: <run>/checkpoints/step_N, or the weights file in it."""
-    for folder in (checkpoint, checkpoint.parent):
-        if folder.parent.name == "checkpoints" and (folder.parent.parent / "config.yaml").is_file():
-            return folder.parent.parent
-    return None
 
 
 def load_config(args: argparse.Namespace, run_dir: Path | None) -> Config:
@@ -117,21 +108,14 @@ def write_transformers(
     folder: Path, model: BlipCaption, tensors: dict[str, Tensor], config: Config, card: str, force: bool
 ) -> None:
     captioner = Captioner.from_config(config)
-    processors = [
-        build_image_processor(dataset.vis_processor.eval, config.model.image_size)
-        for dataset in config.datasets.values()
-    ]
-    statistics = {(processor.mean, processor.std) for processor in processors}
-    if len(statistics) > 1:
-        raise UserError(f"the datasets normalise images with different mean and std ({statistics}); one must be chosen")
-    mean, std = statistics.pop()
+    processor = image_processor_of(config)
     save_transformers(
         folder,
         tensors,
         geometry_of(model),
         captioner.tokenizer.tokenizer,
-        image_mean=mean,
-        image_std=std,
+        image_mean=processor.mean,
+        image_std=processor.std,
         prompt=config.model.prompt,
         generation=generation_arguments(config),
         card_text=card,

@@ -1,5 +1,13 @@
 #!/usr/bin/env python
-"""Look at captioned images before training on them.
+"""Get the standard datasets, and look at captioned images before training on them.
+
+    python launch/prepare_data.py coco --root DATA        then train with --options env.cache_root=DATA
+    python launch/prepare_data.py flickr30k|flickr8k|nocaps --root DATA
+    python launch/prepare_data.py spice                   what the metric SPICE needs
+
+The annotations (and COCO's images) are downloaded to where the packaged dataset configs look. It says first what it
+needs of disk and time, and asks; a download that breaks off, or is broken off, goes on where it was. What has to be
+asked for by hand (the photographs of Flickr) it names: which file goes where; it recognises and unpacks it there.
 
     python launch/prepare_data.py check my_captions/train.json my_captions/val.json --images my_captions/images
     python launch/prepare_data.py check dataset_flickr8k.json --images Flicker8k_Dataset
@@ -16,15 +24,18 @@ belong together.
 import argparse
 import itertools
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 from blipds import cli
-from blipds.config import ModelConfig, RunConfig
+from blipds.config import EnvConfig, ModelConfig, RunConfig, packaged_dataset
 from blipds.data.annotations import read_splits
 from blipds.data.inspection import Findings, describe, inspect, overlap, problems
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
 from blipds.monitor import contact_sheet
+from blipds.preparation import DATASETS, StandardSet, Step, announcement, spice_steps
 
 SAMPLES = 10
 MAX_WORDS = 50  # as datasets.<name>.text_processor.*.max_words where nothing is said
@@ -62,12 +73,66 @@ def parse_arguments() -> argparse.Namespace:
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     check.add_argument("--workers", type=int, default=cores, help=f"processes that open images; default: {cores}")
+    add_standard_sets(commands)
     return parser.parse_args()
+
+
+def add_standard_sets(commands: Any) -> None:
+    for name in (*DATASETS, "spice"):
+        what = "SPICE's models (Stanford CoreNLP)" if name == "spice" else f"the dataset {DATASETS[name]}"
+        command = commands.add_parser(name, help=f"get {what}", description=f"Get {what}.")
+        command.set_defaults(run=run_spice if name == "spice" else run_standard_set)
+        command.add_argument(
+            "--root",
+            type=Path,
+            default=Path(EnvConfig.cache_root),
+            metavar="DIR",
+            help=f"env.cache_root of the runs that use it; default: {EnvConfig.cache_root}",
+        )
+        command.add_argument("--yes", action="store_true", help="do not ask before it starts")
+        if name != "spice":
+            command.add_argument("--no-images", action="store_true", help="annotations only")
 
 
 def main() -> None:
     args = parse_arguments()
     args.run(args)
+
+
+def run_standard_set(args: argparse.Namespace) -> None:
+    root = args.root.expanduser()
+    wanted = StandardSet(packaged_dataset(DATASETS[args.command]), root)
+    done: set[str] = set()
+    # once more where the annotations, once they are there, name images that nobody missed before
+    while steps := [step for step in wanted.steps(not args.no_images) if step.line not in done]:
+        carry_out(steps, root, args.yes)
+        done |= {step.line for step in steps}
+    wanted.tidy()
+    missing = [] if args.no_images else wanted.missing_lines()
+    for line in missing:
+        print(f"missing    {line}")
+    if missing:
+        raise UserError(f"{args.command}: the annotations are there, but images are missing")
+    print(f"ready      --options env.cache_root={root}")
+
+
+def run_spice(args: argparse.Namespace) -> None:
+    downloads = args.root.expanduser() / "downloads"
+    if steps := spice_steps(downloads):
+        carry_out(steps, downloads.parent, args.yes)
+    print("ready      SPICE's models are there")
+
+
+def carry_out(steps: list[Step], root: Path, yes: bool) -> None:
+    """Says what is needed, asks, and does it."""
+    print(*announcement(steps, root), sep="\n", flush=True)
+    if not yes and not sys.stdin.isatty():
+        raise UserError("nobody can be asked where standard input is no terminal: --yes starts it")
+    if not yes and input("start? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError("not started")
+    for step in steps:
+        print(step.line, flush=True)
+        step.do()
 
 
 def run_check(args: argparse.Namespace) -> None:

@@ -2,143 +2,25 @@
 
 import hashlib
 import multiprocessing
-import random
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import CONTENT, Handler, Server, serving
 
-from blipds.download import cache_name, fetch
+from blipds.download import cache_name, fetch, read
 from blipds.errors import UserError
 
-CONTENT = random.Random(0).randbytes(300_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()
-
-
-class Server(ThreadingHTTPServer):
-    """Serves CONTENT under any path. `plan` holds one behaviour a request; the last one stays."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.plan: list[Callable[[Handler], None]] = [Handler.proper]
-        self.ranges: list[str | None] = []  # the Range header of each request
-        self.content, self.etag = CONTENT, '"one"'
-        self.released = threading.Event()
-
-    def address(self, path: str = "/model.pth") -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}{path}"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are part of the tests."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        self.server.ranges.append(self.headers["Range"])
-        plan = self.server.plan
-        (plan.pop(0) if len(plan) > 1 else plan[0])(self)
-
-    def log_message(self, *_: Any) -> None: ...
-
-    def head(self, status: int, length: int | None, **headers: str) -> None:
-        self.send_response(status)
-        if length is not None:
-            self.send_header("Content-Length", str(length))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-
-    def wanted(self) -> int:
-        """The first byte that this request should get: Range counts only if If-Range names the present file."""
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
-        return int(asked[1]) if asked and self.headers["If-Range"] == self.server.etag else 0
-
-    def proper(self, stop: int | None = None) -> None:
-        content, start = self.server.content, self.wanted()
-        if start >= len(content):
-            self.head(416, 0, Content_Range=f"bytes */{len(content)}")
-        elif start:
-            span = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            self.head(206, len(content) - start, ETag=self.server.etag, Content_Range=span)
-            self.wfile.write(content[start:stop])
-        else:
-            self.head(200, len(content), ETag=self.server.etag)
-            self.wfile.write(content[:stop])
-
-    def break_off(self) -> None:
-        """100,000 bytes further, then the connection ends."""
-        self.proper(stop=self.wanted() + 100_000)
-
-    def stall(self) -> None:
-        self.break_off()
-        self.wfile.flush()
-        self.server.released.wait(20)
-
-    def no_range(self, stop: int | None = None) -> None:
-        self.head(200, len(self.server.content))
-        self.wfile.write(self.server.content[:stop])
-
-    def no_range_and_break_off(self) -> None:
-        self.no_range(100_000)
-
-    def wrong_range(self) -> None:
-        content = self.server.content
-        self.head(
-            206, len(content) - 5, ETag=self.server.etag, Content_Range=f"bytes 5-{len(content) - 1}/{len(content)}"
-        )
-        self.wfile.write(content[5:])
-
-    def busy(self) -> None:
-        self.head(503, 0)
-
-    def gone(self) -> None:
-        self.head(404, 0)
-
-    def hang_up(self) -> None:
-        self.close_connection = True
-
-    def redirect(self) -> None:
-        self.head(302, 0, Location="/elsewhere/model.pth")
-
-    def redirect_to_a_file(self) -> None:
-        self.head(302, 0, Location="file:///etc/passwd")
-
-    def redirect_to_ftp(self) -> None:
-        self.head(302, 0, Location="ftp://127.0.0.1/model.pth")
-
-    def redirect_for_ever(self) -> None:
-        self.head(302, 0, Location=self.path)
-
-    def chunked_and_break_off(self) -> None:
-        self.protocol_version = "HTTP/1.1"
-        self.head(200, None, Transfer_Encoding="chunked", ETag=self.server.etag)
-        self.wfile.write(b"%x\r\n" % 200_000 + self.server.content[:100_000])
-        self.close_connection = True
-
-    def compressed(self) -> None:
-        self.head(200, 3, Content_Encoding="gzip")
-        self.wfile.write(b"abc")
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.released.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving() as server:
+        yield server
 
 
 def get(server: Server, cache: Path, **options: Any) -> Path:
@@ -230,7 +112,11 @@ def test_no_end_is_no_progress(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "behaviour", [Handler.busy, Handler.hang_up, Handler.wrong_range, Handler.chunked_and_break_off]
+    "behaviour",
+    [
+        *(Handler.busy, Handler.hang_up, Handler.wrong_range, Handler.chunked_and_break_off, Handler.too_many),
+        *(Handler.too_many_until_a_date, Handler.busy_with_nonsense, Handler.no_http, Handler.whole_as_the_rest),
+    ],
 )
 def test_transient_failures(behaviour: Callable[[Handler], None], server: Server, tmp_path: Path) -> None:
     server.plan = [Handler.break_off, behaviour, Handler.proper]
@@ -285,6 +171,9 @@ def test_a_cached_file_of_another_md5_is_fetched_again(server: Server, tmp_path:
     ("behaviour", "message"),
     [
         (Handler.gone, "answers 404"),
+        (Handler.web_page, "a web page, not the file"),
+        (Handler.come_back_tomorrow, "answers 429 and asks to come back in 86400 seconds"),
+        (Handler.no_content, "answers 204"),
         (Handler.compressed, "compressed"),
         (Handler.redirect_to_a_file, "302"),
         (Handler.redirect_to_ftp, "which is not followed"),
@@ -299,6 +188,31 @@ def test_answers_that_more_attempts_do_not_mend(
         get(server, tmp_path)
     assert behaviour is Handler.redirect_for_ever or len(server.ranges) == 1
     assert left_over(tmp_path) in ([], [".part.validator"])
+
+
+@pytest.mark.parametrize("behaviour", [Handler.drip_headers, Handler.drip_bytes])
+def test_a_drip_is_no_progress(behaviour: Callable[[Handler], None], server: Server, tmp_path: Path) -> None:
+    server.plan = [behaviour]
+    with pytest.raises(UserError, match="failed 2 times in a row"):
+        get(server, tmp_path, timeout=0.2, attempts=2)
+
+
+def test_of_another_size_than_expected(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the server has 300,000 bytes, 300,001 are expected: another file"):
+        get(server, tmp_path, size=300_001)
+    server.plan = [Handler.for_ever]
+    with pytest.raises(UserError, match="300000 were announced"):
+        get(server, tmp_path, size=300_000, attempts=1)
+
+
+def test_read_into_memory(server: Server) -> None:
+    server.plan = [Handler.break_off, Handler.busy, Handler.proper]
+    assert read(server.address(), max_bytes=300_000, backoff=0.01) == CONTENT
+    with pytest.raises(UserError, match="more than 299,999 bytes"):
+        read(server.address(), max_bytes=299_999)
+    server.plan = [Handler.break_off]
+    with pytest.raises(UserError, match=r"failed 2 times in a row \(the connection ended after 100000 of 300000 bytes"):
+        read(server.address(), max_bytes=300_000, attempts=2, backoff=0.01)
 
 
 def test_redirects_are_followed(server: Server, tmp_path: Path) -> None:

@@ -10,10 +10,34 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "blipds"
 FLOORS = (
-    {"__init__", "errors", "registry", "config", "ds_config", "ds_schema", "distributed", "download", "signals"},
+    {
+        "__init__",
+        "errors",
+        "registry",
+        "config",
+        "ds_config",
+        "ds_schema",
+        "distributed",
+        "download",
+        "signals",
+        "archives",
+    },
     {"models", "data", "metrics", "schedules", "monitor"},
     {"engine", "weights", "report"},
-    {"trainer", "evaluator", "scoring", "published", "captioner", "attention", "planner", "preflight", "image_embeds"},
+    {
+        "trainer",
+        "evaluator",
+        "scoring",
+        "published",
+        "captioner",
+        "captioning",
+        "caption_files",
+        "attention",
+        "preparation",
+        "planner",
+        "preflight",
+        "image_embeds",
+    },
     {"building", "cli"},
 )
 HEAVY = ("deepspeed", "pycocoevalcap", "tensorboard", "torch.utils.tensorboard")

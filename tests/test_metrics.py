@@ -123,7 +123,7 @@ def test_a_failing_metric_harms_no_other(monkeypatch):
 
 def test_spice_without_models_is_missing():
     scores = score_captions(CANDIDATES, REFERENCES, ("SPICE", "ROUGE_L"))
-    assert "SPICE" in scores.missing and "get_stanford_models" in scores.missing["SPICE"]
+    assert "SPICE" in scores.missing and "prepare_data.py spice" in scores.missing["SPICE"]
     assert list(scores.values) == ["ROUGE_L"]
 
 

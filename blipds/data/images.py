@@ -84,8 +84,13 @@ class PixelReader:
 
     def batch(self, images: Sequence[Tensor | None]) -> Images:
         blank = torch.zeros(3, self.processor.image_size, self.processor.image_size, dtype=torch.uint8)
-        pixels = torch.stack([blank if image is None else image for image in images])
-        return Images(pixels, self.processor.mean, self.processor.std)
+        return stack_pixels([blank if image is None else image for image in images], self.processor)
+
+
+def stack_pixels(images: Sequence[Tensor], processor: ImageProcessor) -> Images:
+    """Images (3, H, W) of one processor together; of none, (0, 3, H, W)."""
+    empty = torch.zeros(0, 3, processor.image_size, processor.image_size, dtype=torch.uint8)
+    return Images(torch.stack(list(images)) if images else empty, processor.mean, processor.std)
 
 
 class EmbedStore:

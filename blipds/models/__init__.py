@@ -1,17 +1,19 @@
 """Models by arch. A builder takes the model section of the run config and gives the bare model, weights random."""
 
 from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from blipds.config import PACKAGED, ModelConfig
 from blipds.errors import UserError
 from blipds.models.blip_caption import BlipCaption
+from blipds.models.geometry import BlipGeometry
 from blipds.models.text_decoder import TextConfig, TextDecoder
 from blipds.models.vision import build_vision_transformer, checkpoint_last
 from blipds.registry import MODELS
 
-__all__ = ["BlipCaption", "build_model", "read_text_config"]
+__all__ = ["BlipCaption", "build_from_geometry", "build_model", "read_text_config"]
 
 
 def build_model(config: ModelConfig, checkpoint_fn: Callable[..., Any]) -> BlipCaption:
@@ -33,6 +35,22 @@ def build_blip_caption(config: ModelConfig, checkpoint_fn: Callable[..., Any]) -
     return BlipCaption(
         visual_encoder, text_decoder, label_smoothing=config.label_smoothing, freeze_vit=config.freeze_vit
     )
+
+
+def build_from_geometry(geometry: BlipGeometry) -> BlipCaption:
+    """A captioner that a checkpoint describes, weights random."""
+    visual_encoder = build_vision_transformer(
+        "base",
+        geometry.image_size,
+        patch_size=geometry.patch_size,
+        embed_dim=geometry.vision_width,
+        depth=geometry.vision_depth,
+        num_heads=geometry.vision_heads,
+        mlp_ratio=geometry.vision_mlp_dim / geometry.vision_width,
+    )
+    shared = {field.name for field in fields(TextConfig)} & asdict(geometry).keys()
+    text_config = TextConfig(**{name: getattr(geometry, name) for name in shared})
+    return BlipCaption(visual_encoder, TextDecoder(text_config, visual_encoder.embed_dim))
 
 
 def read_text_config(path: str | None) -> TextConfig:

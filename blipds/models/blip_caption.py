@@ -79,7 +79,8 @@ class BlipCaption(nn.Module):
         image_embeds: Tensor | None = None,
         any_rank: Callable[[bool], bool] | None = None,
     ) -> list[list[int]]:
-        """Token ids of one caption an image, prompt (P,) included, closing token not.
+        """Token ids of captions, prompt (P,) included, closing token not: `config.num_captions` an image from beams,
+        one image after the other; one an image else.
 
         `uniform` (I, max_len): the random numbers of nucleus sampling, unused otherwise. The images: pixel_values
         (I, 3, H, W), or their image_embeds (I, N, width). Under ZeRO-3 the parameters must be gathered around the call,

@@ -11,13 +11,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from blipds.errors import UserError
+
 NUCLEUS_TOP_K = 50  # transformers 4's default, in force wherever the original code samples
 NUCLEUS_REPETITION_PENALTY = 1.1  # fixed in the original code and in LAVIS
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How captions are generated; the defaults are the paper's. Names as in the run config, where LAVIS has them."""
+    """How captions are generated; the defaults are the paper's. Names as in the run config, where LAVIS has them.
+
+    num_captions: of each image; the best of its beams, or as many draws.
+    """
 
     num_beams: int = 3
     max_len: int = 20
@@ -27,6 +32,14 @@ class GenerationConfig:
     use_nucleus_sampling: bool = False
     top_p: float = 0.9
     temperature: float = 1.0
+    num_captions: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_captions > self.num_beams and not self.use_nucleus_sampling:
+            raise UserError(
+                f"{self.num_captions} captions an image need as many beams (num_beams is {self.num_beams}) or nucleus "
+                "sampling"
+            )
 
 
 class StepDecoder(Protocol):
@@ -108,16 +121,21 @@ class Hypotheses:
         worst = min(score for score, _ in self.finished)
         return worst >= best_log_probability / length**self.length_penalty
 
-    def best(self) -> list[int]:
+    def best(self, count: int) -> list[list[int]]:
+        """The `count` best, best first."""
         # of equal scores the later one, as a stable sort followed by pop() gives in the original
-        return max(enumerate(self.finished), key=lambda entry: (entry[1][0], entry[0]))[1][1]
+        ranked = sorted(enumerate(self.finished), key=lambda entry: (entry[1][0], entry[0]), reverse=True)
+        return [sequence for _, (_, sequence) in ranked[:count]]
 
 
 @torch.no_grad()
 def beam_search(
     decoder: StepDecoder, prompt_ids: Tensor, images: int, eos_token_id: int, config: GenerationConfig
 ) -> list[list[int]]:
-    """Returns the best sequence of each image. One device sync a step: the hypotheses are kept on the host."""
+    """Returns the `num_captions` best sequences of each image, one image after the other.
+
+    One device sync a step: the hypotheses are kept on the host.
+    """
     beams = config.num_beams
     length = len(prompt_ids)
     hypotheses = [Hypotheses(beams, config.length_penalty) for _ in range(images)]
@@ -175,7 +193,7 @@ def beam_search(
         decoder.reorder(parents)
         logits = decoder.step(tokens)
 
-    return [hypothesis.best() for hypothesis in hypotheses]
+    return [sequence for hypothesis in hypotheses for sequence in hypothesis.best(config.num_captions)]
 
 
 @torch.no_grad()

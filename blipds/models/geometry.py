@@ -1,7 +1,8 @@
 """The sizes and constants of a captioner: of a built model, of a transformers config, and where the two differ."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from math import isqrt
 from typing import Any
 
 from timm.layers import Mlp
@@ -82,6 +83,41 @@ def geometry_from_transformers_config(config: Mapping[str, Any]) -> BlipGeometry
         attention_probs_dropout_prob=_number(text, "attention_probs_dropout_prob", 0.0),
         label_smoothing=_number(text, "label_smoothing", 0.0),
     )
+
+
+def published_geometry(shapes: Mapping[str, tuple[int, ...]]) -> BlipGeometry | None:
+    """BLIP base or large, at any image size, by the shapes of its tensors; None for anything else.
+
+    Heads show in no tensor: those of a ViT of these widths and of a bert-base are known.
+    """
+    positions, patches = (
+        shapes.get("visual_encoder.pos_embed", ()),
+        shapes.get("visual_encoder.patch_embed.proj.weight"),
+    )
+    words = shapes.get("text_decoder.bert.embeddings.word_embeddings.weight")
+    if len(positions) != 3 or words != (30524, 768):
+        return None
+    heads = {(768, 12): 12, (1024, 24): 16}
+    width, depth = positions[2], count_layers(shapes, "visual_encoder.blocks.")
+    layers = count_layers(shapes, "text_decoder.bert.encoder.layer.")
+    if (width, depth) not in heads or patches != (width, 3, 16, 16) or layers != 12:
+        return None
+    return BlipGeometry(
+        image_size=16 * isqrt(positions[1] - 1),
+        patch_size=16,
+        vision_width=width,
+        vision_depth=depth,
+        vision_heads=heads[width, depth],
+        vision_mlp_dim=4 * width,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+    )
+
+
+def count_layers(names: Iterable[str], prefix: str) -> int:
+    return len({name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)})
 
 
 def stated_vision_eps(config: Mapping[str, Any]) -> tuple[float, str]:

@@ -9,6 +9,7 @@ import torch
 from blipds.data.images import Images
 from blipds.data.processors import BlipImageEval, load_image
 from blipds.data.tokenizer import CaptionTokenizer
+from blipds.errors import UserError
 from blipds.models.blip_caption import CachedDecoder
 from blipds.models.generation import (
     NUCLEUS_TOP_K,
@@ -121,6 +122,14 @@ def test_minimum_length_of_greedy_search():
     assert [greedy(TABLE, min_len=min_len)[0] for min_len in (2, 3, 4)] == ["a", "aa", "aaa"]
 
 
+def test_several_captions_come_best_first():
+    # by the table above: aa END -.450, b END -.511; a END, log .30 / 2 = -.602, fell out of the best two
+    assert beam(TABLE, num_captions=2) == ["aa", "b"]
+    assert beam(TABLE, Always(), num_captions=2)[:2] == ["aa", "b"]
+    with pytest.raises(UserError, match=r"3 captions an image need as many beams \(num_beams is 2\)"):
+        beam(TABLE, num_captions=3)
+
+
 def test_maximum_length():
     # at length 3 the unfinished aa scores log .288 / 3 = -.415, b -.511
     assert beam(TABLE, max_len=3) == ["aa"]
@@ -176,7 +185,8 @@ def test_the_best_hypotheses_are_kept():
     assert sorted(hypotheses.finished) == [(-1.5, [0, 3]), (-1.0, [0, 1])]
     # of equal scores the later, as the original's stable sort gives
     hypotheses.add([0, 5], -2.0)
-    assert hypotheses.best() == [0, 5]
+    assert hypotheses.best(1) == [[0, 5]]
+    assert hypotheses.best(2) == [[0, 5], [0, 1]]
 
 
 # --- repetition ---

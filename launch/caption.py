@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""Caption images.
+
+    python launch/caption.py photo.jpg folder http://host/image.png --checkpoint output/RUN
+    python launch/caption.py folder --checkpoint model_base_caption_capfilt_large.pth --output captions.jsonl
+    find . -name '*.jpg' | python launch/caption.py - --checkpoint FOLDER --sidecar
+    deepspeed launch/caption.py folder --checkpoint output/RUN --output captions.jsonl      all GPUs share the work
+
+Folders are gone through with all below them. The captions go to standard output as JSON Lines, or, with --output, into
+one file in the order of the images (continued where it stopped, on any number of GPUs), or, with --sidecar, into a .txt
+for each image. Images that cannot be read are skipped by name.
+
+The checkpoint is a run directory (its best) or one of its checkpoints, whose config.yaml says how the model is built
+and how captions are generated; a transformers folder or hub name; or a .pth of BLIP or LAVIS. What the checkpoint does
+not say is as in the paper (3 beams, 5 to 20 tokens with the prompt's 4) unless the options below say otherwise.
+"""
+
+import argparse
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+DECODING = (
+    *("prompt", "num_beams", "max_len", "min_len", "length_penalty", "repetition_penalty"),
+    *("use_nucleus_sampling", "top_p", "temperature", "seed"),
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="file, folder, http(s) address, or -: one of them a line of stdin"
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="run directory, file, folder, URL, hub name"
+    )
+
+    output = parser.add_argument_group("where the captions go").add_mutually_exclusive_group()
+    output.add_argument("--output", type=Path, metavar="FILE", help="FILE.jsonl or FILE.csv; one that is there goes on")
+    output.add_argument(
+        "--sidecar",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="a .txt beside each image, or below FOLDER; one that is there stays. With - or several images: before "
+        "another option, or as --sidecar=FOLDER",
+    )
+    parser.add_argument("--force", action="store_true", help="begin --output anew; what it holds is lost")
+
+    decoding = parser.add_argument_group("how captions are generated (default: as the checkpoint's run, or the paper)")
+    decoding.add_argument("--prompt", metavar="TEXT", help='what captions go on from, and do not show: "a picture of"')
+    decoding.add_argument(
+        "--num-captions", type=int, default=1, metavar="N", help="of each image: best beams, or draws"
+    )
+    decoding.add_argument("--num-beams", type=int, metavar="N", help="1: greedy search")
+    decoding.add_argument("--max-len", type=int, metavar="N", help="tokens at most, the prompt's included")
+    decoding.add_argument("--min-len", type=int, metavar="N", help="tokens at least, the prompt's included")
+    decoding.add_argument("--length-penalty", type=float, metavar="X", help="above 1 favours long captions (beams)")
+    decoding.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1 disfavours words used before")
+    decoding.add_argument("--use-nucleus-sampling", action="store_true", default=None, help="draw words at random")
+    decoding.add_argument("--top-p", type=float, metavar="P", help="from the likeliest words that reach this together")
+    decoding.add_argument("--temperature", type=float, metavar="X", help="below 1 draws likely words more often")
+    decoding.add_argument("--seed", type=int, metavar="N", help="of the draws; each image has its own from it")
+
+    work = parser.add_argument_group("how the work is done")
+    work.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once on each GPU (32)")
+    work.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of weights (fp32)")
+    work.add_argument(
+        "--num-workers", type=int, metavar="N", help="processes that decode images, for each GPU (cores/GPUs)"
+    )
+
+    model = parser.add_argument_group("where nothing says how the model is built")
+    model.add_argument("--cfg-path", type=Path, metavar="YAML", help="run config (run_configs/)")
+    model.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the run config")
+    model.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import a module of your own")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    args = parser.parse_args()
+    if args.force and args.output is None:
+        parser.error("--force begins an --output anew; without one there is nothing to replace")
+    for name in ("num_captions", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is 1 or more")
+    if args.use_nucleus_sampling and args.num_beams is None:
+        args.num_beams = 1
+    if args.prompt and not args.prompt.endswith(" "):
+        args.prompt += " "
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    from blipds import cli, distributed
+    from blipds.captioner import load_caption_model, plan_captions
+    from blipds.captioning import caption_images
+    from blipds.data.inputs import check_named, count_images, named_images
+    from blipds.weights import find_checkpoint
+
+    check_named(args.images)
+    cli.import_plugins(args.plugin)
+    device = distributed.initialise()
+    plan = plan_captions(find_checkpoint(args.checkpoint, "best"), args.cfg_path, args.options)
+    plan = plan.with_decoding(**{name: getattr(args, name) for name in DECODING})
+    model = load_caption_model(plan, args.num_captions, device, args.precision, say)
+    sink = open_sink(args, model.settings()) if distributed.is_main() else None
+    counts = caption_images(
+        model,
+        named_images(args.images),
+        sink,
+        batch_size=args.batch_size,
+        num_workers=workers(args.num_workers),
+        total=count_images(args.images) if distributed.is_main() and sys.stderr.isatty() else None,
+    )
+    say(str(counts))
+
+
+def open_sink(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
+    from blipds.caption_files import CaptionFile, Sidecars, StandardOutput
+
+    if args.output is not None:
+        return CaptionFile(args.output.expanduser(), settings, args.num_captions, args.force)
+    if args.sidecar is not None:
+        return Sidecars(Path(args.sidecar).expanduser() if args.sidecar else None, settings)
+    return StandardOutput()
+
+
+def workers(given: int | None) -> int:
+    """This rank's share of the cores, where nothing is given."""
+    from blipds import distributed
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return given if given is not None else max(1, min(8, cores // distributed.local_world_size()))
+
+
+def say(line: str) -> None:
+    """On stderr: standard output may be what the captions go to."""
+    from blipds import distributed
+
+    if distributed.is_main():
+        print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()  # --help waits for no import
+    from blipds import cli
+
+    cli.run(partial(main, arguments))
