@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import IO
 
 from blipds.metrics import METRICS, Captions, Scores, score_captions
+from blipds.signals import leave_signals_alone
 
 NICENESS = 10  # training goes first
 
@@ -92,6 +93,7 @@ def _end_with(parent: int) -> None:
 
 
 def main() -> None:
+    leave_signals_alone(0)  # one to the whole process group is for the rank, which may go on until it has saved
     threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
     with contextlib.suppress(OSError):
         os.nice(NICENESS)

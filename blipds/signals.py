@@ -58,7 +58,7 @@ class StopSignals:
 
 
 def leave_signals_alone(worker: int) -> None:
-    """For the loader's workers: a signal to the whole process group must not take the images from a step to be ended.
+    """For processes that work for a rank: a signal to the whole group must not take the images from a step to be ended.
 
     They end with the process that they work for.
     """

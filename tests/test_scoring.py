@@ -1,5 +1,6 @@
 """Scoring in a process of its own: the same scores, and what becomes of it when processes die."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -47,6 +48,18 @@ def test_a_scoring_that_is_killed_is_missing_scores_and_no_more():
     (scores,) = scoring.scores()
     assert scoring.done()
     assert scores.values == {} and scores.missing == {"METEOR": "the scoring process ended with status -9"}
+
+
+def test_a_signal_to_the_whole_process_group_does_not_end_it():
+    scoring = Scoring([ScoringTask(CANDIDATES, REFERENCES, ["METEOR"])])
+    process = psutil.Process(scoring._process.pid)
+    while not process.children():  # Java
+        time.sleep(0.01)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        process.send_signal(number)
+        process.children()[0].send_signal(number)
+    (scores,) = scoring.scores()
+    assert scores.missing == {} and set(scores.values) == {"METEOR"}
 
 
 def test_what_the_user_got_wrong_is_the_reason():

@@ -28,10 +28,10 @@ def tiny(shared, tmp_path):
     return [*options, f"env.cache_root={tmp_path}", f"run.output_dir={tmp_path}", "run.job_id=run"]
 
 
-def evaluate(ranks, folder, dataset, split, arguments, options):
+def evaluate(ranks, folder, dataset, split, arguments, options, checkpoint="model_large_caption.pth"):
     (folder / "run.yaml").write_text(f"datasets: {{{dataset}: {{images: images}}}}")
-    checkpoint = ["--checkpoint", folder / "model_large_caption.pth", "--split", split]
-    typed = ["--cfg-path", folder / "run.yaml", *checkpoint, *arguments, "--options", *options]
+    what = ["--checkpoint", folder / checkpoint, "--split", split]
+    typed = ["--cfg-path", folder / "run.yaml", *what, *arguments, "--options", *options]
     return launch(ranks, "launch/evaluate.py", *typed)
 
 
@@ -89,3 +89,21 @@ def test_cider_by_the_frequencies_of_another_collection(tiny, tmp_path):
     process = evaluate(1, tmp_path, "coco_caption", "test", ["--cider-df", "coco-val-df.p"], tiny)
     assert process.returncode == 1
     assert re.search(r"^error: --cider-df coco-val-df.p: pickles are not read", process.stdout, re.MULTILINE)
+
+
+def test_a_transformers_folder_gives_the_captions_of_the_file_that_it_was_made_from(tiny, tmp_path):
+    (tmp_path / "test.json").write_text(json.dumps([{"image": f"{n}.jpg", "image_id": n} for n in range(len(DOMAINS))]))
+    tiny += ["datasets.coco_caption.build_info.annotations.test=test.json"]
+    process = evaluate(1, tmp_path, "coco_caption", "test", [], tiny)
+    assert process.returncode == 0, process.stdout[-4000:]
+    assert "captions only, no references" in process.stdout
+    of_the_file = (tmp_path / "run" / "results" / "test.json").read_text()
+
+    export = ["--cfg-path", tmp_path / "run.yaml", "--checkpoint", tmp_path / "model_large_caption.pth"]
+    export += ["--format", "hf", "--output", tmp_path / "folder", "--options", *tiny]
+    process = launch(1, "launch/export.py", *export)
+    assert process.returncode == 0, process.stdout[-4000:]
+    tiny = ["run.job_id=again" if option == "run.job_id=run" else option for option in tiny]
+    process = evaluate(1, tmp_path, "coco_caption", "test", [], tiny, checkpoint="folder")
+    assert process.returncode == 0, process.stdout[-4000:]
+    assert (tmp_path / "again" / "results" / "test.json").read_text() == of_the_file
