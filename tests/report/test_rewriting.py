@@ -1,0 +1,44 @@
+"""The report of a run directory, with the data that its config names, or without."""
+
+import json
+
+import pytest
+
+from blipds.building import evaluators_of_run, rewrite_report
+from blipds.config import load_run_config
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Of two datasets; `drawn` images are always there, the others' annotations were never made."""
+    (tmp_path / "config.yaml").write_text(
+        f"""
+model: {{model_type: tiny}}
+run: {{num_workers: 0}}
+datasets:
+  shapes_caption: {{num_images: {{train: 5, val: 5, test: 5}}}}
+  custom_caption: {{build_info: {{annotations: {{val: {tmp_path}/missing.json}}}}, images: {tmp_path}}}
+"""
+    )
+    return tmp_path
+
+
+def evaluated(run_dir, *splits):
+    lines = [{"kind": "eval", "split": split, "epoch": None, "step": 0, "note": "x.pth, fp32"} for split in splits]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return load_run_config(run_dir / "config.yaml")[0]
+
+
+def test_only_what_was_evaluated_is_read(run):
+    assert [found.split for found in evaluators_of_run(evaluated(run), run)] == []
+    config = evaluated(run, "shapes_caption_test", "shapes_caption_test_near-domain")
+    assert [found.split for found in evaluators_of_run(config, run)] == ["shapes_caption_test"]
+
+
+def test_without_the_data_the_page_has_numbers_alone(run):
+    said = []
+    rewrite_report(evaluated(run, "custom_caption_val"), run, said.append)
+    assert len(said) == 1
+    assert "report.html shows no captions: no such annotation file" in said[0] and "missing.json" in said[0]
+    page = (run / "report.html").read_text()
+    assert "custom_caption_val" in page and "x.pth, fp32" in page and "Captions of" not in page
