@@ -39,7 +39,7 @@ from blipds.engine import (
     prepare_ops,
     write_parameter,
 )
-from blipds.engine.checkpoints import load_engine, read_state
+from blipds.engine.checkpoints import CheckpointFolder, load_engine, read_state
 from blipds.errors import UserError
 from blipds.evaluator import Evaluator, build_evaluators
 from blipds.image_embeds import cache_image_embeds, refuse_random_processors
@@ -50,8 +50,10 @@ from blipds.monitor import NullMonitor
 from blipds.registry import SCHEDULES
 from blipds.report import REPORT, Shown, machine_facts, write_report
 from blipds.report.run_files import of_kind, read_lines
+from blipds.run_state import Plan, RunState
 from blipds.schedules import Schedule
-from blipds.trainer import Plan, RunState, Trainer
+from blipds.trainer import Trainer
+from blipds.validation import Validation
 from blipds.weights import load_initial_weights, load_weights
 
 
@@ -85,19 +87,28 @@ def build_trainer(
         monitor.say(line)
     for line in data_notices(loader, evaluators):
         monitor.say(f"data       {line}")
+    checkpoints = CheckpointFolder(run_dir / "checkpoints", run.keep_last, background=run.async_save)
+    validation = Validation(
+        engine,
+        evaluators,
+        checkpoints,
+        monitor,
+        plan,
+        run_dir,
+        state,
+        gather_for_evaluation=run.gather_for_evaluation,
+    )
     return Trainer(
         engine,
         loader,
         schedule,
-        evaluators,
+        validation,
+        checkpoints,
         monitor,
         plan,
         run_dir,
         seed=run.seed,
         save_minutes=run.save_minutes,
-        keep_last=run.keep_last,
-        async_save=run.async_save,
-        gather_for_evaluation=run.gather_for_evaluation,
         max_bad_images=run.max_bad_images,
         max_bad_steps=run.max_bad_steps,
         stall_minutes=run.stall_minutes,

@@ -3,8 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,67 +14,11 @@ from blipds.data.loader import Batch, TrainLoader, derive_seed
 from blipds.engine import Engine
 from blipds.engine.checkpoints import CheckpointFolder, shape_of
 from blipds.errors import UserError
-from blipds.evaluator import Evaluator
-from blipds.metrics import METRICS, Scores
 from blipds.monitor import NullMonitor
-from blipds.report import write_cider, write_report
+from blipds.run_state import Plan, RunState
 from blipds.schedules import Schedule
-from blipds.scoring import Scoring, ScoringTask
 from blipds.signals import STOPPING, StallWatch, Stopped, StopSignals
-
-
-@dataclass
-class RunState:
-    """Where a run stands; everything else follows from it and the config."""
-
-    global_step: int = 0
-    best_metric: float | None = None
-    best_step: int | None = None
-    awaited_step: int | None = None  # evaluated, and the scores are still to come
-    bad_steps: int = 0  # skipped, because a loss or a gradient was not finite
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long, and when to look: all in optimizer steps.
-
-    An epoch is a pass over the data (runner_base) or `iters_per_inner_epoch` steps (runner_iter).
-    """
-
-    epoch_steps: int
-    total_steps: int
-    log_steps: int
-    val_epochs: int
-    val_steps: int | None
-    save_epochs: int
-    save_steps: int | None
-    save_last: bool
-
-    @property
-    def epochs(self) -> int:
-        return -(-self.total_steps // self.epoch_steps)
-
-    def epoch_ends(self, step: int) -> bool:
-        return step % self.epoch_steps == 0 or step == self.total_steps
-
-    def epoch_of(self, step: int) -> int:
-        """The epoch, from 0, that the step with number `step` (from 1) belongs to."""
-        return (step - 1) // self.epoch_steps
-
-    def logs(self, step: int) -> bool:
-        return step % self.log_steps == 0 or self.epoch_ends(step)
-
-    def validates(self, step: int) -> bool:
-        by_epoch = self.epoch_ends(step) and (
-            (self.epoch_of(step) + 1) % self.val_epochs == 0 or step == self.total_steps
-        )
-        return by_epoch or (self.val_steps is not None and step % self.val_steps == 0)
-
-    def saves(self, step: int) -> bool:
-        if step == self.total_steps:
-            return self.save_last
-        by_epoch = self.epoch_ends(step) and (self.epoch_of(step) + 1) % self.save_epochs == 0
-        return by_epoch or (self.save_steps is not None and step % self.save_steps == 0)
+from blipds.validation import Validation
 
 
 class Wishes:
@@ -109,16 +53,14 @@ class Trainer:
         engine: Engine,
         loader: TrainLoader,
         schedule: Schedule,
-        evaluators: Sequence[Evaluator],
+        validation: Validation,
+        checkpoints: CheckpointFolder,
         monitor: NullMonitor,
         plan: Plan,
         run_dir: Path,
         *,
         seed: int,
         save_minutes: float | None,
-        keep_last: int,
-        async_save: bool,
-        gather_for_evaluation: bool,
         max_bad_images: int,
         max_bad_steps: int,
         stall_minutes: float,
@@ -127,14 +69,13 @@ class Trainer:
         self.engine = engine
         self.loader = loader
         self.schedule = schedule
-        self.evaluators = evaluators
+        self.validation = validation
+        self.checkpoints = checkpoints
         self.monitor = monitor
         self.plan = plan
         self.run_dir = run_dir
-        self.checkpoints = CheckpointFolder(run_dir / "checkpoints", keep_last, background=async_save)
         self.seed = seed
         self.save_seconds = math.inf if save_minutes is None else 60 * save_minutes
-        self.gather_for_evaluation = gather_for_evaluation
         self.max_bad_images = max_bad_images
         self.max_bad_steps = max_bad_steps
         self.stall_minutes = stall_minutes
@@ -144,9 +85,6 @@ class Trainer:
         self.save_cost = 0.0  # seconds that the newest checkpoint took from the run
         self.bad_in_a_row = 0
         self.bad_images: list[str] = []  # of this rank, since the start
-        self.scoring: Scoring | None = None  # of state.awaited_step; rank 0 only, as are its tasks
-        self.scoring_tasks: dict[str, ScoringTask] = {}
-        self.generation_seconds: dict[str, float] = {}  # of state.awaited_step, by split
         self.totals = Totals(engine.device)
         self.shown: dict[str, str] = {}  # behind the progress bar, renewed at log steps
 
@@ -168,7 +106,7 @@ class Trainer:
         windows = self.windows()
         self.open_epoch()
         if state.awaited_step is not None:  # of a run that ended before its scores came
-            self.start_scoring(state.awaited_step)
+            self.validation.start_scoring()
         while state.global_step < plan.total_steps:
             watch.moved()
             asked = time.perf_counter()
@@ -191,7 +129,7 @@ class Trainer:
                 self.take_scores()
             candidate = self.validate() if plan.validates(step) else False
             if candidate or plan.saves(step) or wishes.save or wishes.stop:
-                self.save(best=not self.evaluators)
+                self.save(best=not self.validation.evaluators)
             if wishes.stop or step == plan.total_steps:
                 self.finish_save()
             if wishes.stop and step < plan.total_steps:
@@ -248,9 +186,8 @@ class Trainer:
     def own_wishes(self) -> torch.Tensor:
         """What this rank would have all ranks do after this step; summed, the fields of Wishes."""
         due = distributed.is_main() and time.monotonic() - self.saved > self.save_seconds
-        scored = self.scoring is not None and self.scoring.done()
         stop = self.stop.received
-        known = (due, scored, self.checkpoints.written, *(stop == number.name for number in STOPPING))
+        known = (due, self.validation.scored, self.checkpoints.written, *(stop == number.name for number in STOPPING))
         return torch.tensor(known, dtype=torch.float64)
 
     def skip(self, window: list[Batch], learning_rate: float, loss: float) -> None:
@@ -353,49 +290,22 @@ class Trainer:
 
     def validate(self) -> bool:
         """Captions the validation splits and has them scored beside the next steps; whether they are. Collective."""
-        step = self.state.global_step
         started = time.perf_counter()
-        generation_seconds = {}
-        for evaluator in self.evaluators:
-            with self.engine.evaluating(self.gather_for_evaluation) as model:
-                device, dtype, results = self.engine.device, self.engine.dtype, self.results(evaluator, step)
-                lockstep = self.engine.stage == 3 and not self.gather_for_evaluation
-                captioned = evaluator.caption(model, device, dtype, results, lockstep)  # type: ignore[arg-type]
-            if captioned.errors:
-                self.report_bad_images(captioned.errors)
-            if distributed.is_main():
-                self.monitor.captions(evaluator.split, step, **evaluator.contact_sheet(captioned.captions))
-            generation_seconds[evaluator.split] = captioned.seconds
-            if evaluator.references is None:
-                self.log_evaluation(evaluator.split, step, Scores(), captioned.seconds)
-        scored = any(evaluator.references is not None for evaluator in self.evaluators)
-        if scored:
+        errors = self.validation.caption()
+        if errors:
+            self.report_bad_images(errors)
+        if self.validation.has_references:
             self.wait_for_scores(may_stop=False)  # of the validation before, where it scores slower than it trains
-            self.generation_seconds = generation_seconds
-            self.start_scoring(step)
-        elif self.evaluators and distributed.is_main():
-            self.report()
+            self.validation.start_scoring()
         self.off_the_clock(started)
-        return scored
+        return self.validation.has_references
 
-    def results(self, evaluator: Evaluator, step: int) -> Path:
-        """The file of an evaluation's captions: what is scored, after a resume too."""
-        when = f"epoch{self.plan.epoch_of(step)}" if self.plan.epoch_ends(step) else f"step{step}"
-        return self.run_dir / "results" / f"{evaluator.split}_{when}.json"
-
-    def start_scoring(self, step: int) -> None:
-        """Has the captions of a step scored by a process beside this one. `take_scores` ends it."""
-        self.state.awaited_step = self.checkpoints.candidate = step
-        if not distributed.is_main():
-            return
-        self.scoring_tasks = {}
-        for evaluator in self.evaluators:
-            path = self.results(evaluator, step)
-            try:
-                self.scoring_tasks |= evaluator.scoring_tasks(path, METRICS)
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                self.monitor.say(f"the captions of step {step} cannot be scored, {path}: {error}")
-        self.scoring = Scoring(list(self.scoring_tasks.values()))
+    def take_scores(self) -> None:
+        """Collective."""
+        self.finish_save()  # the candidate may still be being written
+        started = time.perf_counter()
+        self.validation.take_scores()
+        self.off_the_clock(started)
 
     def wait_for_scores(self, may_stop: bool) -> None:
         """Waits for the scores that are still to come, if any. Collective, and no single call of it waits long.
@@ -410,44 +320,6 @@ class Trainer:
                 raise self.stopped(wishes)
             else:
                 time.sleep(0.1)
-
-    def take_scores(self) -> None:
-        """Logs the scores that have come. With the highest CIDEr + BLEU-4 the checkpoint is the best. Collective."""
-        self.finish_save()  # the candidate may still be being written
-        state, step = self.state, self.state.awaited_step
-        assert step is not None
-        found: dict[str, Scores] = {}
-        if self.scoring is not None:
-            found = dict(zip(self.scoring_tasks, self.scoring.scores(), strict=True))
-        found = distributed.broadcast(found)
-        for name, scores in found.items():
-            self.log_evaluation(name, step, scores, self.generation_seconds.get(name))
-        splits = [found.get(evaluator.split, Scores()) for evaluator in self.evaluators]
-        metrics = [scores.values["agg_metrics"] for scores in splits if "agg_metrics" in scores.values]
-        metric = sum(metrics) / len(metrics) if metrics else -math.inf
-        better = metric > (-math.inf if state.best_metric is None else state.best_metric)
-        failure = distributed.broadcast(self.checkpoints.settle(better) if distributed.is_main() else None)
-        if better and failure is None:
-            state.best_metric, state.best_step = metric, step
-        elif better:
-            self.monitor.say(f"step {step} is the best so far, but {failure}")
-        state.awaited_step = self.checkpoints.candidate = self.scoring = None
-        if distributed.is_main():
-            for evaluator in self.evaluators:
-                if cider := found.get(evaluator.split, Scores()).per_image_cider:
-                    write_cider(self.results(evaluator, step), cider)
-            self.report()
-
-    def report(self) -> None:
-        write_report(self.run_dir, [evaluator.shown() for evaluator in self.evaluators], self.monitor.say)
-
-    def log_evaluation(self, split: str, step: int, scores: Scores, generation: float | None) -> None:
-        seconds = scores.seconds if generation is None else {"generation": generation, **scores.seconds}
-        note = f"training weights, {self.engine.precision}"
-        epoch = self.plan.epoch_of(step)
-        self.monitor.evaluation(split, epoch, step, scores.values, scores.missing, note, seconds)
-        for warning in scores.warnings:
-            self.monitor.say(f"  {warning}")
 
     def save(self, best: bool) -> None:
         """Saves where the run stands, or begins to (run.async_save). Collective."""

@@ -22,7 +22,7 @@ from blipds.engine.checkpoints import read_state, resume_point
 from blipds.errors import UserError
 from blipds.evaluator import evaluate_checkpoint
 from blipds.monitor import Monitor, NullMonitor
-from blipds.trainer import RunState
+from blipds.run_state import RunState
 from blipds.weights import find_checkpoint, initial_weights
 
 DEFAULT_DS_CONFIG = Path(__file__).parent.parent / "ds_configs" / "zero2.json"

@@ -26,6 +26,8 @@ FLOORS = (
     {"engine", "weights", "report"},
     {
         "trainer",
+        "validation",
+        "run_state",
         "evaluator",
         "scoring",
         "published",

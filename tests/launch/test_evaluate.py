@@ -35,6 +35,11 @@ def evaluate(ranks, folder, dataset, split, arguments, options, checkpoint="mode
     return launch(ranks, "launch/evaluate.py", *typed)
 
 
+def evaluations(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "eval"]
+
+
 def test_nocaps_by_domain_on_two_ranks(tiny, tmp_path):
     """nocaps_val.json as LAVIS has it, and nocaps's own file with references and domains; 648 to 4,500 images there."""
     images = [{"image": f"{number}.jpg", "img_id": number} for number in range(len(DOMAINS))]
@@ -51,7 +56,7 @@ def test_nocaps_by_domain_on_two_ranks(tiny, tmp_path):
     assert [sorted(entry) for entry in submission] == [["caption", "image_id"]] * len(DOMAINS)
     assert [entry["image_id"] for entry in submission] == list(range(len(DOMAINS)))
 
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = evaluations(tmp_path / "run")
     assert {line["split"] for line in lines} == {"val", *(f"val_{domain}" for domain in DOMAINS)}
     for line in lines:
         domain = line["split"].removeprefix("val").removeprefix("_")
@@ -82,7 +87,7 @@ def test_cider_by_the_frequencies_of_another_collection(tiny, tmp_path):
         ("CIDEr",),
         cider_corpus=corpus,
     )
-    (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (line,) = evaluations(tmp_path / "run")
     assert line["CIDEr"] == expected.values["CIDEr"]
     assert "fewer than 50 images" not in process.stdout
 

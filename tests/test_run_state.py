@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from blipds.trainer import Plan
+from blipds.run_state import Plan
 
 # three epochs of ten steps
 PLAN = Plan(
