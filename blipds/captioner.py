@@ -201,7 +201,10 @@ def plan_captions(location: str, cfg_path: Path | None, options: Sequence[str]) 
         return plan_of_transformers(location, path, checkpoint)
     if "vit_type" in checkpoint.config and not checkpoint.config.get("vit_pretrained"):
         names = {field.name for field in fields(ModelConfig)}
-        model = ModelConfig(**{key: value for key, value in checkpoint.config.items() if key in names})
+        try:
+            model = ModelConfig(**{key: value for key, value in checkpoint.config.items() if key in names})
+        except TypeError as error:
+            raise UserError(f"--checkpoint {location}: the config in it is none of a model ({error})") from error
         return CaptionPlan(location, replace_sections(config, model, config.run), BlipImageEval(model.image_size))
     geometry = published_geometry({name: checkpoint.shape(name) for name in checkpoint.names()})
     if geometry is None:

@@ -10,6 +10,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -49,12 +50,13 @@ ANNOTATIONS = json.dumps(
     [{"image": name, "caption": f"a photograph of {'noise ' * 9000}", "image_id": name[-7:-4]} for name in NAMES]
 ).encode()
 ARCHIVE = packed(PHOTOGRAPHS)
+FILES = {"/train.json": ANNOTATIONS, "/train2014.zip": ARCHIVE}
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
     with serving() as server:
-        server.files = {"/train.json": ANNOTATIONS, "/train2014.zip": ARCHIVE}
+        server.files = dict(FILES)
         yield server
 
 
@@ -122,13 +124,19 @@ CASES += [
 ]
 
 
-def test_server_faults(server: Server, tmp_path: Path) -> None:
+def test_server_faults(tmp_path: Path) -> None:
     """Each ends in the right files or in one line; under the final names there is nothing or all."""
     assert len(CASES) > 90
-    for number, (path, plan, line) in enumerate(CASES):
+    with ThreadPoolExecutor(4) as pool:  # most of the time is waiting for servers that stand still
+        list(pool.map(lambda numbered: try_case(tmp_path / str(numbered[0]), *numbered[1]), enumerate(CASES)))
+
+
+def try_case(root: Path, path: str, plan: list[Callable[[Handler], None]], line: str | None) -> None:
+    case = f"{path} {[fault.__name__ for fault in plan]}"
+    with serving() as server:
+        server.files = FILES
         server.plan, server.faulty = list(plan), path
-        wanted = standard_set(server, tmp_path / str(number))
-        case = f"{path} {[fault.__name__ for fault in plan]}"
+        wanted = standard_set(server, root)
         try:
             prepare(wanted)
             assert line is None, case
@@ -136,11 +144,11 @@ def test_server_faults(server: Server, tmp_path: Path) -> None:
             assert line is not None, f"{case}: {error}"
             assert "\n" not in str(error) and "Where there is no network, put it at" in str(error)
             assert re.search(line, str(error)), f"{case}: {error}"
-        annotations, images = wanted.root / "coco" / "annotations", wanted.images
-        for folder, files in ((annotations, {"coco_karpathy_train.json": ANNOTATIONS}), (images, PHOTOGRAPHS)):
-            found = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-            complete = line is None or (folder is annotations and path == "/train2014.zip")
-            assert found == (files if complete else {}), case
+    annotations, images = wanted.root / "coco" / "annotations", wanted.images
+    for folder, files in ((annotations, {"coco_karpathy_train.json": ANNOTATIONS}), (images, PHOTOGRAPHS)):
+        found = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        complete = line is None or (folder is annotations and path == "/train2014.zip")
+        assert found == (files if complete else {}), case
 
 
 def test_without_a_checksum_the_content_is_looked_at(server: Server, tmp_path: Path) -> None:
