@@ -30,7 +30,9 @@ def check(browser: Any, run: Path, size: tuple[int, int]) -> None:
     assert requests(browser) == [report.resolve().as_uri()]
     width = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
     assert width[0] <= size[0], width
-    for gallery in browser.find_elements("class name", "gallery"):
+    galleries = browser.find_elements("class name", "gallery")
+    assert galleries, f"{report} shows no captions"
+    for gallery in galleries:
         split = gallery.find_element("tag name", "h2").text.removeprefix("Captions of ")
         written = {
             (str(entry["image_id"]), entry["caption"] or "(empty)")
