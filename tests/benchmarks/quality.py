@@ -45,7 +45,9 @@ def curve_of(lines: list[dict], images_a_step: int) -> Curve:
     return curve
 
 
-def train(captions_per_image: int | str, steps: int, ranks: int, data: Path, start: list[str], run_dir: Path) -> Curve:
+def train(
+    captions_per_image: int | str, steps: int, photographs: int, ranks: int, data: Path, start: list[str], run_dir: Path
+) -> Curve:
     """Runs launch/finetune.py to its end; validates at the end, the run with all captions four times."""
     images = MICRO_BATCH if captions_per_image == 1 else MICRO_BATCH // CAPTIONS
     options = [f"env.cache_root={data}", *start, "run.test_splits=[]", "run.log_freq=10", "run.save_last=false"]
@@ -54,7 +56,12 @@ def train(captions_per_image: int | str, steps: int, ranks: int, data: Path, sta
     options += ["model.freeze_vit=false", "model.cache_image_embeds=false", "run.lr_scale.visual_encoder=0.1"]
     options += ["run.runner=runner_iter", f"run.max_iters={steps}", f"run.warmup_steps={steps // 10}"]
     options += [f"run.iters_per_inner_epoch={steps if captions_per_image == 1 else -(-steps // 4)}"]
-    options += ["run.save_freq=1000", f"run.output_dir={run_dir.parent}", f"run.job_id={run_dir.name}"]
+    options += [
+        f"run.limit_train={photographs}",
+        "run.save_freq=1000",
+        f"run.output_dir={run_dir.parent}",
+        f"run.job_id={run_dir.name}",
+    ]
     config = ["--cfg-path", "run_configs/caption_flickr8k_small.yaml"]
     log = run_dir.parent / f"{run_dir.name}.log"
     print(f"  captions_per_image {captions_per_image}: {steps} steps, log in {log}", flush=True)
@@ -75,14 +82,16 @@ def train(captions_per_image: int | str, steps: int, ranks: int, data: Path, sta
     return curve
 
 
-def quality(ranks: int, data: Path, steps: int, start: list[str]) -> list[Row]:
-    """`steps` of the one-caption recipe, and a quarter more of the other, both with as many captions in a step.
+def quality(ranks: int, data: Path, photographs: int, start: list[str]) -> list[Row]:
+    """An epoch of the one-caption recipe, and a quarter more of the other, both with as many captions in a step.
 
-    Same weights at the start, learning rate and schedule, each over its own length.
+    Same weights at the start, learning rate and schedule, each over its own length. Whole epochs, since in less than
+    one the first recipe sees every photograph before the other has seen a fifth of them.
     """
+    steps = photographs * CAPTIONS // (MICRO_BATCH * ranks)
     with tempfile.TemporaryDirectory() as folder:
-        one = train(1, steps, ranks, data, start, Path(folder) / "one")
-        several = train("all", round(LONGER * steps), ranks, data, start, Path(folder) / "all")
+        one = train(1, steps, photographs, ranks, data, start, Path(folder) / "one")
+        several = train("all", round(LONGER * steps), photographs, ranks, data, start, Path(folder) / "all")
     goal = one.cider[-1]
     reached = several.time_to(goal)
     ratio = None if reached is None else one.seconds[-1] / reached
@@ -91,7 +100,7 @@ def quality(ranks: int, data: Path, steps: int, start: list[str]) -> list[Row]:
             "quality",
             f"training time to validation CIDEr {goal:.3f} on Flickr8k (all captions an image)",
             "not reached" if reached is None else f"{reached:.0f} s",
-            f"{one.seconds[-1]:.0f} s (1 caption an image, {steps} steps)",
+            f"{one.seconds[-1]:.0f} s (1 caption an image, an epoch of {photographs:,} photographs)",
             ratio,
             2.5,
             {"one": one.__dict__, "all": several.__dict__},

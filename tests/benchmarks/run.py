@@ -71,7 +71,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of torch, on a CPU (default: all cores)")
     parser.add_argument("--ranks", type=int, default=2, help="of start-up and quality (default: 2)")
     parser.add_argument("--rounds", type=int, default=5, help="measured runs a side, after one warm-up (default: 5)")
-    parser.add_argument("--steps", type=int, default=300, help="quality: of the one-caption recipe (default: 300)")
+    parser.add_argument(
+        "--photographs", type=int, default=1200, help="quality: trained on, for an epoch (default: 1200)"
+    )
     parser.add_argument(
         "--start",
         nargs="+",
@@ -103,7 +105,7 @@ def chosen(args: argparse.Namespace, device: torch.device) -> dict[str, Callable
         "loading": lambda: loading(args.rounds),
         "startup": lambda: startup(args.ranks, min(args.rounds, 3)),
         "scoring": lambda: scoring(min(args.rounds, 3), args.data.resolve(), args.results),
-        "quality": lambda: quality(args.ranks, args.data.resolve(), args.steps, args.start),
+        "quality": lambda: quality(args.ranks, args.data.resolve(), args.photographs, args.start),
         "compile": lambda: compiled(*shape, args.rounds, device),
         "gpu": lambda: training_on_cards(args.geometry, args.captions, args.rounds, device),
     }
