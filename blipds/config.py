@@ -443,7 +443,7 @@ def check_schema(value: Any, schema: Any, key: str) -> None:
             if inner is None and of_values in (int, float, str, bool):
                 raise UserError(f"{here} has no value (YAML wants a space after a colon: {{name: value}})")
             check_schema(inner, of_values, here)
-    elif get_origin(schema) is list and isinstance(value, dict):
+    elif isinstance(value, dict) and any(get_origin(part) is list for part in (schema, *get_args(schema))):
         raise UserError(f"{key} is {value!r}; expected a list")
     elif is_dataclass(schema) and value is not None and not is_storage(value, schema):
         if not isinstance(value, dict):

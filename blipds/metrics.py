@@ -220,6 +220,8 @@ def _meteor(candidates: Captions, references: Captions, scores: Scores) -> None:
             java.kill()
             java.wait()
             asking.join()
+            with contextlib.suppress(OSError):  # what could not be written any more
+                java.stdin.close()
             complaints.seek(0)
             first = complaints.readline().decode(errors="replace").strip()
             raise RuntimeError(f"METEOR's Java ended early: {first or _one_line(error)}") from error

@@ -192,6 +192,13 @@ def test_a_number_without_a_space_after_its_colon(load):
         load("datasets: {shapes_caption: {num_images: {train:9}}}")
 
 
+def test_a_mapping_for_a_list_that_may_be_null(load):
+    with pytest.raises(
+        UserError, match=r"^datasets.shapes_caption.vis_processor.eval.std is {'a': 1}; expected a list"
+    ):
+        load("datasets: {shapes_caption: {vis_processor: {eval: {std: {a: 1}}}}}")
+
+
 def test_one_name_for_a_list(load):
     config = load(
         "datasets: {custom_caption: {build_info: {annotations: {train: {storage: train.json}}}}}\n"
