@@ -1,5 +1,6 @@
 """Being told to stop, and standing still: what a scheduler and a broken cable do to a run."""
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -90,3 +91,5 @@ class StallWatch:
         self._file.close()
         if self.path.exists() and self.path.stat().st_size == 0:
             self.path.unlink()
+            with contextlib.suppress(OSError):  # other ranks still have something in it
+                self.path.parent.rmdir()
