@@ -21,7 +21,6 @@ Weights are written in fp32. No GPU is needed, and no optimizer state is read.
 """
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from blipds.errors import UserError
 from blipds.models import BlipCaption, build_model
 from blipds.models.geometry import ORIGINAL_VISION_EPS, constants_of, geometry_of
 from blipds.models.hf_export import save_blip, save_transformers
+from blipds.report.run_files import of_kind, read_lines
 from blipds.weights import find_checkpoint, load_weights
 
 SHOWN_METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE")
@@ -166,15 +166,7 @@ def evaluations(run_dir: Path, checkpoint: Path) -> list[dict[str, Any]]:
 
     Where the run never evaluated it, its best line; a line that a crash tore is passed over.
     """
-    path = run_dir / "metrics.jsonl"
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if line.get("kind") == "eval":
-            lines.append(line)
+    lines = of_kind(read_lines(run_dir), "eval")
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     step = read_state(folder)["run"]["global_step"] if (folder / STATE).exists() else None
     here = [line for line in lines if folder.name in str(line.get("note", "")) or trained_at(line, step)]
