@@ -2,7 +2,7 @@
 
     bash tests/benchmarks/run.sh                                    all that need no name: about 10 minutes
     bash tests/benchmarks/run.sh training generation --rounds 9     some of them, more carefully
-    bash tests/benchmarks/run.sh quality --start model.vit_pretrained=true ...
+    bash tests/benchmarks/run.sh quality --start model.finetuned=RUN
                                                                     half an hour: real runs on the Flickr8k photographs
     bash tests/benchmarks/run.sh gpu --geometry large               on a CUDA device: the largest batch of each card
 
@@ -72,14 +72,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2, help="of start-up and quality (default: 2)")
     parser.add_argument("--rounds", type=int, default=5, help="measured runs a side, after one warm-up (default: 5)")
     parser.add_argument(
-        "--photographs", type=int, default=1200, help="quality: trained on, for an epoch (default: 1200)"
+        "--photographs", type=int, default=1800, help="quality: trained on, for an epoch (default: 1800)"
     )
     parser.add_argument(
         "--start",
         nargs="+",
-        default=["model.vit_pretrained=true"],
+        default=["model.finetuned=output/flickr8k_small/first"],
         metavar="KEY=VALUE",
-        help="quality: what run_configs/caption_flickr8k_small.yaml starts from (default: timm's weights, of the hub)",
+        help="quality: what run_configs/caption_flickr8k_small_encoder.yaml starts from (default: "
+        "model.finetuned=output/flickr8k_small/first, as the README's first run leaves it)",
     )
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="quality, scoring: holds flickr8k/")
     parser.add_argument("--results", type=Path, help="scoring: a run's results/val_epoch<N>.json on flickr8k")
