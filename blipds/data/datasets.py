@@ -27,8 +27,8 @@ class Sample:
 
     image: Tensor | None
     captions: list[str]
-    name: str = ""
     error: str | None = None
+    name: str = ""
 
 
 class CaptionDataset(Dataset[Sample]):
@@ -75,7 +75,7 @@ class CaptionDataset(Dataset[Sample]):
         image, error = self.image(number, seed)
         record = self.records[number]
         texts = [] if image is None else [self.text_processor(record.captions[k]) for k in captions]
-        return Sample(image, texts, str(record.image), error)
+        return Sample(image, texts, error, str(record.image))
 
     def __getitem__(self, index: int) -> Sample:
         return self.sample(index, seed=0)

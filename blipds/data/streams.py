@@ -166,7 +166,7 @@ class CaptionStream:
         source, processor = streamed.record.image, self.image_processor
         image, error = read_image(lambda: processor(source.open(processor.shrink)), source, seed)
         texts = [] if image is None else [self.text_processor(streamed.record.captions[k]) for k in streamed.captions]
-        return Sample(image, texts, str(source), error)
+        return Sample(image, texts, error, str(source))
 
     def image_batch(self, images: Sequence[Tensor | None]) -> Images:
         """Images stacked; None becomes a blank."""

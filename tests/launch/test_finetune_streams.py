@@ -1,4 +1,4 @@
-"""launch/finetune.py on tar shards that come through pipes: two real ranks, resumed in the middle, and a pipe that fails."""
+"""launch/finetune.py on tar shards from pipes: two real ranks, resumed in the middle, and a pipe that fails."""
 
 import json
 import tarfile
