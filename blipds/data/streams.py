@@ -6,8 +6,10 @@ WebDataset: `pipe:COMMAND` and `https://...`, with {000..099} in them.
 """
 
 import io
+import os
 import queue
 import random
+import signal
 import subprocess
 import sys
 import tarfile
@@ -122,6 +124,8 @@ class CaptionStream:
                 continue
             gathered.add(Entry(StreamedImage(place, data), image_id, captions, place))
             (record,) = gathered.annotations().records
+            if gathered.blank:
+                self.note(shard, "captions without a word", place)
             if record.captions:
                 yield record
             else:
@@ -230,17 +234,20 @@ def streams_of(config: Config) -> list[str]:
     streams = [storage for storage in storages if is_stream(storage)]
     if not streams:
         return []
-    needs_files = None
+    problem = None
     if len(config.datasets) > 1 or len(streams) < len(storages):
-        needs_files = "nothing else can be trained on beside it"
-    elif run.runner != "runner_iter":
-        needs_files = "it has no length: give run.runner=runner_iter and run.max_iters (optimizer steps)"
+        problem = "nothing else can be trained on beside it"
+    elif run.runner != "runner_iter" or run.iters_per_inner_epoch is None:
+        problem = (
+            "it has no length: give run.runner=runner_iter, run.max_iters and run.iters_per_inner_epoch, the steps "
+            "after which a checkpoint is saved and the validation splits are captioned"
+        )
     elif run.limit_train is not None:
-        needs_files = "run.limit_train needs files"
+        problem = "run.limit_train needs files"
     elif config.model.cache_image_embeds:
-        needs_files = "model.cache_image_embeds needs files"
-    if needs_files is not None:
-        raise UserError(f"{streams[0]} is a stream: {needs_files}")
+        problem = "model.cache_image_embeds needs files"
+    if problem is not None:
+        raise UserError(f"{streams[0]} is a stream: {problem}")
     return streams
 
 
@@ -292,14 +299,19 @@ def pieces_of(shard: str) -> Generator[bytes, None, None]:
 
 
 def piped(command: str) -> Generator[bytes, None, None]:
-    """What a shell command prints. UserError where it fails."""
-    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+    """What a shell command prints. UserError where it fails.
+
+    In a session of its own: a Ctrl-C asks the training to end well, and would end the command at once.
+    """
+    with subprocess.Popen(
+        command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True
+    ) as process:
         assert process.stdout is not None
         try:
             while piece := process.stdout.read(PIECE):
                 yield piece
         except GeneratorExit:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             raise
     if process.returncode:
         raise UserError(f"pipe:{command} ended with exit status {process.returncode}")

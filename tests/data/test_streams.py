@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import random
 import tarfile
 import time
@@ -21,7 +22,7 @@ from blipds.config import load_run_config
 from blipds.data.annotations import read_annotations
 from blipds.data.loader import TrainLoader
 from blipds.data.processors import BlipCaptionProcessor, BlipImageTrain
-from blipds.data.streams import CaptionStream, read_ahead, shards_of, shuffled, stream_loader, streams_of
+from blipds.data.streams import CaptionStream, piped, read_ahead, shards_of, shuffled, stream_loader, streams_of
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
 
@@ -102,7 +103,7 @@ def test_what_is_left_out_is_said_once(tmp_path):
         add(tar, "7.png", picture(7))
         add(tar, "7.json", b'{"caption": 7}')
         add(tar, "8.png", picture(8))
-        add(tar, "8.txt", b"a good one")
+        add(tar, "8.txt", b"a good one\n...")
         add(tar, "../9.png", picture(9))
         add(tar, "10.txt", b"no image")
     said = []
@@ -113,6 +114,7 @@ def test_what_is_left_out_is_said_once(tmp_path):
         f"custom_caption: images without a caption are left out; the first: {shard}/0.png (of {shard})",
         f"custom_caption: captions that cannot be read are left out; the first: {shard}/7.png: 'caption' is neither a "
         f"text nor a list of texts (of {shard})",
+        f"custom_caption: captions without a word are left out; the first: {shard}/8.png (of {shard})",
         "custom_caption: names that lead out of the archive or hold control characters are left out; the first: "
         f"../9.png (of {shard})",
     ]
@@ -284,6 +286,12 @@ def test_leaving_early_ends_the_command(tmp_path):
     assert not running(str(tmp_path))
 
 
+def test_a_command_is_out_of_reach_of_a_ctrl_c():
+    """Which a terminal sends to the training's process group."""
+    group = int(b"".join(piped("cut -d' ' -f5 /proc/$$/stat")))
+    assert group != os.getpgrp()
+
+
 def running(text):
     commands = (path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
     return any(text.encode() in command and b"while true" in command for command in commands)
@@ -302,6 +310,9 @@ def test_shards_of_a_server_that_breaks_off(shards):
 # --- what a run may ask of a stream ---
 
 
+STEPS = ["run.runner=runner_iter", "run.max_iters=9", "run.iters_per_inner_epoch=3"]
+
+
 def configured(tmp_path, *options):
     run_config = tmp_path / "run.yaml"
     run_config.write_text("model: {model_type: tiny}\ndatasets: {custom_caption: {}}\n")
@@ -311,9 +322,10 @@ def configured(tmp_path, *options):
 
 
 def test_a_stream_needs_steps(tmp_path):
-    assert streams_of(configured(tmp_path, "run.runner=runner_iter", "run.max_iters=9")) == ["pipe:cat a.tar"]
-    with pytest.raises(UserError, match=r"it has no length: give run\.runner=runner_iter and run\.max_iters"):
-        streams_of(configured(tmp_path))
+    assert streams_of(configured(tmp_path, *STEPS)) == ["pipe:cat a.tar"]
+    for options in ([], STEPS[:2]):
+        with pytest.raises(UserError, match=r"it has no length: give run\.runner=runner_iter, run\.max_iters and"):
+            streams_of(configured(tmp_path, *options))
 
 
 @pytest.mark.parametrize(
@@ -326,6 +338,6 @@ def test_a_stream_needs_steps(tmp_path):
 )
 def test_what_needs_files(tmp_path, option, message):
     val = "datasets.custom_caption.build_info.annotations.val=val.json"
-    config = configured(tmp_path, "run.runner=runner_iter", "run.max_iters=9", val, option)
+    config = configured(tmp_path, *STEPS, val, option)
     with pytest.raises(UserError, match=f"^pipe:cat a.tar is a stream: {message}"):
         streams_of(config)
