@@ -13,7 +13,8 @@ from blipds import distributed, planner
 from blipds.captioner import Captioner
 from blipds.config import Config, RunConfig
 from blipds.data.datasets import CaptionDataset, build_dataset, splits_of
-from blipds.data.loader import TrainLoader
+from blipds.data.loader import TrainLoader, epoch_loader
+from blipds.data.streams import build_stream, stream_loader, streams_of
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.ds_config import (
     RunValues,
@@ -67,9 +68,9 @@ def build_trainer(
     run = config.run
     torch.manual_seed(run.seed)
     captioner = Captioner.from_config(config)
-    loader = build_loader(config, captioner.tokenizer)
+    trained_on, loader = build_loader(config, captioner.tokenizer, monitor.say)
     evaluators = build_evaluators(config, run.valid_splits, captioner)
-    datasets = [*loader.datasets, *(evaluator.dataset for evaluator in evaluators)]
+    datasets = [*trained_on, *(evaluator.dataset for evaluator in evaluators)]
     if config.model.cache_image_embeds:
         refuse_random_processors(datasets)
     plan = build_plan(config, loader.steps_per_epoch)
@@ -82,10 +83,10 @@ def build_trainer(
         load_engine(engine, resumed)
     if config.model.cache_image_embeds:
         read_from_cache(config, engine, datasets, monitor)
-    monitor.start(state.global_step, run_facts(engine, plan, loader))
-    for line in start_block(config, ds_config, engine.model, plan, loader, run_dir, state):
+    monitor.start(state.global_step, run_facts(engine, plan, trained_on))
+    for line in start_block(config, ds_config, engine.model, plan, trained_on, loader, run_dir, state):
         monitor.say(line)
-    for line in data_notices(loader, evaluators):
+    for line in data_notices(trained_on, evaluators):
         monitor.say(f"data       {line}")
     checkpoints = CheckpointFolder(run_dir / "checkpoints", run.keep_last, background=run.async_save)
     validation = Validation(
@@ -195,24 +196,27 @@ def memory_warning(config: Config, ds_config: Section, device: torch.device) -> 
     return planner.memory_warning(config, ds_config, machines, len(tokenizer.prompt_ids))
 
 
-def build_loader(config: Config, tokenizer: CaptionTokenizer) -> TrainLoader:
+def build_loader(
+    config: Config, tokenizer: CaptionTokenizer, say: Callable[[str], None]
+) -> tuple[list[CaptionDataset], TrainLoader]:
+    """The training data that are known whole, none where they are streamed, and what loads them."""
     run = config.run
+    shape: dict[str, Any] = {
+        "micro_batch": run.batch_size_train,
+        "accumulation": run.accum_grad_iters,
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+        "seed": run.seed,
+        "num_workers": run.num_workers,
+    }
+    if streams := streams_of(config):
+        return [], stream_loader(build_stream(config, streams, say), tokenizer, **shape)
     datasets = [
         build_dataset(name, config, split, training=True) for name in config.datasets for split in run.train_splits
     ]
     ratios = run.train_dataset_ratios
-    return TrainLoader(
-        datasets,
-        tokenizer,
-        micro_batch=run.batch_size_train,
-        accumulation=run.accum_grad_iters,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        seed=run.seed,
-        shuffle=run.shuffle,
-        ratios=None if ratios is None else [ratios[dataset.name] for dataset in datasets],
-        num_workers=run.num_workers,
-    )
+    shares = None if ratios is None else [ratios[dataset.name] for dataset in datasets]
+    return datasets, epoch_loader(datasets, tokenizer, shuffle=run.shuffle, ratios=shares, **shape)
 
 
 def build_plan(config: Config, steps_per_epoch: int) -> Plan:
@@ -307,6 +311,7 @@ def start_block(
     ds_config: Section,
     model: torch.nn.Module,
     plan: Plan,
+    trained_on: Sequence[CaptionDataset],
     loader: TrainLoader,
     run_dir: Path,
     state: RunState,
@@ -315,15 +320,16 @@ def start_block(
     run, ranks = config.run, distributed.world_size()
     trainable, frozen = parameter_counts(model)
     images = run.batch_size_train * run.accum_grad_iters * ranks
-    samples = sum(len(dataset) for dataset in loader.datasets)
-    captions = number_of_captions(loader)
+    samples, captions = sum(map(len, trained_on)), number_of_captions(trained_on)
+    length = "a stream"
+    if trained_on:
+        length = f"{samples:,} samples ({captions:,} captions), {loader.steps_per_epoch} steps a pass"
     micro, accumulated = run.batch_size_train, run.accum_grad_iters
     lines = [
         f"model      {config.model.arch} {config.model.model_type}: {trainable:,} parameters, and {frozen:,} frozen",
-        f"batch      {micro} micro x {accumulated} accumulated x {ranks} ranks = {images} images a step, "
-        f"about {images * captions / samples:.0f} captions",
-        f"length     {samples:,} samples ({captions:,} captions), {loader.steps_per_epoch} steps a pass; "
-        f"{plan.total_steps} steps in {plan.epochs} epochs of {plan.epoch_steps}",
+        f"batch      {micro} micro x {accumulated} accumulated x {ranks} ranks = {images} images a step"
+        + (f", about {images * captions / samples:.0f} captions" if trained_on else ""),
+        f"length     {length}; {plan.total_steps} steps in {plan.epochs} epochs of {plan.epoch_steps}",
         f"engine     ZeRO stage {zero_stage(ds_config)}, {precision(ds_config)}, {run.lr_sched} from {run.init_lr:g}",
         f"directory  {run_dir}",
         f"watch      tensorboard --logdir {run_dir.parent}",
@@ -333,16 +339,13 @@ def start_block(
     return lines
 
 
-def run_facts(engine: Engine, plan: Plan, loader: TrainLoader) -> dict[str, Any]:
+def run_facts(engine: Engine, plan: Plan, trained_on: Sequence[CaptionDataset]) -> dict[str, Any]:
     """What a line of kind "start" says, for the report: sizes, and the machine."""
     trainable, frozen = parameter_counts(engine.model)
-    sizes = {
-        "total_steps": plan.total_steps,
-        "parameters": trainable,
-        "frozen_parameters": frozen,
-        "images": sum(len(dataset.records) for dataset in loader.datasets),
-        "captions": number_of_captions(loader),
-    }
+    sizes = {"total_steps": plan.total_steps, "parameters": trainable, "frozen_parameters": frozen}
+    if trained_on:
+        images = sum(len(dataset.records) for dataset in trained_on)
+        sizes |= {"images": images, "captions": number_of_captions(trained_on)}
     return sizes | machine_facts(engine.device)
 
 
@@ -352,8 +355,8 @@ def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
     return sum(size for size, learns in sizes if learns), sum(size for size, learns in sizes if not learns)
 
 
-def number_of_captions(loader: TrainLoader) -> int:
-    return sum(len(group) for dataset in loader.datasets for _, group in dataset.groups)
+def number_of_captions(datasets: Sequence[CaptionDataset]) -> int:
+    return sum(len(group) for dataset in datasets for _, group in dataset.groups)
 
 
 def evaluators_of_run(config: Config, run_dir: Path) -> list[Evaluator]:
@@ -381,10 +384,10 @@ def rewrite_report(config: Config, run_dir: Path, say: Callable[[str], None]) ->
     write_report(run_dir, splits, say)
 
 
-def data_notices(loader: TrainLoader, evaluators: list[Evaluator]) -> list[str]:
+def data_notices(trained_on: Sequence[CaptionDataset], evaluators: list[Evaluator]) -> list[str]:
     """What was left out of the training data, and which images are trained on and evaluated."""
-    lines = [f"{dataset.name}: {notice}" for dataset in loader.datasets for notice in dataset.notices]
-    trained = {str(record.image) for dataset in loader.datasets for record in dataset.records}
+    lines = [f"{dataset.name}: {notice}" for dataset in trained_on for notice in dataset.notices]
+    trained = {str(record.image) for dataset in trained_on for record in dataset.records}
     for evaluator in evaluators:
         if shared := [record.image for record in evaluator.dataset.records if str(record.image) in trained]:
             lines.append(f"{len(shared)} images of {evaluator.split} are trained on too; the first: {shared[0]}")

@@ -165,13 +165,15 @@ class TextProcessors:
 
 @dataclass
 class DatasetConfig:
-    """`datasets.<name>:`. `images` overrides the image root; `num_images` is for drawn datasets, by split."""
+    """`datasets.<name>:`. `images` overrides the image root; `num_images` is for drawn datasets, by split;
+    `shuffle_buffer` for tar shards that are streamed."""
 
     data_type: str = "images"
     build_info: BuildInfo = field(default_factory=BuildInfo)
     images: str | None = None
     num_images: dict[str, int] = field(default_factory=dict)
     captions_per_image: int | str = 1
+    shuffle_buffer: int = 1000
     vis_processor: ImageProcessors = field(default_factory=ImageProcessors)
     text_processor: TextProcessors = field(default_factory=TextProcessors)
 
@@ -311,6 +313,7 @@ class Config:
             captions = dataset.captions_per_image
             good = captions == "all" or (isinstance(captions, int) and captions >= 1)
             check(f"{place}.captions_per_image", captions, good, "a number from 1, or all")
+            check(f"{place}.shuffle_buffer", dataset.shuffle_buffer, dataset.shuffle_buffer >= 1, "1 or more")
             for split in ("train", "eval"):
                 size = getattr(dataset.vis_processor, split).image_size
                 allowed = f"null or model.image_size ({self.model.image_size})"

@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,42 @@ def read(address: str, *, max_bytes: int, timeout: float = 20.0, attempts: int =
                 raise UserError(f"{address}: failed {attempts} times in a row ({error})") from error
             time.sleep(error.wait or min(MAX_WAIT, backoff * 2 ** (attempt - 1)))
     raise AssertionError("attempts is 1 or more")
+
+
+def stream(
+    address: str, *, timeout: float = 60.0, attempts: int = 5, backoff: float = 1.0
+) -> Generator[bytes, None, None]:
+    """What lies at an http(s) address, piece by piece, none of it kept; a break is taken up where it happened.
+
+    timeout, attempts, backoff and UserError as of `fetch`; UserError, too, where the file changes meanwhile.
+    """
+    _check_address(address)
+    have, total, validator, fruitless = 0, None, "", 0
+    while True:
+        begin = have
+        headers = {"Range": f"bytes={have}-", "If-Range": validator} if have and validator else {}
+        try:
+            with _request(address, headers, timeout) as response:
+                start, length = _span(response, have)
+                found = _validator(response)
+                if (total and length and length != total) or (validator and found and found != validator):
+                    raise UserError(f"{address}: the file changed while it was read")
+                total, validator = total or length, validator or found
+                for chunk in _chunks(response, timeout):
+                    fresh = chunk[max(have - start, 0) :]  # a server without Range sends the beginning again
+                    start, have = start + len(chunk), have + len(fresh)
+                    if total is not None and have > total:
+                        raise UserError(f"{address}: the server sends more than the {total} bytes it announced")
+                    if fresh:
+                        yield fresh
+            if total is None or have == total:
+                return
+            raise _Broken(f"the connection ended after {have} of {total} bytes")
+        except _Broken as error:
+            fruitless = 0 if have >= begin + PROGRESS else fruitless + 1
+            if fruitless >= attempts:
+                raise UserError(f"{address}: failed {attempts} times in a row ({error})") from error
+            time.sleep(error.wait or min(MAX_WAIT, backoff * 2 ** max(fruitless - 1, 0)))
 
 
 def cache_name(address: str) -> str:
@@ -272,6 +308,22 @@ def _length(response: http.client.HTTPResponse) -> int | None:
     return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else None
 
 
+def _span(response: http.client.HTTPResponse, have: int) -> tuple[int, int | None]:
+    """(the first byte that an answer holds, how many the file has). _Broken for another range than from `have`."""
+    if response.status == 200:
+        return 0, _length(response)
+    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+    if response.status != 206 or found is None or int(found[1]) != have or not have:
+        raise _Broken("the server sent another range than asked for")
+    return have, int(found[2]) if found[2] != "*" else None
+
+
+def _validator(response: http.client.HTTPResponse) -> str:
+    """What tells the versions of a file apart, for If-Range: a weak ETag does not promise equal bytes."""
+    etag = response.headers.get("ETag", "")
+    return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
+
+
 def _chunks(response: http.client.HTTPResponse, timeout: float) -> Iterator[bytes]:
     """`read1` hands over what has arrived, so that a stall loses nothing of it."""
     begin, received = time.monotonic(), 0
@@ -341,23 +393,16 @@ class _Download:
             self._receive(response, have if headers else 0)
 
     def _receive(self, response: http.client.HTTPResponse, have: int) -> None:
-        start = 0
-        total = _length(response)
-        if response.status == 206:
-            content_range = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-            if content_range is None or int(content_range[1]) != have or not have:
-                self.part.unlink(missing_ok=True)
-                raise _Broken("the server sent another range than asked for; starting anew")
-            start = have
-            total = int(content_range[2]) if content_range[2] != "*" else None
+        try:
+            start, total = _span(response, have)
+        except _Broken:
+            self.part.unlink(missing_ok=True)
+            raise
         if self.size is not None and total is not None and total != self.size:
             raise UserError(f"{self.address}: the server has {total:,} bytes, {self.size:,} are expected: another file")
         if start == 0:  # the server ignores Range, its file changed, or this is the beginning
-            etag = response.headers.get("ETag", "")
-            # A weak ETag does not promise equal bytes; a file without either is fetched from the start after a break.
-            strong = etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
             self.part.unlink(missing_ok=True)  # before the new validator: they must never be of different files
-            self.validator_file.write_text(strong)
+            self.validator_file.write_text(_validator(response))  # without one a break begins from the start
         expected = total if self.size is None else self.size
         received = start
         with (

@@ -168,6 +168,7 @@ def answer(question: Question) -> dict[str, Any]:
 def answer_about_run(question: Question) -> dict[str, Any]:
     """About the run config, its data, and the disk that checkpoints go to."""
     from blipds.data.datasets import build_dataset
+    from blipds.data.streams import streams_of
     from blipds.planner import Sizes
 
     assert question.cfg_path is not None
@@ -181,8 +182,11 @@ def answer_about_run(question: Question) -> dict[str, Any]:
             __import__(plugin)
         config, _ = load_run_config(files[0], question.options)
         records = hashlib.sha256()
+        streams = streams_of(config)
+        records.update("\0".join(streams).encode())
+        splits = {*config.run.valid_splits, *([] if streams else config.run.train_splits)}
         for name in config.datasets:
-            for split in sorted({*config.run.train_splits, *config.run.valid_splits}):
+            for split in sorted(splits):
                 dataset = build_dataset(name, config, split, training=split in config.run.train_splits)
                 dataset.records[0].image.open()
                 for record in dataset.records:

@@ -15,6 +15,7 @@ class Published:
 
 PAPER = "BLIP paper (arXiv 2201.12086), table 7"
 DOMAINS = "BLIP paper, after Papers with Code"
+BLIP2 = "BLIP's row in the BLIP-2 paper (arXiv 2301.12597)"
 LAVIS = "LAVIS, docs/benchmark.rst"
 BLIP_BASE = {
     ("coco_caption", "test"): Published(
@@ -37,6 +38,7 @@ BLIP_LARGE = {
         {"Bleu_4": 40.4, "METEOR": 31.4, "CIDEr": 136.7, "SPICE": 24.3},
     ),
     ("nocaps", "val"): Published(PAPER, 4500, {"CIDEr": 113.2, "SPICE": 14.8}),
+    ("nocaps", "val_in-domain"): Published(BLIP2, 648, {"CIDEr": 114.9, "SPICE": 15.2}),
     ("nocaps", "val_near-domain"): Published(DOMAINS, 2938, {"CIDEr": 112.1, "SPICE": 14.9}),
     ("nocaps", "val_out-domain"): Published(DOMAINS, 914, {"CIDEr": 115.3, "SPICE": 14.4}),
 }

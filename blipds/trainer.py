@@ -201,8 +201,10 @@ class Trainer:
         listing = self.run_dir / "bad_steps.jsonl"
         if ranks or self.engine.precision != "fp16":
             self.state.bad_steps += 1
+            names = distributed.gather([name for batch in window for name in batch.names])
             if distributed.is_main():
-                self.write_bad_step(listing, ranks or list(range(len(losses))), learning_rate, losses)
+                images = {rank: names[rank] for rank in ranks or range(len(names))}
+                self.write_bad_step(listing, images, learning_rate, losses)
         if self.bad_in_a_row < self.max_bad_steps and not self.engine.scale_exhausted:
             return
         self.finish_save()
@@ -216,9 +218,11 @@ class Trainer:
             f"images are in {listing}, and the checkpoints hold no such step"
         )
 
-    def write_bad_step(self, listing: Path, ranks: list[int], learning_rate: float, losses: list[float]) -> None:
+    def write_bad_step(
+        self, listing: Path, images: dict[int, list[str]], learning_rate: float, losses: list[float]
+    ) -> None:
+        """`images`: of each rank that the step went wrong on."""
         step = self.state.global_step
-        images = {rank: self.loader.images_of(step, rank) for rank in ranks}
         what = "loss" if not all(map(math.isfinite, losses)) else "gradient"
         line = {
             "step": step + 1,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from serving import CONTENT, Handler, Server, serving
 
-from blipds.download import cache_name, fetch, read
+from blipds.download import cache_name, fetch, read, stream
 from blipds.errors import UserError
 
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -213,6 +213,55 @@ def test_read_into_memory(server: Server) -> None:
     server.plan = [Handler.break_off]
     with pytest.raises(UserError, match=r"failed 2 times in a row \(the connection ended after 100000 of 300000 bytes"):
         read(server.address(), max_bytes=300_000, attempts=2, backoff=0.01)
+
+
+def streamed(server: Server, **options: Any) -> bytes:
+    return b"".join(stream(server.address(), **({"backoff": 0.01, "timeout": 0.5} | options)))
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        *(Handler.break_off, Handler.stall, Handler.no_range, Handler.no_range_and_break_off, Handler.wrong_range),
+        *(Handler.busy, Handler.hang_up, Handler.redirect, Handler.chunked_and_break_off, Handler.bad_chunks),
+        *(Handler.too_many, Handler.too_many_until_a_date, Handler.no_http, Handler.drip_headers),
+    ],
+)
+def test_a_stream_goes_on_after_a_break(behaviour: Callable[[Handler], None], server: Server) -> None:
+    """As the first answer, and in the middle: every byte once, in order."""
+    server.plan = [behaviour, Handler.break_off, behaviour, Handler.proper]
+    assert streamed(server) == CONTENT
+
+
+def test_a_stream_is_taken_up_by_range(server: Server) -> None:
+    server.plan = [Handler.break_off, Handler.break_off, Handler.proper]
+    assert streamed(server) == CONTENT
+    assert server.ranges == [None, "bytes=100000-", "bytes=200000-"]
+
+
+def test_a_stream_that_gets_no_further(server: Server) -> None:
+    server.plan = [Handler.no_range_and_break_off]
+    with pytest.raises(UserError, match=r"failed 3 times in a row \(the connection ended after 100000 of 300000 bytes"):
+        streamed(server, attempts=3)
+    server.plan = [Handler.gone]
+    with pytest.raises(UserError, match="the server answers 404"):
+        streamed(server)
+
+
+def test_a_stream_of_another_file_than_before(server: Server) -> None:
+    def another(handler: Handler) -> None:
+        server.etag = '"two"'
+        handler.proper()
+
+    server.plan = [Handler.break_off, another]
+    with pytest.raises(UserError, match="the file changed while it was read"):
+        streamed(server)
+    server.etag, server.plan = '"one"', [Handler.break_off, Handler.cut]
+    with pytest.raises(UserError, match="the file changed while it was read"):
+        streamed(server)
+    server.plan = [Handler.break_off, Handler.whole_as_the_rest]
+    with pytest.raises(UserError, match="sends more than the 300000 bytes it announced"):
+        streamed(server)
 
 
 def test_redirects_are_followed(server: Server, tmp_path: Path) -> None:

@@ -144,7 +144,8 @@ def entries_of(
     paths: Sequence[Path], image_root: Path | None, index_cache: Path | None, gathered: Gathered, split: str | None
 ) -> Iterator[Entry]:
     """The entries of all files; notes their kinds and notices in `gathered`. A bar shows where it takes a while."""
-    files = [file for path in paths for file in expand_braces(path)]
+    # a file that has braces in its name goes first
+    files = [file for path in paths for file in ([path] if path.exists() else map(Path, expand_braces(str(path))))]
     hidden = None if distributed.is_main() and len(files) > 1 else True
     for path in tqdm(files, desc="annotations", unit="file", delay=3, leave=False, disable=hidden):
         layout = read_layout(path, image_root, split, index_cache)
@@ -153,24 +154,22 @@ def entries_of(
         gathered.notices += layout.notices
 
 
-def expand_braces(path: Path) -> list[Path]:
-    """shards/{000..012}.tar and {a,b}.json as a shell reads them; a file that is named so goes first."""
-    text = str(path)
-    found = BRACES.search(text)
-    if found is None or path.exists():
-        return [path]
-    span = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", found[1], re.ASCII)
-    if span is None and "," not in found[1]:
-        return [path]
-    if span is None:
-        choices = found[1].split(",")
-    else:
-        first, last = int(span[1]), int(span[2])
-        if last - first >= MOST_FILES:
-            raise UserError(f"{text} stands for {last - first + 1:,} files; at most {MOST_FILES:,} are read")
-        choices = [str(number).zfill(len(span[1])) for number in range(first, last + 1)]
-    expanded = [Path(text[: found.start()] + choice + text[found.end() :]) for choice in choices]
-    return [file for choice in expanded for file in expand_braces(choice)]
+def expand_braces(text: str, commas: bool = True) -> list[str]:
+    """shards/{000..012}.tar and, with `commas`, {a,b}.json as a shell reads them."""
+    for found in BRACES.finditer(text):
+        span = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", found[1], re.ASCII)
+        if span is not None:
+            first, last = int(span[1]), int(span[2])
+            if last - first >= MOST_FILES:
+                raise UserError(f"{text} stands for {last - first + 1:,} files; at most {MOST_FILES:,} are read")
+            choices = [str(number).zfill(len(span[1])) for number in range(first, last + 1)]
+        elif commas and "," in found[1]:
+            choices = found[1].split(",")
+        else:
+            continue
+        expanded = (text[: found.start()] + choice + text[found.end() :] for choice in choices)
+        return [file for choice in expanded for file in expand_braces(choice, commas)]
+    return [text]
 
 
 def captioned(annotations: Annotations, path: Path) -> Annotations:

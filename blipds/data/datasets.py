@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blipds.config import Config, DatasetConfig, ImageProcessorConfig
-from blipds.data.annotations import Annotations, Record, annotations_of, read_annotations
+from blipds.data.annotations import Annotations, ImageSource, Record, annotations_of, read_annotations
 from blipds.data.images import ImageBatch, ImageReader, PixelReader
 from blipds.data.processors import ImageProcessor
 from blipds.data.shapes import make_scenes
@@ -20,7 +20,7 @@ from blipds.registry import DATASETS, PROCESSORS
 
 @dataclass(frozen=True)
 class Sample:
-    """An image with the captions that share its encoding; `error` names an image that could not be read.
+    """The image `name` with the captions that share its encoding; `error` says why it could not be read.
 
     `image` is what the dataset's reader gives: uint8 pixels (3, H, W), or features (tokens, width).
     """
@@ -28,6 +28,7 @@ class Sample:
     image: Tensor | None
     captions: list[str]
     error: str | None = None
+    name: str = ""
 
 
 class CaptionDataset(Dataset[Sample]):
@@ -59,38 +60,50 @@ class CaptionDataset(Dataset[Sample]):
         elif captions_per_image == 1:
             self.groups = [(record, (caption,)) for record, caption in annotations.pairs]
         else:
-            self.groups = []
-            for index, record in enumerate(self.records):
-                captions = range(len(record.captions))
-                size = len(captions) if captions_per_image == "all" else int(captions_per_image)
-                self.groups += [(index, tuple(captions[k : k + size])) for k in range(0, len(captions), size)]
+            self.groups = [
+                (index, group)
+                for index, record in enumerate(self.records)
+                for group in caption_groups(record, captions_per_image)
+            ]
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def sample(self, index: int, seed: int) -> Sample:
         """Sample `index`, augmented by a random state that `seed` alone decides."""
-        record, captions = self.groups[index]
-        image, error = self.image(record, seed)
-        if image is None:
-            return Sample(None, [], error)
-        return Sample(image, [self.text_processor(self.records[record].captions[k]) for k in captions])
+        number, captions = self.groups[index]
+        image, error = self.image(number, seed)
+        record = self.records[number]
+        texts = [] if image is None else [self.text_processor(record.captions[k]) for k in captions]
+        return Sample(image, texts, error, str(record.image))
 
     def __getitem__(self, index: int) -> Sample:
         return self.sample(index, seed=0)
 
     def image(self, record: int, seed: int = 0) -> tuple[Tensor | None, str | None]:
         """The image of a record, or a line that says why it cannot be read."""
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every backend: 0.1 ms
-                return self.reader.read(record), None
-        except OSError as error:
-            return None, f"{self.records[record].image}: {error}"
+        return read_image(lambda: self.reader.read(record), self.records[record].image, seed)
 
     def image_batch(self, images: Sequence[Tensor | None]) -> ImageBatch:
         """Images of this dataset, stacked; None becomes a blank."""
         return self.reader.batch(images)
+
+
+def caption_groups(record: Record, captions_per_image: int | str) -> list[tuple[int, ...]]:
+    """The captions of an image, those of a sample together."""
+    captions = range(len(record.captions))
+    size = len(captions) if captions_per_image == "all" else int(captions_per_image)
+    return [tuple(captions[k : k + size]) for k in range(0, len(captions), size)]
+
+
+def read_image(read: Callable[[], Tensor], source: ImageSource, seed: int) -> tuple[Tensor | None, str | None]:
+    """What `read` gives under a random state that `seed` alone decides, or a line that says why it cannot be read."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every backend: 0.1 ms
+            return read(), None
+    except OSError as error:
+        return None, f"{source}: {error}"
 
 
 def build_dataset(name: str, config: Config, split: str, training: bool) -> CaptionDataset:
@@ -99,19 +112,30 @@ def build_dataset(name: str, config: Config, split: str, training: bool) -> Capt
     annotations = DATASETS[name](dataset, config, split, training)
     if not annotations.records:
         raise UserError(f"datasets.{name}: split '{split}' holds no image")
+    limited = annotations.limited(config.run.limit_train if training else config.run.limit_val)
+    processors = build_processors(dataset, config, training)
+    return CaptionDataset(name, limited, *processors, dataset.captions_per_image, training)
+
+
+def build_processors(
+    dataset: DatasetConfig, config: Config, training: bool
+) -> tuple[ImageProcessor, Callable[[str], str]]:
+    """Those of images and of captions."""
     kind = "train" if training else "eval"
     image_processor = build_image_processor(getattr(dataset.vis_processor, kind), config.model.image_size)
     text = getattr(dataset.text_processor, kind)
     words = {} if text.max_words is None else {"max_words": text.max_words}
-    text_processor = PROCESSORS[text.name](prompt=config.model.prompt, **words)
-    limit = config.run.limit_train if training else config.run.limit_val
-    limited = annotations.limited(limit)
-    return CaptionDataset(name, limited, image_processor, text_processor, dataset.captions_per_image, training)
+    return image_processor, PROCESSORS[text.name](prompt=config.model.prompt, **words)
 
 
 def has_split(dataset: DatasetConfig, split: str) -> bool:
     files = dataset.build_info.annotations.get(split)
     return split in dataset.num_images or (files is not None and bool(files.storage))
+
+
+def is_stream(storage: str) -> bool:
+    """Whether it is no file, but what blipds/data/streams.py reads."""
+    return storage.startswith("pipe:") or "://" in storage
 
 
 def splits_of(dataset: DatasetConfig) -> list[str]:
@@ -146,8 +170,10 @@ def annotated(dataset: DatasetConfig, config: Config, split: str, training: bool
             f"{nearest(split, known)}"
         )
     for storage in splits[split].storage:
-        if storage.startswith("pipe:") or "://" in storage:
-            raise UserError(f"{storage}: streams are not read; download it, and give the path of the file")
+        if is_stream(storage):
+            raise UserError(
+                f"{storage}: a stream can only be trained on, and nothing else beside it; split '{split}' needs files"
+            )
     cache_root = Path(config.env.cache_root).expanduser()
     images = dataset.images or dataset.build_info.images.storage
     image_root = None if images is None else cache_root / Path(images).expanduser()

@@ -2,8 +2,9 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from blipds.signals import leave_signals_alone
 
 @dataclass
 class Batch:
-    """A micro-batch of one rank: I images, each with K captions of T tokens.
+    """A micro-batch of one rank: I images, each with K captions of T tokens. `names`: of the images.
 
     `input_ids` (I, K, T), [DEC] at position 0, padded on the right. `label_positions` (P,) are indices into the
     flattened I x K x T; the token after each is in `labels` (P,). Prompt and padding have no label, and neither has
@@ -31,6 +32,7 @@ class Batch:
     labels: Tensor
     num_images: int
     num_captions: int
+    names: list[str]
     errors: list[str]
 
     def model_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -43,9 +45,13 @@ class Batch:
         }
 
     def pin_memory(self) -> "Batch":
-        tensors = (self.input_ids, self.label_positions, self.labels)
-        ids, positions, labels = (tensor.pin_memory() for tensor in tensors)
-        return Batch(self.images.pin_memory(), ids, positions, labels, self.num_images, self.num_captions, self.errors)
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            input_ids=self.input_ids.pin_memory(),
+            label_positions=self.label_positions.pin_memory(),
+            labels=self.labels.pin_memory(),
+        )
 
 
 @dataclass
@@ -88,6 +94,7 @@ class Collator:
             labels=torch.tensor(labels, dtype=torch.long),
             num_images=sum(sample.image is not None for sample in samples),
             num_captions=sum(len(row) for row in rows),
+            names=[sample.name for sample in samples if sample.name],
             errors=[sample.error for sample in samples if sample.error is not None],
         )
 
@@ -98,7 +105,7 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-Key = tuple[int, int, int]  # (dataset, sample, seed)
+Key = tuple[int, Any, int]  # (dataset, which of its samples, seed)
 
 
 class EpochOrder:
@@ -142,85 +149,79 @@ class EpochOrder:
         return [(*pairs[i], derive_seed(self.seed, epoch, *pairs[i])) for i in order]
 
 
-class _Samples(Dataset[Sample]):
+class Samples(Protocol):
+    """What gives samples, each from a seed of its own."""
+
+    def sample(self, which: Any, seed: int) -> Sample: ...
+
+
+class _Keyed(Dataset[Sample]):
     """Several datasets as one, addressed by key; None is a filler."""
 
-    def __init__(self, datasets: Sequence[CaptionDataset]) -> None:
+    def __init__(self, datasets: Sequence[Samples]) -> None:
         self.datasets = datasets
 
     def __getitem__(self, key: Key | None) -> Sample:
         if key is None:
             return Sample(None, [])
-        dataset, index, seed = key
-        return self.datasets[dataset].sample(index, seed)
+        dataset, which, seed = key
+        return self.datasets[dataset].sample(which, seed)
 
 
-class _RankBatches:
-    """The micro-batches of one rank in one epoch, as lists of keys: the DataLoader's batch sampler."""
+class RankBatches(Protocol):
+    """The micro-batches of one rank, as lists of keys, from a step of an epoch on; its length: steps in an epoch."""
+
+    global_batch: int
+    accumulation: int
+    epoch: int
+    first_step: int
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[Any]]: ...
+
+
+class EpochBatches:
+    """Each rank's share of every global batch of an `EpochOrder`.
+
+    The last global batch of an epoch is completed with fillers that carry no label, so that every pair counts exactly
+    once.
+    """
 
     def __init__(self, order: EpochOrder, micro_batch: int, accumulation: int, rank: int, world_size: int) -> None:
         self.order = order
         self.micro_batch, self.accumulation = micro_batch, accumulation
         self.rank, self.world_size = rank, world_size
+        self.global_batch = micro_batch * accumulation * world_size
         self.epoch, self.first_step = 0, 0
 
-    @property
-    def global_batch(self) -> int:
-        return self.micro_batch * self.accumulation * self.world_size
-
     def __len__(self) -> int:
-        """Optimizer steps in an epoch."""
         return -(-len(self.order) // self.global_batch)
 
     def __iter__(self) -> Iterator[list[Key | None]]:
-        keys = self.keys(self.epoch)
+        keys: list[Key | None] = list(self.order.keys(self.epoch))
+        keys += [None] * (len(self) * self.global_batch - len(keys))
         for step in range(self.first_step, len(self)):
-            share = self.share_of(keys, step, self.rank)
+            block = keys[step * self.global_batch : (step + 1) * self.global_batch]
+            share = block[self.rank :: self.world_size]  # strided: fillers are spread over the ranks
             for start in range(0, len(share), self.micro_batch):
                 yield share[start : start + self.micro_batch]
-
-    def keys(self, epoch: int) -> list[Key | None]:
-        """All samples of an epoch, and the fillers that complete its last global batch."""
-        keys: list[Key | None] = list(self.order.keys(epoch))
-        return keys + [None] * (len(self) * self.global_batch - len(keys))
-
-    def share_of(self, keys: list[Key | None], step: int, rank: int) -> list[Key | None]:
-        block = keys[step * self.global_batch : (step + 1) * self.global_batch]
-        return block[rank :: self.world_size]  # strided: fillers are spread over the ranks
 
 
 class TrainLoader:
     """Gives each rank its share of every global batch, as windows of `accumulation` micro-batches.
 
-    The last global batch of an epoch is completed with fillers that carry no label, so that every pair counts exactly
-    once. Workers stay alive from epoch to epoch.
+    Workers stay alive from epoch to epoch.
     """
 
     def __init__(
-        self,
-        datasets: Sequence[CaptionDataset],
-        tokenizer: CaptionTokenizer,
-        *,
-        micro_batch: int,
-        accumulation: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        shuffle: bool = True,
-        ratios: Sequence[float] | None = None,
-        num_workers: int = 0,
+        self, datasets: Sequence[Samples], batches: RankBatches, collator: Collator, *, num_workers: int
     ) -> None:
-        processors = [dataset.image_processor for dataset in datasets]
-        for dataset, processor in zip(datasets, processors, strict=True):
-            if (processor.mean, processor.std) != (processors[0].mean, processors[0].std):
-                raise UserError(f"datasets.{dataset.name}: mean and std differ from those of {datasets[0].name}")
-        self.datasets = datasets
-        order = EpochOrder([len(dataset) for dataset in datasets], ratios, seed, shuffle)
-        self.batches = _RankBatches(order, micro_batch, accumulation, rank, world_size)
+        self.batches = batches
         self.loader = DataLoader(
-            _Samples(datasets),
-            batch_sampler=self.batches,
-            collate_fn=Collator(tokenizer, datasets[0].image_batch),
+            _Keyed(datasets),
+            batch_sampler=batches,
+            collate_fn=collator,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             worker_init_fn=leave_signals_alone,
@@ -243,16 +244,6 @@ class TrainLoader:
         self.batches.epoch, self.batches.first_step = epoch, first_step
         self.started = (epoch, first_step), iter(self.loader)
 
-    def images_of(self, step: int, rank: int) -> list[str]:
-        """The images of a rank in the optimizer step after `step` others, in order."""
-        epoch, in_epoch = divmod(step, self.steps_per_epoch)
-        named = []
-        for key in self.batches.share_of(self.batches.keys(epoch), in_epoch, rank):
-            if key is not None:
-                dataset = self.datasets[key[0]]
-                named.append(str(dataset.records[dataset.groups[key[1]][0]].image))
-        return named
-
     def windows(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """The accumulation windows of one epoch, one for each optimizer step from `first_step` on."""
         if self.started is None or self.started[0] != (epoch, first_step):
@@ -261,6 +252,29 @@ class TrainLoader:
         batches, self.started = self.started[1], None
         for _ in range(first_step, self.steps_per_epoch):
             yield list(islice(batches, self.batches.accumulation))
+
+
+def epoch_loader(
+    datasets: Sequence[CaptionDataset],
+    tokenizer: CaptionTokenizer,
+    *,
+    micro_batch: int,
+    accumulation: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    shuffle: bool = True,
+    ratios: Sequence[float] | None = None,
+    num_workers: int = 0,
+) -> TrainLoader:
+    """A loader over datasets that are known whole."""
+    processors = [dataset.image_processor for dataset in datasets]
+    for dataset, processor in zip(datasets, processors, strict=True):
+        if (processor.mean, processor.std) != (processors[0].mean, processors[0].std):
+            raise UserError(f"datasets.{dataset.name}: mean and std differ from those of {datasets[0].name}")
+    order = EpochOrder([len(dataset) for dataset in datasets], ratios, seed, shuffle)
+    batches = EpochBatches(order, micro_batch, accumulation, rank, world_size)
+    return TrainLoader(datasets, batches, Collator(tokenizer, datasets[0].image_batch), num_workers=num_workers)
 
 
 class EvalLoader:

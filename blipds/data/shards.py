@@ -9,6 +9,7 @@ import json
 import os
 import re
 import tarfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -81,15 +82,9 @@ def index_members(shard: Path) -> ShardIndex:
     index = ShardIndex([])
     samples: dict[str, Sample] = {}
     left_out: dict[str, list[str]] = {}
-    end = 0
     try:
         with tarfile.open(shard, "r:") as tar:  # uncompressed: the members of a compressed one have no place
-            for member in tar:
-                if member.offset < end:  # a size below 0 sends tarfile round in circles (CVE-2025-8194)
-                    raise tarfile.ReadError(f"member {member.name!r} overlaps the one before")
-                end = member.offset_data + max(member.size, 0)
-                if member.isdir():
-                    continue
+            for member in members_of(tar):
                 if reason := why_left_out(member):
                     left_out.setdefault(reason, []).append(member.name)
                 elif (found := KEY.fullmatch(member.name)) and not is_hidden(member.name):
@@ -105,6 +100,18 @@ def index_members(shard: Path) -> ShardIndex:
     if lonely := len(samples) - len(index.samples):
         index.notices.append(f"{shard}: {lonely} keys have no image")
     return index
+
+
+def members_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """All but folders, none of them kept: tarfile itself would remember every one."""
+    end = 0
+    while (member := tar.next()) is not None:
+        if member.offset < end:  # a size below 0 sends tarfile round in circles (CVE-2025-8194)
+            raise tarfile.ReadError(f"member {member.name!r} overlaps the one before")
+        end = member.offset_data + max(member.size, 0)
+        tar.members.clear()  # type: ignore[attr-defined]
+        if not member.isdir():
+            yield member
 
 
 def why_left_out(member: tarfile.TarInfo) -> str | None:

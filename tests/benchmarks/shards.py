@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from blipds.data.annotations import read_annotations
 from blipds.data.datasets import CaptionDataset
-from blipds.data.loader import TrainLoader
+from blipds.data.loader import epoch_loader
 from blipds.data.processors import BlipImageTrain
 from blipds.data.tokenizer import CaptionTokenizer
 
@@ -100,7 +100,7 @@ def read_epoch(annotations, image_size, epoch, first_step=0, last_step=None):
     tokenizer = CaptionTokenizer(prompt="")
     seen, images, seconds = Counter(), 0, 0.0
     for rank in (0, 1):
-        loader = TrainLoader(
+        loader = epoch_loader(
             [dataset],
             tokenizer,
             micro_batch=32,

@@ -196,11 +196,11 @@ def test_without_an_image_folder_names_start_beside_the_file(folder):
 
 
 @pytest.mark.parametrize("storage", ["pipe:cat a.tar", "https://example.org/{000..012}.tar"])
-def test_streams_are_refused(folder, storage):
+def test_streams_are_not_evaluated(folder, storage):
     given = config(folder)
-    given.datasets["custom_caption"].build_info.annotations["train"].storage = [storage]
-    with pytest.raises(UserError, match="streams are not read; download it"):
-        build_dataset("custom_caption", given, "train", training=True)
+    given.datasets["custom_caption"].build_info.annotations["val"].storage = [storage]
+    with pytest.raises(UserError, match="a stream can only be trained on, and nothing else beside it; split 'val' nee"):
+        build_dataset("custom_caption", given, "val", training=False)
 
 
 def test_has_split(folder):

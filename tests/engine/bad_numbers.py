@@ -13,7 +13,7 @@ BAD_STEP = 3
 
 def run_setting(spec, folder, device):
     trainer, recorder = build(spec, folder, device)
-    engine, sums = trainer.engine, []
+    engine, sums, named = trainer.engine, [], []
     loss_of = engine.loss
 
     def loss(inputs):
@@ -22,15 +22,16 @@ def run_setting(spec, folder, device):
 
     step_of = trainer.train_step
 
-    def train_step(*arguments, **options):
-        result = step_of(*arguments, **options)
+    def train_step(window, *arguments, **options):
+        if trainer.state.global_step + 1 == BAD_STEP:
+            named.append(distributed.gather([name for batch in window for name in batch.names])[1])
+        result = step_of(window, *arguments, **options)
         sums.append(sum(weight.double().abs().sum().item() for _, weight in engine.weights()))
         return result
 
     engine.loss, trainer.train_step = loss, train_step
-    expected = trainer.loader.images_of(BAD_STEP - 1, 1)
     trainer.train()
-    results = {"weight_sums": sums, "losses": [line["loss"] for line in recorder.lines], "images": expected}
+    results = {"weight_sums": sums, "losses": [line["loss"] for line in recorder.lines], "images": named[0]}
     results |= {"adam_step": engine.counters()["adam_step"], "bad_steps": trainer.state.bad_steps}
     trainer.close()
     return results

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from checkpoint_samples import TIED, shapes_of
 
 from blipds.config import ModelConfig
 from blipds.models import build_model
@@ -36,3 +38,16 @@ def build_oracle(shared):
 def oracle_model(build_oracle):
     """One model for all tests that only read it."""
     return build_oracle()
+
+
+@pytest.fixture(scope="session")
+def oracle(shared):
+    """Its file read by plain torch: all entries."""
+    return torch.load(shared / "oracle" / "tiny_blip.pth", weights_only=True)["model"]
+
+
+@pytest.fixture(scope="session")
+def oracle_shapes(oracle):
+    """The shapes of a model's named_parameters: ties once, no buffers."""
+    skipped = (*dict(TIED), "text_decoder.bert.embeddings.position_ids")
+    return shapes_of({name: tensor for name, tensor in oracle.items() if name not in skipped})

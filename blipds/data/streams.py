@@ -1,0 +1,402 @@
+"""Tar shards that come through a pipe or from an address: read in order, through a shuffle buffer, over and over.
+
+Nothing of them is kept, so nobody knows how long they are: steps are counted instead (`run.max_iters`). Each rank reads
+its own shards once a pass, in a thread beside the training, and hands the undecoded images to its workers. Names as in
+WebDataset: `pipe:COMMAND` and `https://...`, with {000..099} in them.
+"""
+
+import io
+import os
+import queue
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import islice
+from math import gcd
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from PIL import Image
+from torch import Tensor
+
+from blipds import download
+from blipds.config import Config
+from blipds.data.annotations import Gathered, Record, expand_braces
+from blipds.data.datasets import Sample, build_processors, caption_groups, is_stream, read_image
+from blipds.data.images import Images, PixelReader
+from blipds.data.layouts import Entry, sample_captions
+from blipds.data.loader import Collator, Key, TrainLoader, derive_seed
+from blipds.data.processors import ImageProcessor, Shrink, load_image
+from blipds.data.shards import KEY, members_of, take_member, why_left_out
+from blipds.data.shards import Sample as Members
+from blipds.data.sources import is_hidden
+from blipds.data.tokenizer import CaptionTokenizer
+from blipds.errors import UserError
+
+T = TypeVar("T")
+
+PIECE = 1 << 20  # bytes
+ENDLESS = sys.maxsize  # steps in an epoch that never ends
+ANNOTATIONS = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".zip")  # that people take for what can be streamed
+
+
+@dataclass(frozen=True)
+class StreamedImage:
+    """An image that has been read, not decoded; `place` names it in messages."""
+
+    place: str
+    data: bytes = field(repr=False)
+
+    def open(self, shrink: Shrink | None = None) -> Image.Image:
+        return load_image(self.place, shrink, data=io.BytesIO(self.data))
+
+    def __str__(self) -> str:
+        return self.place
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """One sample: an image, and which of its captions."""
+
+    record: Record
+    captions: tuple[int, ...]
+
+
+class CaptionStream:
+    """A dataset of tar shards that are read from start to end.
+
+    `storages`: what the run config names, braces and all. `say` is told, once each, what is left out.
+    Raises UserError for addresses that cannot be streamed, and later for what breaks for good.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        storages: Sequence[str],
+        image_processor: ImageProcessor,
+        text_processor: Callable[[str], str],
+        captions_per_image: int | str,
+        shuffle_buffer: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.name = name
+        self.shards = [shard for storage in storages for shard in shards_of(storage)]
+        self.image_processor = image_processor
+        self.text_processor = text_processor
+        self.captions_per_image = captions_per_image
+        self.shuffle_buffer = shuffle_buffer
+        self.say = say
+        self.said: set[str] = set()
+
+    def share(self, rank: int, world_size: int) -> Iterator[Streamed]:
+        """One pass of a rank, in order: whole shards where there are enough of them, else every n-th image of all.
+
+        The ranks' turns go round all shards, so that none is read more often than another, whatever their number.
+        """
+        if len(self.shards) < world_size:
+            yield from islice(self.samples(self.shards), rank, None, world_size)
+            return
+        turns = len(self.shards) // gcd(len(self.shards), world_size)
+        yield from self.samples(self.shards[(rank + turn * world_size) % len(self.shards)] for turn in range(turns))
+
+    def samples(self, shards: Iterable[str]) -> Iterator[Streamed]:
+        for shard in shards:
+            for record in self.records(shard):
+                for captions in caption_groups(record, self.captions_per_image):
+                    yield Streamed(record, captions)
+
+    def records(self, shard: str) -> Iterator[Record]:
+        """The images of a shard that have captions."""
+        for members, data in self.members(shard):
+            place = f"{shard}/{members.image}"
+            gathered = Gathered()
+            try:
+                captions, image_id = sample_captions(members, place)
+            except UserError as error:
+                self.note(shard, "captions that cannot be read", str(error))
+                continue
+            gathered.add(Entry(StreamedImage(place, data), image_id, captions, place))
+            (record,) = gathered.annotations().records
+            if gathered.blank:
+                self.note(shard, "captions without a word", place)
+            if record.captions:
+                yield record
+            else:
+                self.note(shard, "images without a caption", place)
+
+    def members(self, shard: str) -> Iterator[tuple[Members, bytes]]:
+        """What belongs to each key, and the bytes of its image. Members of one key stand together, as WebDataset's."""
+        members, data = Members(""), b""
+        try:
+            with closing(pieces_of(shard)) as pieces, open_tar(pieces) as tar:
+                for member in members_of(tar):
+                    if reason := why_left_out(member):
+                        self.note(shard, reason, member.name)
+                        continue
+                    found = KEY.fullmatch(member.name)
+                    if found is None or is_hidden(member.name):
+                        continue
+                    if found[1] != members.key:
+                        if members.image is not None:
+                            yield members, data
+                        members = Members(found[1])
+                    if reason := take_member(tar, member, found[2].lower(), members):
+                        self.note(shard, reason, member.name)
+                    elif members.image == member.name:
+                        file = tar.extractfile(member)
+                        assert file is not None
+                        data = file.read()
+        except UserError:  # of the pieces
+            raise
+        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+            raise UserError(f"{shard} is damaged or no tar file: {' '.join(str(error).split())}") from error
+        if members.image is not None:
+            yield members, data
+
+    def note(self, shard: str, what: str, first: str) -> None:
+        if what not in self.said:
+            self.said.add(what)
+            self.say(f"{self.name}: {what} are left out; the first: {first} (of {shard})")
+
+    def sample(self, streamed: Streamed, seed: int) -> Sample:
+        """What a worker makes of a sample: the image augmented by a random state that `seed` alone decides."""
+        source, processor = streamed.record.image, self.image_processor
+        image, error = read_image(lambda: processor(source.open(processor.shrink)), source, seed)
+        texts = [] if image is None else [self.text_processor(streamed.record.captions[k]) for k in streamed.captions]
+        return Sample(image, texts, error, str(source))
+
+    def image_batch(self, images: Sequence[Tensor | None]) -> Images:
+        """Images stacked; None becomes a blank."""
+        return PixelReader([], self.image_processor).batch(images)
+
+
+class StreamBatches:
+    """The micro-batches of one rank: one epoch without an end.
+
+    Pass p of a rank is in an order that `seed`, p and the rank decide, so that a resumed run comes to where it was by
+    reading again, undecoded, what it had read of its pass; whole passes before that are only counted.
+    """
+
+    def __init__(
+        self, stream: CaptionStream, micro_batch: int, accumulation: int, rank: int, world_size: int, seed: int
+    ) -> None:
+        self.stream = stream
+        self.micro_batch, self.accumulation = micro_batch, accumulation
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.global_batch = micro_batch * accumulation * world_size
+        self.epoch, self.first_step = 0, 0
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        keys = read_ahead(self.keys(), self.micro_batch)
+        while batch := list(islice(keys, self.micro_batch)):
+            yield batch
+
+    def keys(self) -> Iterator[Key]:
+        """The samples of all passes, from `first_step` on."""
+        skipped = self.first_step * self.micro_batch * self.accumulation
+        if skipped:
+            self.stream.say(f"{self.stream.name}: reading past {skipped:,} samples a rank that were trained on")
+        number = 0
+        while True:
+            found = 0
+            generator = random.Random(derive_seed(self.seed, "pass", number, self.rank))
+            share = self.stream.share(self.rank, self.world_size)
+            for streamed in shuffled(share, self.stream.shuffle_buffer, generator):
+                if found >= skipped:
+                    yield 0, streamed, derive_seed(self.seed, number, self.rank, found)
+                found += 1
+            if not found:
+                raise UserError(f"{self.stream.shards[0]}: a stream without an image that has captions")
+            number += 1 + max(skipped - found, 0) // found
+            skipped = max(skipped - found, 0) % found
+
+
+def streams_of(config: Config) -> list[str]:
+    """What is streamed of the training splits. UserError where the run wants what only files can give."""
+    run = config.run
+    storages = [
+        storage
+        for dataset in config.datasets.values()
+        for split in run.train_splits
+        if split in dataset.build_info.annotations
+        for storage in dataset.build_info.annotations[split].storage
+    ]
+    streams = [storage for storage in storages if is_stream(storage)]
+    if not streams:
+        return []
+    problem = None
+    if len(config.datasets) > 1 or len(streams) < len(storages):
+        problem = "nothing else can be trained on beside it"
+    elif run.runner != "runner_iter" or run.iters_per_inner_epoch is None:
+        problem = (
+            "it has no length: give run.runner=runner_iter, run.max_iters and run.iters_per_inner_epoch, the steps "
+            "after which a checkpoint is saved and the validation splits are captioned"
+        )
+    elif run.limit_train is not None:
+        problem = "run.limit_train needs files"
+    elif config.model.cache_image_embeds:
+        problem = "model.cache_image_embeds needs files"
+    if problem is not None:
+        raise UserError(f"{streams[0]} is a stream: {problem}")
+    return streams
+
+
+def build_stream(config: Config, storages: list[str], say: Callable[[str], None]) -> CaptionStream:
+    ((name, dataset),) = config.datasets.items()
+    buffer = dataset.shuffle_buffer if config.run.shuffle else 1
+    processors = build_processors(dataset, config, training=True)
+    return CaptionStream(name, storages, *processors, dataset.captions_per_image, buffer, say)
+
+
+def stream_loader(
+    stream: CaptionStream,
+    tokenizer: CaptionTokenizer,
+    *,
+    micro_batch: int,
+    accumulation: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    num_workers: int = 0,
+) -> TrainLoader:
+    """A loader over a stream."""
+    if world_size > 1 and len(stream.shards) < world_size:
+        stream.say(
+            f"{stream.name}: {len(stream.shards)} shards for {world_size} ranks, so each rank reads all of them and "
+            f"keeps every {world_size}th image; with as many shards as ranks it would read its own only"
+        )
+    batches = StreamBatches(stream, micro_batch, accumulation, rank, world_size, seed)
+    return TrainLoader([stream], batches, Collator(tokenizer, stream.image_batch), num_workers=num_workers)
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def shards_of(storage: str) -> list[str]:
+    """The shards that braces stand for. UserError for what cannot be streamed."""
+    if storage.startswith("pipe:"):
+        return expand_braces(storage, commas=False)  # awk's {print $1,$2} is none of our business
+    if not storage.startswith(("http://", "https://")):
+        raise UserError(f"{storage}: only http(s):// and pipe: can be streamed, as in pipe:aws s3 cp {storage} -")
+    suffix = PurePosixPath(urlsplit(storage).path).suffix.lower()
+    if suffix in ANNOTATIONS:
+        raise UserError(f"{storage}: only tar shards can be streamed; download it, and give the path of the file")
+    return expand_braces(storage)
+
+
+def pieces_of(shard: str) -> Generator[bytes, None, None]:
+    return piped(shard.removeprefix("pipe:")) if shard.startswith("pipe:") else download.stream(shard)
+
+
+def piped(command: str) -> Generator[bytes, None, None]:
+    """What a shell command prints. UserError where it fails.
+
+    In a session of its own: a Ctrl-C asks the training to end well, and would end the command at once.
+    """
+    with subprocess.Popen(
+        command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            while piece := process.stdout.read(PIECE):
+                yield piece
+        except GeneratorExit:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise UserError(f"pipe:{command} ended with exit status {process.returncode}")
+
+
+class Pieces(io.RawIOBase):
+    """Pieces of bytes as a file."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self.pieces = pieces
+        self.rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.rest:
+            piece = next(self.pieces, None)
+            if piece is None:
+                return 0
+            self.rest = memoryview(piece)
+        count = min(len(buffer), len(self.rest))
+        buffer[:count], self.rest = self.rest[:count], self.rest[count:]
+        return count
+
+
+class StrictTarInfo(tarfile.TarInfo):
+    """tarfile takes a damaged header for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "StrictTarInfo":
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"{error} at byte {tar.offset}") from error
+
+
+def open_tar(pieces: Iterator[bytes]) -> tarfile.TarFile:
+    """Compressed or not; several archives one after the other, as `cat` joins them, are read as one."""
+    file = io.BufferedReader(Pieces(pieces), PIECE)
+    return tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo, ignore_zeros=True)
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def shuffled(items: Iterable[T], size: int, generator: random.Random) -> Iterator[T]:
+    """Each item changes places with one of `size` before it; what is left over at the end comes last, shuffled."""
+    kept: list[T] = []
+    for item in items:
+        if len(kept) < size:
+            kept.append(item)
+        else:
+            place = generator.randrange(size)
+            kept[place], item = item, kept[place]
+            yield item
+    generator.shuffle(kept)
+    yield from kept
+
+
+def read_ahead(items: Iterator[T], count: int) -> Iterator[T]:
+    """The same items, taken `count` ahead in a thread; what it raises is raised here."""
+    found: queue.Queue[tuple[list[T], BaseException | None]] = queue.Queue(count)
+    left = threading.Event()
+
+    def run() -> None:
+        try:
+            for item in items:
+                found.put(([item], None))
+                if left.is_set():
+                    return
+            found.put(([], None))
+        except BaseException as error:
+            found.put(([], error))
+
+    threading.Thread(target=run, name="stream", daemon=True).start()
+    try:
+        while True:
+            item, error = found.get()
+            if error is not None:
+                raise error
+            if not item:
+                return
+            yield from item
+    finally:
+        left.set()
+        while not found.empty():  # makes room for the item that the thread may be waiting with
+            found.get_nowait()
