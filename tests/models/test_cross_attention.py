@@ -2,7 +2,7 @@
 
 import torch
 from safetensors.torch import load_file
-from test_checkpoints import ORACLE
+from checkpoint_samples import ORACLE
 
 from blipds.models.checkpoint_names import to_transformers_name
 from blipds.models.cross_attention import cross_attention
