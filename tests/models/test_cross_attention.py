@@ -1,8 +1,8 @@
 """Where the decoder looks, against the attention weights that transformers' BLIP gives out."""
 
 import torch
-from safetensors.torch import load_file
 from checkpoint_samples import ORACLE
+from safetensors.torch import load_file
 
 from blipds.models.checkpoint_names import to_transformers_name
 from blipds.models.cross_attention import cross_attention
