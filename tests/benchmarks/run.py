@@ -144,8 +144,10 @@ def main() -> None:
     }
     path = args.output / f"{stamp}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
-    plot(rows, report, path.with_suffix(".png"))
-    print(f"\n{table(rows, report)}\n\n{path}\n{path.with_suffix('.png')}")
+    print(f"\n{table(rows, report)}\n\n{path}")
+    if any(row.ratio is not None for row in rows):
+        plot(rows, report, path.with_suffix(".png"))
+        print(path.with_suffix(".png"))
 
 
 def line_of(row: Row) -> str:
@@ -175,8 +177,6 @@ def plot(rows: list[Row], report: dict, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     shown = [row for row in rows if row.ratio is not None]
-    if not shown:
-        return
     shares = [row.ratio / (row.goal or 1.0) for row in shown]
     figure, axes = plt.subplots(figsize=(11, 1.2 + 0.42 * len(shown)), layout="constrained")
     bars = axes.barh(range(len(shown)), shares)
@@ -187,7 +187,7 @@ def plot(rows: list[Row], report: dict, path: Path) -> None:
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [row.what for row in shown], size=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.25 * max(shares))
+    axes.set_xlim(0, 1.25 * max(1.0, *shares))
     axes.set_xlabel("ratio / goal (grey: no goal)")
     axes.set_title(f"{report['machine'].get('gpu', report['machine']['cpu'])}, {report['date']}", size=9)
     figure.savefig(path, dpi=130)

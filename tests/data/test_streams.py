@@ -114,9 +114,9 @@ def test_what_is_left_out_is_said_once(tmp_path):
         f"custom_caption: images without a caption are left out; the first: {shard}/0.png (of {shard})",
         f"custom_caption: captions that cannot be read are left out; the first: {shard}/7.png: 'caption' is neither a "
         f"text nor a list of texts (of {shard})",
-        f"custom_caption: captions without a word are left out; the first: {shard}/8.png (of {shard})",
         "custom_caption: names that lead out of the archive or hold control characters are left out; the first: "
         f"../9.png (of {shard})",
+        f"custom_caption: captions without a word are left out; the first: {shard}/8.png (of {shard})",
     ]
 
 
