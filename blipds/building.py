@@ -13,7 +13,7 @@ from blipds import distributed, planner
 from blipds.captioner import Captioner
 from blipds.config import Config, RunConfig
 from blipds.data.datasets import CaptionDataset, build_dataset, splits_of
-from blipds.data.loader import TrainLoader, epoch_loader
+from blipds.data.loader import RankShare, TrainLoader, epoch_loader
 from blipds.data.streams import build_stream, stream_loader, streams_of
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.ds_config import (
@@ -201,22 +201,23 @@ def build_loader(
 ) -> tuple[list[CaptionDataset], TrainLoader]:
     """The training data that are known whole, none where they are streamed, and what loads them."""
     run = config.run
-    shape: dict[str, Any] = {
-        "micro_batch": run.batch_size_train,
-        "accumulation": run.accum_grad_iters,
-        "rank": distributed.rank(),
-        "world_size": distributed.world_size(),
-        "seed": run.seed,
-        "num_workers": run.num_workers,
-    }
+    share = RankShare(run.batch_size_train, run.accum_grad_iters, distributed.rank(), distributed.world_size())
     if streams := streams_of(config):
-        return [], stream_loader(build_stream(config, streams, say), tokenizer, **shape)
+        stream = build_stream(config, streams, say)
+        return [], stream_loader(stream, tokenizer, share, seed=run.seed, num_workers=run.num_workers)
     datasets = [
         build_dataset(name, config, split, training=True) for name in config.datasets for split in run.train_splits
     ]
     ratios = run.train_dataset_ratios
-    shares = None if ratios is None else [ratios[dataset.name] for dataset in datasets]
-    return datasets, epoch_loader(datasets, tokenizer, shuffle=run.shuffle, ratios=shares, **shape)
+    return datasets, epoch_loader(
+        datasets,
+        tokenizer,
+        share,
+        seed=run.seed,
+        shuffle=run.shuffle,
+        ratios=None if ratios is None else [ratios[dataset.name] for dataset in datasets],
+        num_workers=run.num_workers,
+    )
 
 
 def build_plan(config: Config, steps_per_epoch: int) -> Plan:

@@ -168,11 +168,30 @@ class _Keyed(Dataset[Sample]):
         return self.datasets[dataset].sample(which, seed)
 
 
+@dataclass(frozen=True)
+class RankShare:
+    """How much of each optimizer step is this rank's: `accumulation` micro-batches of `micro_batch` samples."""
+
+    micro_batch: int
+    accumulation: int
+    rank: int
+    world_size: int
+
+    @property
+    def samples(self) -> int:
+        """Of this rank in a step."""
+        return self.micro_batch * self.accumulation
+
+    @property
+    def global_batch(self) -> int:
+        """Samples in a step, all ranks together."""
+        return self.samples * self.world_size
+
+
 class RankBatches(Protocol):
     """The micro-batches of one rank, as lists of keys, from a step of an epoch on; its length: steps in an epoch."""
 
-    global_batch: int
-    accumulation: int
+    share: RankShare
     epoch: int
     first_step: int
 
@@ -188,24 +207,22 @@ class EpochBatches:
     once.
     """
 
-    def __init__(self, order: EpochOrder, micro_batch: int, accumulation: int, rank: int, world_size: int) -> None:
+    def __init__(self, order: EpochOrder, share: RankShare) -> None:
         self.order = order
-        self.micro_batch, self.accumulation = micro_batch, accumulation
-        self.rank, self.world_size = rank, world_size
-        self.global_batch = micro_batch * accumulation * world_size
+        self.share = share
         self.epoch, self.first_step = 0, 0
 
     def __len__(self) -> int:
-        return -(-len(self.order) // self.global_batch)
+        return -(-len(self.order) // self.share.global_batch)
 
     def __iter__(self) -> Iterator[list[Key | None]]:
+        size, micro_batch = self.share.global_batch, self.share.micro_batch
         keys: list[Key | None] = list(self.order.keys(self.epoch))
-        keys += [None] * (len(self) * self.global_batch - len(keys))
+        keys += [None] * (len(self) * size - len(keys))
         for step in range(self.first_step, len(self)):
-            block = keys[step * self.global_batch : (step + 1) * self.global_batch]
-            share = block[self.rank :: self.world_size]  # strided: fillers are spread over the ranks
-            for start in range(0, len(share), self.micro_batch):
-                yield share[start : start + self.micro_batch]
+            mine = keys[step * size : (step + 1) * size][self.share.rank :: self.share.world_size]  # fillers are spread
+            for start in range(0, len(mine), micro_batch):
+                yield mine[start : start + micro_batch]
 
 
 class TrainLoader:
@@ -233,7 +250,7 @@ class TrainLoader:
     @property
     def global_batch(self) -> int:
         """Samples in an optimizer step, all ranks and accumulated micro-batches together."""
-        return self.batches.global_batch
+        return self.batches.share.global_batch
 
     @property
     def steps_per_epoch(self) -> int:
@@ -251,17 +268,14 @@ class TrainLoader:
         assert self.started is not None
         batches, self.started = self.started[1], None
         for _ in range(first_step, self.steps_per_epoch):
-            yield list(islice(batches, self.batches.accumulation))
+            yield list(islice(batches, self.batches.share.accumulation))
 
 
 def epoch_loader(
     datasets: Sequence[CaptionDataset],
     tokenizer: CaptionTokenizer,
+    share: RankShare,
     *,
-    micro_batch: int,
-    accumulation: int,
-    rank: int,
-    world_size: int,
     seed: int,
     shuffle: bool = True,
     ratios: Sequence[float] | None = None,
@@ -273,7 +287,7 @@ def epoch_loader(
         if (processor.mean, processor.std) != (processors[0].mean, processors[0].std):
             raise UserError(f"datasets.{dataset.name}: mean and std differ from those of {datasets[0].name}")
     order = EpochOrder([len(dataset) for dataset in datasets], ratios, seed, shuffle)
-    batches = EpochBatches(order, micro_batch, accumulation, rank, world_size)
+    batches = EpochBatches(order, share)
     return TrainLoader(datasets, batches, Collator(tokenizer, datasets[0].image_batch), num_workers=num_workers)
 
 

@@ -32,7 +32,7 @@ from blipds.data.annotations import Gathered, Record, expand_braces
 from blipds.data.datasets import Sample, build_processors, caption_groups, is_stream, read_image
 from blipds.data.images import Images, PixelReader
 from blipds.data.layouts import Entry, sample_captions
-from blipds.data.loader import Collator, Key, TrainLoader, derive_seed
+from blipds.data.loader import Collator, Key, RankShare, TrainLoader, derive_seed
 from blipds.data.processors import ImageProcessor, Shrink, load_image
 from blipds.data.shards import KEY, members_of, take_member, why_left_out
 from blipds.data.shards import Sample as Members
@@ -184,36 +184,33 @@ class StreamBatches:
     reading again, undecoded, what it had read of its pass; whole passes before that are only counted.
     """
 
-    def __init__(
-        self, stream: CaptionStream, micro_batch: int, accumulation: int, rank: int, world_size: int, seed: int
-    ) -> None:
+    def __init__(self, stream: CaptionStream, share: RankShare, seed: int) -> None:
         self.stream = stream
-        self.micro_batch, self.accumulation = micro_batch, accumulation
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.global_batch = micro_batch * accumulation * world_size
+        self.share = share
+        self.seed = seed
         self.epoch, self.first_step = 0, 0
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __iter__(self) -> Iterator[list[Key]]:
-        keys = read_ahead(self.keys(), self.micro_batch)
-        while batch := list(islice(keys, self.micro_batch)):
+        keys = read_ahead(self.keys(), self.share.micro_batch)
+        while batch := list(islice(keys, self.share.micro_batch)):
             yield batch
 
     def keys(self) -> Iterator[Key]:
         """The samples of all passes, from `first_step` on."""
-        skipped = self.first_step * self.micro_batch * self.accumulation
+        rank, skipped = self.share.rank, self.first_step * self.share.samples
         if skipped:
             self.stream.say(f"{self.stream.name}: reading past {skipped:,} samples a rank that were trained on")
         number = 0
         while True:
             found = 0
-            generator = random.Random(derive_seed(self.seed, "pass", number, self.rank))
-            share = self.stream.share(self.rank, self.world_size)
-            for streamed in shuffled(share, self.stream.shuffle_buffer, generator):
+            generator = random.Random(derive_seed(self.seed, "pass", number, rank))
+            samples = self.stream.share(rank, self.share.world_size)
+            for streamed in shuffled(samples, self.stream.shuffle_buffer, generator):
                 if found >= skipped:
-                    yield 0, streamed, derive_seed(self.seed, number, self.rank, found)
+                    yield 0, streamed, derive_seed(self.seed, number, rank, found)
                 found += 1
             if not found:
                 raise UserError(f"{self.stream.shards[0]}: a stream without an image that has captions")
@@ -259,23 +256,15 @@ def build_stream(config: Config, storages: list[str], say: Callable[[str], None]
 
 
 def stream_loader(
-    stream: CaptionStream,
-    tokenizer: CaptionTokenizer,
-    *,
-    micro_batch: int,
-    accumulation: int,
-    rank: int,
-    world_size: int,
-    seed: int,
-    num_workers: int = 0,
+    stream: CaptionStream, tokenizer: CaptionTokenizer, share: RankShare, *, seed: int, num_workers: int = 0
 ) -> TrainLoader:
     """A loader over a stream."""
-    if world_size > 1 and len(stream.shards) < world_size:
+    if len(stream.shards) < share.world_size:
         stream.say(
-            f"{stream.name}: {len(stream.shards)} shards for {world_size} ranks, so each rank reads all of them and "
-            f"keeps every {world_size}th image; with as many shards as ranks it would read its own only"
+            f"{stream.name}: {len(stream.shards)} shards for {share.world_size} ranks, so each rank reads all of them "
+            f"and keeps every {share.world_size}th image; with as many shards as ranks it would read its own only"
         )
-    batches = StreamBatches(stream, micro_batch, accumulation, rank, world_size, seed)
+    batches = StreamBatches(stream, share, seed)
     return TrainLoader([stream], batches, Collator(tokenizer, stream.image_batch), num_workers=num_workers)
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from blipds.data.annotations import read_annotations
 from blipds.data.datasets import CaptionDataset
-from blipds.data.loader import epoch_loader
+from blipds.data.loader import RankShare, epoch_loader
 from blipds.data.processors import BlipImageTrain
 from blipds.data.tokenizer import CaptionTokenizer
 
@@ -100,16 +100,7 @@ def read_epoch(annotations, image_size, epoch, first_step=0, last_step=None):
     tokenizer = CaptionTokenizer(prompt="")
     seen, images, seconds = Counter(), 0, 0.0
     for rank in (0, 1):
-        loader = epoch_loader(
-            [dataset],
-            tokenizer,
-            micro_batch=32,
-            accumulation=1,
-            rank=rank,
-            world_size=2,
-            seed=1,
-            num_workers=2,
-        )
+        loader = epoch_loader([dataset], tokenizer, RankShare(32, 1, rank, world_size=2), seed=1, num_workers=2)
         start = time.perf_counter()
         for step, (batch,) in tqdm(enumerate(loader.windows(epoch, first_step), start=first_step), disable=None):
             if step == last_step:

@@ -13,7 +13,7 @@ from blipds.config import load_run_config
 from blipds.data.annotations import expand_braces, read_annotations, read_splits
 from blipds.data.datasets import build_dataset
 from blipds.data.layouts import KINDS, read_layout
-from blipds.data.loader import epoch_loader
+from blipds.data.loader import RankShare, epoch_loader
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
 from blipds.metrics import score_held_out_reference
@@ -45,9 +45,7 @@ def built(path, layout, folder, training):
 
 
 def first_batch(dataset):
-    loader = epoch_loader(
-        [dataset], CaptionTokenizer(), micro_batch=8, accumulation=1, rank=0, world_size=1, seed=1, num_workers=0
-    )
+    loader = epoch_loader([dataset], CaptionTokenizer(), RankShare(8, 1, rank=0, world_size=1), seed=1, num_workers=0)
     (batch,) = next(loader.windows(epoch=0))
     return batch
 

@@ -15,7 +15,7 @@ from torchvision import transforms
 from blipds.data.annotations import annotations_of, read_annotations
 from blipds.data.datasets import CaptionDataset, Sample
 from blipds.data.images import Images, PixelReader
-from blipds.data.loader import Collator, EpochOrder, EvalLoader, derive_seed, epoch_loader
+from blipds.data.loader import Collator, EpochOrder, EvalLoader, RankShare, derive_seed, epoch_loader
 from blipds.data.processors import CLIP_MEAN, CLIP_STD, BlipImageEval, BlipImageTrain
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
@@ -65,8 +65,9 @@ def noise_dataset(images=7, captions=3, processor=AUGMENTED, training=True, brok
 
 
 def loader(tokenizer, datasets, micro_batch=8, accumulation=1, rank=0, world_size=1, **arguments):
-    shape = {"micro_batch": micro_batch, "accumulation": accumulation, "rank": rank, "world_size": world_size}
-    return epoch_loader(datasets, tokenizer, seed=1, **shape, **arguments)
+    return epoch_loader(
+        datasets, tokenizer, RankShare(micro_batch, accumulation, rank, world_size), seed=1, **arguments
+    )
 
 
 def contents(windows):

@@ -20,7 +20,7 @@ from serving import Handler, serving
 
 from blipds.config import load_run_config
 from blipds.data.annotations import read_annotations
-from blipds.data.loader import TrainLoader
+from blipds.data.loader import RankShare, TrainLoader
 from blipds.data.processors import BlipCaptionProcessor, BlipImageTrain
 from blipds.data.streams import CaptionStream, piped, read_ahead, shards_of, shuffled, stream_loader, streams_of
 from blipds.data.tokenizer import CaptionTokenizer
@@ -157,9 +157,9 @@ def test_shuffle_buffer():
 
 
 def loader(shards, rank=0, world_size=1, num_workers=0, accumulation=1) -> TrainLoader:
-    shape = {"micro_batch": 5, "accumulation": accumulation, "rank": rank, "world_size": world_size}
+    share = RankShare(5, accumulation, rank, world_size)
     streamed = stream(pipe(shards), buffer=6)
-    return stream_loader(streamed, CaptionTokenizer(), seed=1, num_workers=num_workers, **shape)
+    return stream_loader(streamed, CaptionTokenizer(), share, seed=1, num_workers=num_workers)
 
 
 def contents(windows, count):
@@ -202,13 +202,7 @@ def test_an_unreadable_image_is_named(tmp_path):
             add(tar, f"{number}.png", picture(number) if number else b"no image")
             add(tar, f"{number}.txt", b"a word")
     loading = stream_loader(
-        stream(f"pipe:cat {tmp_path}/a.tar"),
-        CaptionTokenizer(),
-        micro_batch=2,
-        accumulation=1,
-        rank=0,
-        world_size=1,
-        seed=1,
+        stream(f"pipe:cat {tmp_path}/a.tar"), CaptionTokenizer(), RankShare(2, 1, rank=0, world_size=1), seed=1
     )
     ((batch,),) = islice(loading.windows(0), 1)
     assert (batch.num_images, batch.num_captions) == (1, 1)
@@ -250,7 +244,7 @@ def test_a_damaged_header(shards, tmp_path):
 
 def test_a_stream_without_an_image():
     empty = stream("pipe:head -c 10240 /dev/zero")
-    mine = stream_loader(empty, CaptionTokenizer(), micro_batch=2, accumulation=1, rank=0, world_size=1, seed=1)
+    mine = stream_loader(empty, CaptionTokenizer(), RankShare(2, 1, rank=0, world_size=1), seed=1)
     with pytest.raises(UserError, match="a stream without an image that has captions"):
         next(mine.windows(0))
 
