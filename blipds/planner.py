@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from blipds.config import Config
+from blipds.data.caption_rows import caption_rows
 from blipds.ds_config import Section, precision, setting, zero_stage
 from blipds.engine import DTYPES, checkpointed, parameter_groups
 from blipds.models import build_model
@@ -233,18 +234,10 @@ class Shape:
 
     def inputs(self, image_size: int, dtype: torch.dtype, device: str = "meta") -> dict[str, Tensor]:
         """Arguments of `BlipCaption.forward`; the values mean nothing."""
-        rows = self.images * self.captions
-        labelled = torch.arange(self.unlabelled - 1, self.tokens - 1).repeat(rows)
-        positions = labelled + torch.arange(rows).repeat_interleave(self.tokens - self.unlabelled) * self.tokens
-        ids = torch.zeros(self.images, self.captions, self.tokens, dtype=torch.long, device=device)
+        caption = [0] * self.tokens
+        rows = caption_rows([[caption] * self.captions] * self.images, caption[: self.unlabelled], pad_token_id=0)
         pixels = torch.zeros(self.images, 3, image_size, image_size, dtype=dtype, device=device)
-        positions = positions.to(device)
-        return {
-            "pixel_values": pixels,
-            "input_ids": ids,
-            "label_positions": positions,
-            "labels": torch.zeros_like(positions),
-        }
+        return {"pixel_values": pixels, **rows.to(torch.device(device))}
 
 
 def activations(config: Config, shape: Shape, dtype: torch.dtype, device_type: DeviceType) -> Activations:
@@ -310,8 +303,8 @@ class _Kernels(TorchFunctionMode):
             dropout = kwargs.get("dropout_p", 0.0)
             if self.device_type == "cuda" or (dropout == 0.0 and self.dtype == torch.float32):
                 return _FlashAttention.apply(*args)
-            causal = kwargs.get("is_causal", False)
-            return torch.ops.aten._scaled_dot_product_attention_math(*args, None, dropout, causal)[0]
+            mask, causal = kwargs.get("attn_mask"), kwargs.get("is_causal", False)
+            return torch.ops.aten._scaled_dot_product_attention_math(*args, mask, dropout, causal)[0]
         if func is F.dropout and self.device_type == "cuda" and kwargs.get("training", False) and kwargs["p"] > 0:
             return _Dropout.apply(*args)
         return func(*args, **kwargs)

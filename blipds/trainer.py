@@ -159,7 +159,9 @@ class Trainer:
         engine = self.engine
         counts = torch.zeros(4, dtype=torch.float64)
         for batch in window:
-            counts += torch.tensor([len(batch.labels), batch.num_images, batch.num_captions, len(batch.errors)])
+            counts += torch.tensor(
+                [len(batch.captions.labels), batch.num_images, batch.num_captions, len(batch.errors)]
+            )
             self.bad_images += batch.errors
         summed = torch.cat([counts, self.own_wishes()]).to(engine.device, non_blocking=True)
         summed = distributed.sum_over_ranks(summed)

@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -20,3 +21,9 @@ def shared() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return SHARED
+
+
+def pytest_unconfigure() -> None:
+    """A failed test's traceback keeps its loader's workers, which do not heed the signal that Python ends them with."""
+    for child in multiprocessing.active_children():
+        child.kill()

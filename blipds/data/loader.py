@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from blipds.data.caption_rows import CaptionRows, caption_rows
 from blipds.data.datasets import CaptionDataset, Sample
 from blipds.data.images import ImageBatch
 from blipds.data.tokenizer import CaptionTokenizer
@@ -19,17 +20,14 @@ from blipds.signals import leave_signals_alone
 
 @dataclass
 class Batch:
-    """A micro-batch of one rank: I images, each with K captions of T tokens. `names`: of the images.
+    """A micro-batch of one rank: images with their captions. `names`: of the images.
 
-    `input_ids` (I, K, T), [DEC] at position 0, padded on the right. `label_positions` (P,) are indices into the
-    flattened I x K x T; the token after each is in `labels` (P,). Prompt and padding have no label, and neither has
-    a filler, which completes the last global batch of an epoch. `num_images` and `num_captions` do not count fillers.
+    A filler, which completes the last global batch of an epoch, has no caption, and neither has an image that cannot
+    be read (`errors`). `num_images` and `num_captions` do not count them.
     """
 
     images: ImageBatch
-    input_ids: Tensor
-    label_positions: Tensor
-    labels: Tensor
+    captions: CaptionRows
     num_images: int
     num_captions: int
     names: list[str]
@@ -37,21 +35,10 @@ class Batch:
 
     def model_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The arguments of `BlipCaption.forward`, on the device."""
-        return {
-            **self.images.model_inputs(device, dtype),
-            "input_ids": self.input_ids.to(device, non_blocking=True),
-            "label_positions": self.label_positions.to(device, non_blocking=True),
-            "labels": self.labels.to(device, non_blocking=True),
-        }
+        return {**self.images.model_inputs(device, dtype), **self.captions.to(device)}
 
     def pin_memory(self) -> "Batch":
-        return replace(
-            self,
-            images=self.images.pin_memory(),
-            input_ids=self.input_ids.pin_memory(),
-            label_positions=self.label_positions.pin_memory(),
-            labels=self.labels.pin_memory(),
-        )
+        return replace(self, images=self.images.pin_memory(), captions=self.captions.pin_memory())
 
 
 @dataclass
@@ -73,27 +60,12 @@ class Collator:
         self.image_batch = image_batch
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        start = len(self.tokenizer.prompt_ids)
-        rows = [[self.tokenizer.encode(caption) for caption in sample.captions] for sample in samples]
-        captions = max(max(len(row) for row in rows), 1)
-        length = max((len(ids) for row in rows for ids in row), default=start + 1)
-        input_ids = torch.full((len(samples), captions, length), self.tokenizer.pad_token_id)
-        input_ids[..., 0] = self.tokenizer.bos_token_id
-        positions: list[int] = []
-        labels: list[int] = []
-        for i, row in enumerate(rows):
-            for k, ids in enumerate(row):
-                input_ids[i, k, : len(ids)] = torch.tensor(ids)
-                first = (i * captions + k) * length
-                positions += range(first + start - 1, first + len(ids) - 1)
-                labels += ids[start:]
+        captions = [[self.tokenizer.encode(caption) for caption in sample.captions] for sample in samples]
         return Batch(
             images=self.image_batch([sample.image for sample in samples]),
-            input_ids=input_ids,
-            label_positions=torch.tensor(positions, dtype=torch.long),
-            labels=torch.tensor(labels, dtype=torch.long),
+            captions=caption_rows(captions, self.tokenizer.prompt_ids, self.tokenizer.pad_token_id),
             num_images=sum(sample.image is not None for sample in samples),
-            num_captions=sum(len(row) for row in rows),
+            num_captions=sum(map(len, captions)),
             names=[sample.name for sample in samples if sample.name],
             errors=[sample.error for sample in samples if sample.error is not None],
         )

@@ -42,6 +42,10 @@ class CaptionTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that has its prompt in front already, [DEC] ... [SEP]."""
+        if not text.startswith(self.prompt):
+            raise UserError(
+                f"'{text[:60]}' does not begin with model.prompt, '{self.prompt}': a text processor adds it"
+            )
         ids = self.tokenizer(text, truncation=True, max_length=self.max_txt_len)["input_ids"]
         return [self.bos_token_id, *ids[1:]]
 

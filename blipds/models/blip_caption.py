@@ -51,6 +51,8 @@ class BlipCaption(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
+        position_ids: Tensor,
+        segment_ids: Tensor,
         label_positions: Tensor,
         labels: Tensor,
         pixel_values: Tensor | None = None,
@@ -58,14 +60,20 @@ class BlipCaption(nn.Module):
     ) -> Tensor:
         """The sum (not the mean) of the smoothed cross-entropy over the labelled positions, a scalar in fp32.
 
-        pixel_values (I, 3, H, W), or their image_embeds (I, N, width); input_ids (I, K, T) with [DEC] at position 0;
-        label_positions (P,) indices into the flattened I x K x T whose next token is `labels` (P,). P may be 0: the
-        loss is then 0 and has a gradient of 0.
+        pixel_values (I, 3, H, W), or their image_embeds (I, N, width); input_ids, position_ids, segment_ids (I, L):
+        a row for all captions of an image, as data/caption_rows.py makes it; label_positions (P,) indices into the
+        flattened I x L whose next token is `labels` (P,). P may be 0: the loss is then 0 and has a gradient of 0.
         """
         if image_embeds is None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
                 image_embeds = self.visual_encoder(pixel_values)
-        logits = self.text_decoder(input_ids, image_embeds, label_positions)
+        logits = self.text_decoder(
+            input_ids,
+            image_embeds,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            label_positions=label_positions,
+        )
         return smoothed_cross_entropy(logits, labels, self.label_smoothing)
 
     def generate(
@@ -114,16 +122,14 @@ class CachedDecoder:
         self.caches = text_decoder.start_caches(image_embeds, max_length)
 
     def start(self, prompt_ids: Tensor, beams: int) -> Tensor:
-        logits = self.step(prompt_ids.expand(self.images, 1, -1)).squeeze(1)
+        logits = self.text_decoder(prompt_ids.expand(self.images, -1), caches=self.caches)
         self.beams = beams
         for cache in self.caches:
             cache.expand(beams)
         return logits
 
     def step(self, tokens: Tensor) -> Tensor:
-        """tokens (J, K), or (J, K, T) for several at once"""
-        input_ids = tokens if tokens.dim() == 3 else tokens.unsqueeze(-1)
-        return self.text_decoder(input_ids, caches=self.caches)
+        return self.text_decoder(tokens.reshape(-1, 1), caches=self.caches).view(*tokens.shape, -1)
 
     def rows(self, images: Tensor) -> Tensor:
         """Rows of text (I * K) that belong to some images."""

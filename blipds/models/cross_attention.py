@@ -23,7 +23,7 @@ def cross_attention(model: BlipCaption, pixel_values: Tensor, input_ids: Tensor)
     found: list[Tensor] = []
 
     def look(attention: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x, keys, _ = inputs
+        x, keys, *_ = inputs
         queries = attention.split_heads(attention.query(x))  # type: ignore[operator]
         scores = queries.float() @ keys.float().transpose(-1, -2) / queries.shape[-1] ** 0.5
         found.append(scores.softmax(-1).mean(dim=1).squeeze(0))
@@ -33,7 +33,7 @@ def cross_attention(model: BlipCaption, pixel_values: Tensor, input_ids: Tensor)
             hook = layer.crossattention.self.register_forward_pre_hook(look)  # type: ignore[union-attr]
             hooks.callback(hook.remove)
         first = torch.zeros(1, dtype=torch.long, device=input_ids.device)  # the head is of no interest here
-        model.text_decoder(input_ids.view(1, 1, -1), encoder(pixel_values), positions=first)
+        model.text_decoder(input_ids.unsqueeze(0), encoder(pixel_values), label_positions=first)
     rows, columns = encoder.patch_embed.grid_size
     patches = torch.stack(found).mean(dim=0)[:, encoder.num_prefix_tokens :]
     return patches.unflatten(-1, (rows, columns))

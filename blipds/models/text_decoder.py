@@ -1,8 +1,9 @@
 """BLIP's text decoder: BERT with causal self-attention and cross-attention to the image (BLIP paper, figure 2).
 
-Parameter names are those of the original checkpoints. Shapes: I images, K captions (or beams) an image, T tokens,
-N image tokens, C width, h heads, d = C / h. The K captions of an image share its keys and values: cross-attention
-folds K x T into the query length, so nothing of the image is ever copied.
+Parameter names are those of the original checkpoints. Shapes: I images, R rows of T tokens of text (R / I of them for
+each image), N image tokens, C width, h heads, d = C / h. In training a row holds all captions of its image, behind one
+prompt (`visibility`); in generation it is a beam. The rows of an image share its keys and values: cross-attention folds
+them into the query length, so nothing of the image is ever copied.
 """
 
 import json
@@ -58,8 +59,8 @@ class TextConfig:
 class LayerCache:
     """Keys and values of one layer while captions are generated.
 
-    `image_keys`, `image_values`: (I, h, N, d), projected once. `keys`, `values`: (I * K, h, max_length, d), of which
-    the first `length` positions are filled.
+    `image_keys`, `image_values`: (I, h, N, d), projected once. `keys`, `values`: (R, h, max_length, d), of which the
+    first `length` positions are filled.
     """
 
     def __init__(self, image_keys: Tensor, image_values: Tensor, max_length: int) -> None:
@@ -70,7 +71,7 @@ class LayerCache:
         self.length = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds (I * K, h, T, d) behind what is there; returns all that is filled."""
+        """Adds (R, h, T, d) behind what is there; returns all that is filled."""
         end = self.length + keys.shape[2]
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
@@ -93,6 +94,16 @@ class LayerCache:
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
+def visibility(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of self-attention, (R, 1, T, T): 0 where a token sees another, else -inf.
+
+    segment_ids (R, T): a token sees what is in segment 0, the prompt, and in its own, up to itself.
+    """
+    own = segment_ids.unsqueeze(-1) == segment_ids.unsqueeze(-2)
+    seen = (own | (segment_ids == 0).unsqueeze(-2)).tril()
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf).unsqueeze(1)
+
+
 class Attention(nn.Module):
     """Query, key and value projections and the attention between them (`self` in the checkpoints' names)."""
 
@@ -112,11 +123,15 @@ class Attention(nn.Module):
         """(B, S, source width) -> keys and values (B, h, S, d)"""
         return self.split_heads(self.key(source)), self.split_heads(self.value(source))
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, is_causal: bool) -> Tensor:
+    def forward(
+        self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         """x (B, T, C) attends to keys and values (B, h, S, d); returns (B, T, C)."""
         queries = self.split_heads(self.query(x))
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, is_causal=is_causal)
+        mixed = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
+        )
         return mixed.transpose(1, 2).flatten(2)
 
 
@@ -159,27 +174,26 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = Output(config, config.intermediate_size)
 
-    def forward(self, x: Tensor, image_embeds: Tensor | None, cache: LayerCache | None = None) -> Tensor:
-        """x (I, K, T, C) -> the same shape. The image comes as its tokens (I, N, width) or from the cache.
+    def forward(
+        self, x: Tensor, image_embeds: Tensor | None, mask: Tensor | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """x (R, T, C) -> the same shape. The image comes as its tokens (I, N, width) or from the cache.
 
-        No padding mask: captions are padded on the right, where causal attention never looks from a real token.
+        mask (R, 1, T, T): `visibility`; without, each token sees what comes before it in its row.
         """
-        images, _, length, _ = x.shape
         attention, cross = self.attention.self, self.crossattention.self
 
-        rows = x.flatten(0, 1)
-        keys, values = attention.keys_values(rows)
+        keys, values = attention.keys_values(x)
         if cache is not None:
             keys, values = cache.append(keys, values)
-        rows = self.attention.output(attention(rows, keys, values, is_causal=length > 1), rows)
-
-        folded = rows.reshape(images, -1, rows.shape[-1])  # (I, K * T, C)
-        if cache is not None:
             image_keys, image_values = cache.image_keys, cache.image_values
         else:
             assert image_embeds is not None
             image_keys, image_values = cross.keys_values(image_embeds)
-        folded = self.crossattention.output(cross(folded, image_keys, image_values, is_causal=False), folded)
+        rows = self.attention.output(attention(x, keys, values, mask, mask is None and x.shape[1] > 1), x)
+
+        folded = rows.reshape(len(image_keys), -1, rows.shape[-1])  # (I, R / I * T, C)
+        folded = self.crossattention.output(cross(folded, image_keys, image_values), folded)
 
         return self.output(self.intermediate(folded), folded).view_as(x)
 
@@ -192,9 +206,8 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor, first_position: int) -> Tensor:
-        positions = torch.arange(first_position, first_position + input_ids.shape[-1], device=input_ids.device)
-        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + self.position_embeddings(positions)))
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + self.position_embeddings(position_ids)))
 
 
 class Encoder(nn.Module):
@@ -211,10 +224,21 @@ class Bert(nn.Module):
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config, image_width)
 
-    def forward(self, input_ids: Tensor, image_embeds: Tensor | None, caches: list[LayerCache] | None) -> Tensor:
-        x = self.embeddings(input_ids, first_position=caches[0].length if caches else 0)
+    def forward(
+        self,
+        input_ids: Tensor,
+        image_embeds: Tensor | None,
+        position_ids: Tensor | None,
+        segment_ids: Tensor | None,
+        caches: list[LayerCache] | None,
+    ) -> Tensor:
+        if position_ids is None:
+            first = caches[0].length if caches else 0
+            position_ids = torch.arange(first, first + input_ids.shape[-1], device=input_ids.device)
+        x = self.embeddings(input_ids, position_ids)
+        mask = None if segment_ids is None else visibility(segment_ids, x.dtype)
         for index, layer in enumerate(self.encoder.layer):
-            x = layer(x, image_embeds, caches[index]) if caches else layer(x, image_embeds)
+            x = layer(x, image_embeds, mask, caches[index]) if caches else layer(x, image_embeds, mask)
         return x
 
 
@@ -263,16 +287,21 @@ class TextDecoder(nn.Module):
         self,
         input_ids: Tensor,
         image_embeds: Tensor | None = None,
-        positions: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        label_positions: Tensor | None = None,
         caches: list[LayerCache] | None = None,
     ) -> Tensor:
-        """input_ids (I, K, T); image_embeds (I, N, width), or caches that hold its projections.
+        """input_ids (R, T); image_embeds (I, N, width), or caches that hold its projections.
 
-        Returns logits (P, vocabulary) at `positions`, indices (P,) into the flattened I x K x T, or of the last token
-        of every row, (I, K, vocabulary), where none are given: the head is the widest product of the decoder.
+        position_ids, segment_ids (R, T): of rows that hold several captions (data/caption_rows.py); without them a row
+        is one text, which goes on from what the caches hold. Returns logits (P, vocabulary) at `label_positions`,
+        indices (P,) into the flattened R x T, or of the last token of every row, (R, vocabulary), where none are given:
+        the head is the widest product of the decoder.
         """
-        x = self.bert(input_ids, image_embeds, caches)
-        x = x[:, :, -1] if positions is None else x.flatten(0, 2).index_select(0, positions)
+        x = self.bert(input_ids, image_embeds, position_ids, segment_ids, caches)
+        x = x[:, -1] if label_positions is None else x.flatten(0, 1).index_select(0, label_positions)
         return self.cls.predictions(x)
 
     def start_caches(self, image_embeds: Tensor, max_length: int) -> list[LayerCache]:

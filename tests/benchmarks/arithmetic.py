@@ -77,27 +77,36 @@ def encoder_flops(g: BlipGeometry, images: int) -> int:
     return patch_embedding(g, images).flops + blocks
 
 
-def text_flops(g: BlipGeometry, captions: int, length: int, labels: int) -> int:
-    """Forward of captions of `length` tokens, with the head at `labels` positions of each."""
-    mixing = attention(length, length, g.hidden_size) + attention(length, image_tokens(g), g.hidden_size)
-    layers = total(decoder_linears(g, captions * length)) + g.num_hidden_layers * captions * mixing
-    return layers + total(head_linears(g, captions * labels))
+def text_tokens(captions: int, length: int, prompt: int) -> int:
+    """Tokens of one image's text: the prompt once, and of each caption what is neither prompt nor closing token."""
+    return prompt + captions * (length - prompt - 1)
 
 
-def training_flops(g: BlipGeometry, images: int, captions: int, length: int, labels: int) -> int:
-    """Forward and backward of `images` with `captions` in all. Pixels need no gradient."""
+def text_flops(g: BlipGeometry, images: int, captions: int, length: int, prompt: int) -> int:
+    """Forward of `captions` an image, of `length` tokens each; a label for every token behind the prompt.
+
+    Scores between captions of an image are made and masked, and count.
+    """
+    tokens = text_tokens(captions, length, prompt)
+    mixing = attention(tokens, tokens, g.hidden_size) + attention(tokens, image_tokens(g), g.hidden_size)
+    layers = total(decoder_linears(g, images * tokens)) + g.num_hidden_layers * images * mixing
+    return layers + total(head_linears(g, images * captions * (length - prompt)))
+
+
+def training_flops(g: BlipGeometry, images: int, captions: int, length: int, prompt: int) -> int:
+    """Forward and backward of `images` with `captions` each. Pixels need no gradient."""
     forward = encoder_flops(g, images) + total(image_key_value_linears(g, images))
-    forward += text_flops(g, captions, length, labels)
+    forward += text_flops(g, images, captions, length, prompt)
     return 3 * forward - patch_embedding(g, images).flops
 
 
-def training_linears(g: BlipGeometry, images: int, captions: int, length: int, labels: int) -> list[Linear]:
+def training_linears(g: BlipGeometry, images: int, captions: int, length: int, prompt: int) -> list[Linear]:
     """The shapes that a training step spends its time on: what the machine's matmul rate is measured with."""
     return [
         *encoder_linears(g, images),
         *image_key_value_linears(g, images),
-        *decoder_linears(g, captions * length),
-        *head_linears(g, captions * labels),
+        *decoder_linears(g, images * text_tokens(captions, length, prompt)),
+        *head_linears(g, images * captions * (length - prompt)),
     ]
 
 

@@ -5,14 +5,13 @@ from collections.abc import Callable
 import torch
 from benchmarks.arithmetic import training_flops, training_linears
 from benchmarks.measuring import Row, alternate, matmul_rate
-from benchmarks.pair import build_ours, our_inputs, random_captions, random_pixels
+from benchmarks.pair import PROMPT, build_ours, our_inputs, random_captions, random_pixels
 from benchmarks.training import our_step
 
 from blipds.models.geometry import geometry_of
 
 CARDS_GB = (16, 24, 40, 80)
 LENGTH = 12
-LABELS = 8
 
 
 def largest(fits: Callable[[int], bool], limit: int = 1 << 14) -> int:
@@ -80,7 +79,7 @@ def _on_card(geometry: str, captions: int, grad_ckpt: bool, card: int, rounds: i
     if images == 0:
         return Row("gpu", what, "does not fit", "-", None, None)
     timing = alternate({what: step(images)}, rounds, device, warmup=2)[what]
-    shape = (g, images, images * captions, LENGTH, LABELS)
+    shape = (g, images, captions, LENGTH, len(PROMPT))
     flops = training_flops(*shape)
     rate = matmul_rate(training_linears(*shape), device, torch.bfloat16)
     return Row(

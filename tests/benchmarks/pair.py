@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from blipds.config import ModelConfig
+from blipds.data.caption_rows import caption_rows
 from blipds.engine import checkpointed
 from blipds.models import BlipCaption, build_model
 from blipds.models.checkpoint_names import to_transformers_name
@@ -65,11 +66,6 @@ class Size:
     captions: int = 5  # an image
     length: int = 12
 
-    @property
-    def labels(self) -> int:
-        """of one caption"""
-        return self.length - len(PROMPT)
-
 
 def random_pixels(images: int, g: BlipGeometry, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(1)
@@ -87,11 +83,7 @@ def random_captions(images: int, captions: int, length: int, g: BlipGeometry, de
 
 def our_inputs(pixels: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
     """What the collator makes of them: labels at every token behind the prompt."""
-    length = input_ids.shape[-1]
-    positions = torch.arange(input_ids.numel(), device=input_ids.device).view(-1, length)
-    positions = positions[:, len(PROMPT) - 1 : -1].flatten()
-    labels = input_ids.flatten()[positions + 1]
-    return {"pixel_values": pixels, "input_ids": input_ids, "label_positions": positions, "labels": labels}
+    return {"pixel_values": pixels, **caption_rows(input_ids.tolist(), PROMPT, pad_token_id=0).to(pixels.device)}
 
 
 def their_inputs(pixels: Tensor, input_ids: Tensor) -> dict[str, Tensor]:

@@ -107,7 +107,7 @@ def read_epoch(annotations, image_size, epoch, first_step=0, last_step=None):
                 break
             assert not batch.errors
             images += batch.num_images
-            rows = batch.input_ids[:, 0].tolist()
+            rows = batch.captions.input_ids.tolist()
             seen.update(tuple(row) for row in rows if any(row[1:]))
         seconds += time.perf_counter() - start
     return seen, images / seconds

@@ -9,6 +9,7 @@ from benchmarks.arithmetic import (
     image_key_value_linears,
     image_tokens,
     text_flops,
+    text_tokens,
     total,
     training_flops,
     training_linears,
@@ -48,12 +49,14 @@ def test_by_hand():
     assert encoder_flops(SMALL, images=1) == encoder
     keys_values = 2 * (2 * 5 * 2 * 4)
     assert total(image_key_value_linears(SMALL, images=1)) == keys_values
-    # three tokens: six 4x4 projections, feed-forward twice 4x6; 3 keys of its own and 5 of the image
-    layer = 2 * 3 * (6 * 16 + 2 * 24) + 4 * 3 * 3 * 4 + 4 * 3 * 5 * 4
+    # three captions of four tokens, a prompt of one: it and three times two more are fed, each with a label for its
+    # next; six 4x4 projections, feed-forward twice 4x6; seven keys of their own and five of the image
+    layer = 2 * 7 * (6 * 16 + 2 * 24) + 4 * 7 * 7 * 4 + 4 * 7 * 5 * 4
     head = 2 * (4 * 4 + 4 * 10)
-    assert text_flops(SMALL, captions=1, length=3, labels=1) == layer + head
-    forward = 2 * (encoder + keys_values) + 6 * (layer + 2 * head)
-    assert training_flops(SMALL, images=2, captions=6, length=3, labels=2) == 3 * forward - 2 * 48
+    assert text_tokens(captions=3, length=4, prompt=1) == 7
+    assert text_flops(SMALL, images=1, captions=3, length=4, prompt=1) == layer + 9 * head
+    forward = 2 * (encoder + keys_values + layer + 9 * head)
+    assert training_flops(SMALL, images=2, captions=3, length=4, prompt=1) == 3 * forward - 2 * 48
     # prompt of two tokens, then one step (the fourth token is chosen, not fed): two beams with three keys each
     prompt = 2 * 2 * (6 * 16 + 2 * 24) + 4 * 2 * 2 * 4 + 4 * 2 * 5 * 4
     step = 2 * (2 * (6 * 16 + 2 * 24) + 4 * 3 * 4 + 4 * 5 * 4 + head)
@@ -66,10 +69,10 @@ def test_by_hand():
 def test_figures_of_the_reference_sheet(geometry, encoder, keys_values):
     assert encoder_flops(geometry, 1) / 1e9 == pytest.approx(encoder, rel=0.01)
     assert total(image_key_value_linears(geometry, 1)) / 1e9 == pytest.approx(keys_values, rel=0.01)
-    assert text_flops(geometry, 1, length=12, labels=12) / 1e9 == pytest.approx(3.15, rel=0.05)
+    assert text_flops(geometry, 1, 1, length=13, prompt=0) / 1e9 == pytest.approx(3.15, rel=0.05)
 
 
 def test_linears_are_most_of_a_step():
-    shape = {"images": 4, "captions": 20, "length": 12, "labels": 8}
+    shape = {"images": 4, "captions": 5, "length": 12, "prompt": 4}
     share = 3 * total(training_linears(BASE, **shape)) / training_flops(BASE, **shape)
     assert 0.93 < share < 1

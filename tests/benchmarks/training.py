@@ -11,6 +11,7 @@ import torch
 from benchmarks.arithmetic import training_flops, training_linears
 from benchmarks.measuring import Row, SavedBytes, alternate, matmul_rate, peak_memory, reset_peak_memory
 from benchmarks.pair import (
+    PROMPT,
     Size,
     build_ours,
     our_inputs,
@@ -100,7 +101,7 @@ def training(
     timings = alternate(sides, rounds, device)
     rates = {}
     for dtype, count in ((torch.float32, 1), (torch.float32, size.captions), (torch.bfloat16, size.captions)):
-        linears = training_linears(g, size.images, size.images * count, size.length, size.labels)
+        linears = training_linears(g, size.images, count, size.length, len(PROMPT))
         rates[dtype, count] = matmul_rate(linears, device, dtype)
 
     baseline_name, *our_names = sides
@@ -114,7 +115,7 @@ def training(
     for name, (count, dtype, goal, share_goal) in zip(our_names, settings, strict=True):
         timing = timings[name]
         speed = size.images * count / timing.median
-        flops = training_flops(g, size.images, size.images * count, size.length, size.labels)
+        flops = training_flops(g, size.images, count, size.length, len(PROMPT))
         share = flops / timing.median / rates[dtype, count]
         details = {
             "seconds": timing.seconds,

@@ -149,7 +149,7 @@ def to_a_batch(path, tokenizer, cache=None):
         "hostile", annotations, processor, BlipCaptionProcessor(prompt="a picture of "), "all", training=True
     )
     batch = Collator(tokenizer, dataset.image_batch)([dataset[index] for index in range(len(dataset))])
-    assert batch.input_ids.shape[-1] <= 40 and bool(torch.isfinite(batch.images.pixels.float()).all())
+    assert batch.captions.position_ids.max() < 39 and bool(torch.isfinite(batch.images.pixels.float()).all())
     with contextlib.suppress(UserError):
         read_annotations([path], None, captions_needed=False, index_cache=cache)
     return [*annotations.notices, *batch.errors]

@@ -68,8 +68,8 @@ def test_same_records_first_batch_and_metrics(layout, photographs, expected, tmp
 
     batch = first_batch(dataset)
     assert torch.equal(batch.images.pixels, expected.images.pixels)
-    assert torch.equal(batch.input_ids, expected.input_ids)
-    assert torch.equal(batch.labels, expected.labels)
+    assert torch.equal(batch.captions.input_ids, expected.captions.input_ids)
+    assert torch.equal(batch.captions.labels, expected.captions.labels)
 
     evaluated = built(path, layout, tmp_path, training=False)
     references = {str(record.image_id): list(record.captions) for record in evaluated.records}

@@ -9,7 +9,6 @@ import pytest
 import torch
 from packing import shards
 from PIL import Image
-from safetensors.torch import load_file
 from torchvision import transforms
 
 from blipds.data.annotations import annotations_of, read_annotations
@@ -76,15 +75,22 @@ def contents(windows):
     for window in windows:
         samples = []
         for batch in window:
-            rows = zip(batch.images.pixels, batch.input_ids[:, 0].tolist(), strict=True)
+            rows = zip(batch.images.pixels, batch.captions.input_ids.tolist(), strict=True)
             found = [(pixels.numpy().tobytes(), tokens(row)) for pixels, row in rows]
-            samples += [(pixels, ids) for pixels, ids in found if len(ids) > 1]  # a filler is [DEC] alone
+            samples += [
+                (pixels, ids) for pixels, ids in found if len(ids) > len(PROMPT)
+            ]  # a filler is the prompt alone
         steps.append(samples)
     return steps
 
 
 def tokens(row):
     return tuple(token for token in row if token != PAD)
+
+
+def fed(tokenizer, caption):
+    """The tokens that the model sees of a caption alone with its image: all but [SEP]."""
+    return tuple(tokenizer.encode(caption)[:-1])
 
 
 # --- labels ---
@@ -94,26 +100,13 @@ def blank(*captions):
     return Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), list(captions))
 
 
-def test_labels_of_one_caption(tokenizer):
-    batch = Collator(tokenizer, PixelReader([], BlipImageEval(4)).batch)([blank("a picture of a dog")])
-    assert batch.input_ids.tolist() == [[[*PROMPT, A, DOG, SEP]]]
-    # the prompt's last token, at 3, predicts the caption's first word; the last word, at 5, the end
-    assert batch.label_positions.tolist() == [3, 4, 5]
-    assert batch.labels.tolist() == [A, DOG, SEP]
-    assert (batch.num_images, batch.num_captions, batch.errors) == (1, 1, [])
-
-
-def test_labels_of_two_images_with_two_captions_and_one(tokenizer):
-    samples = [blank("a picture of a dog", "a picture of dogs"), blank("a picture of cat")]
-    batch = Collator(tokenizer, PixelReader([], BlipImageEval(4)).batch)(samples)
-    assert batch.input_ids.tolist() == [
-        [[*PROMPT, A, DOG, SEP], [*PROMPT, DOGS, SEP, PAD]],
-        [[*PROMPT, CAT, SEP, PAD], [DEC, PAD, PAD, PAD, PAD, PAD, PAD]],
-    ]
-    # rows of seven tokens: the second begins at 7, the third at 14
-    assert batch.label_positions.tolist() == [3, 4, 5, 7 + 3, 7 + 4, 14 + 3, 14 + 4]
-    assert batch.labels.tolist() == [A, DOG, SEP, DOGS, SEP, CAT, SEP]
-    assert (batch.num_images, batch.num_captions) == (2, 3)
+def test_a_batch_of_captions(tokenizer):
+    """How they are packed is test_caption_rows.py's."""
+    collate = Collator(tokenizer, PixelReader([], BlipImageEval(4)).batch)
+    batch = collate([blank("a picture of a dog", "a picture of dogs"), blank("a picture of cat")])
+    assert batch.captions.input_ids.tolist() == [[*PROMPT, A, DOG, DOGS], [*PROMPT, CAT, PAD, PAD]]
+    assert batch.captions.labels.tolist() == [A, DOG, SEP, DOGS, SEP, CAT, SEP]
+    assert (batch.num_images, batch.num_captions, batch.errors) == (2, 3, [])
 
 
 def test_fillers_and_unreadable_images_have_no_labels(tokenizer):
@@ -121,25 +114,13 @@ def test_fillers_and_unreadable_images_have_no_labels(tokenizer):
     broken = Sample(None, [], "x.jpg: broken")
     batch = collate([blank("a picture of dogs"), Sample(None, []), broken])
     assert batch.images.pixels.shape == (3, 3, 4, 4)
-    assert batch.input_ids.shape == (3, 1, 6)
-    assert batch.label_positions.tolist() == [3, 4]
+    assert batch.captions.input_ids.tolist() == [[*PROMPT, DOGS], [*PROMPT, PAD], [*PROMPT, PAD]]
+    assert batch.captions.label_positions.tolist() == [3, 4]
     assert (batch.num_images, batch.num_captions, batch.errors) == (1, 1, ["x.jpg: broken"])
 
     empty = collate([Sample(None, []), broken])
-    assert (len(empty.labels), len(empty.label_positions), empty.num_images, empty.num_captions) == (0, 0, 0, 0)
-    assert empty.input_ids[..., 0].tolist() == [[DEC], [DEC]]
-    assert empty.label_positions.dtype == empty.labels.dtype == empty.input_ids.dtype == torch.int64
-
-
-def test_labels_equal_the_oracles(tokenizer, shared):
-    captions = json.loads((shared / "oracle" / "golden.json").read_text())["forward"]["captions"]
-    oracle = load_file(shared / "oracle" / "forward.safetensors")
-    batch = Collator(tokenizer, PixelReader([], BlipImageEval(4)).batch)([blank(caption) for caption in captions])
-
-    assert torch.equal(batch.input_ids.squeeze(1), oracle["input_ids"])
-    predicted = torch.full_like(oracle["labels"], -100)  # the oracle's labels lie at their own tokens
-    predicted.view(-1)[batch.label_positions + 1] = batch.labels
-    assert torch.equal(predicted, oracle["labels"])
+    assert (empty.captions.labels.numel(), empty.num_images, empty.num_captions) == (0, 0, 0)
+    assert empty.captions.input_ids.tolist() == [PROMPT, PROMPT]
 
 
 # --- pixels ---
@@ -189,7 +170,7 @@ def test_global_batches_do_not_depend_on_ranks_and_workers(
 def test_each_pair_once_an_epoch(tokenizer):
     mine = loader(tokenizer, [noise_dataset()])
     epochs = [contents(mine.windows(epoch)) for epoch in (0, 1)]
-    pairs = {tokens(tokenizer.encode(c)) for record in noise_dataset().records for c in record.captions}
+    pairs = {fed(tokenizer, c) for record in noise_dataset().records for c in record.captions}
     assert len(pairs) == 21
     for steps in epochs:
         assert Counter(caption for step in steps for _, caption in step) == dict.fromkeys(pairs, 1)
@@ -203,12 +184,12 @@ def test_the_counts_leave_fillers_out(tokenizer):
     ranks = [loader(tokenizer, [noise_dataset()], 2, 2, rank, 2) for rank in (0, 1)]
     last = [batch for rank in ranks for batch in list(rank.windows(0))[-1]]
     assert sum(batch.num_images for batch in last) == sum(batch.num_captions for batch in last) == 5
-    assert sum(len(batch.labels) for batch in last) == 5 * 3  # two words and the end
+    assert sum(len(batch.captions.labels) for batch in last) == 5 * 3  # two words and the end
 
 
 def test_without_shuffling_the_order_is_the_files(tokenizer):
     dataset = noise_dataset(processor=BlipImageEval(8))
-    captions = [tokens(tokenizer.encode(c)) for record in dataset.records for c in record.captions]
+    captions = [fed(tokenizer, c) for record in dataset.records for c in record.captions]
     for epoch in (0, 1):
         steps = contents(loader(tokenizer, [dataset], shuffle=False).windows(epoch))
         assert [[caption for _, caption in step] for step in steps] == [captions[:8], captions[8:16], captions[16:]]
@@ -229,7 +210,7 @@ def test_shards_shuffle_split_and_resume_as_files_do(tokenizer, tmp_path):
     """90 pictures in three shards: two ranks with two workers each, an epoch, and again from its fourth step."""
     images = []
     for number in range(90):
-        images.append((tmp_path / f"{number:02d}.png", [f"{WORDS[number % 11]} {WORDS[number // 11]}"]))
+        images.append((tmp_path / f"{number:02d}.png", [f"a picture of {WORDS[number % 11]} {WORDS[number // 11]}"]))
         Noise(number).open().save(images[-1][0])
     (tmp_path / "shards").mkdir()
     braces = shards(images, tmp_path / "shards")

@@ -53,7 +53,7 @@ def shards(tmp_path_factory):
 
 
 def stream(*storages, captions_per_image="all", buffer=1, say=print):
-    processors = BlipImageTrain(8), BlipCaptionProcessor()
+    processors = BlipImageTrain(8), BlipCaptionProcessor(prompt="a picture of ")
     return CaptionStream("custom_caption", storages, *processors, captions_per_image, buffer, say)
 
 
@@ -165,7 +165,9 @@ def loader(shards, rank=0, world_size=1, num_workers=0, accumulation=1) -> Train
 def contents(windows, count):
     """(image names, pixels, input ids) of the micro-batches of `count` steps."""
     found = [batch for window in islice(windows, count) for batch in window]
-    return [([Path(name).name for name in b.names], b.images.pixels.tolist(), b.input_ids.tolist()) for b in found]
+    return [
+        ([Path(name).name for name in b.names], b.images.pixels.tolist(), b.captions.input_ids.tolist()) for b in found
+    ]
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])

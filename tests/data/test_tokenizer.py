@@ -46,6 +46,12 @@ def test_truncation_keeps_the_closing_token():
     assert tokenizer.encode("a picture of dogs") == [DEC, A, PICTURE, OF, DOGS, SEP]
 
 
+def test_a_text_without_its_prompt(tokenizer):
+    """As a text processor of a plugin may give it: the loss would leave out its first words."""
+    with pytest.raises(UserError, match="'a dog' does not begin with model\\.prompt, 'a picture of '"):
+        tokenizer.encode("a dog")
+
+
 def test_decoding_cuts_prompt_and_special_tokens(tokenizer):
     assert tokenizer.decode([DEC, A, PICTURE, OF, A, DOG, SEP, 0, 0]) == "a dog"
     assert tokenizer.decode([DEC, A, PICTURE, OF, A, DOG]) == "a dog"

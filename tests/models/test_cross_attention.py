@@ -34,8 +34,8 @@ def test_cross_attention_is_that_of_transformers(oracle_model, shared):
 def test_the_model_is_left_as_it_was(oracle_model):
     images = torch.zeros(1, 3, 96, 96)
     ids, place = torch.tensor([30522, 1037, 3861]), torch.tensor([2])
-    before = oracle_model.text_decoder(ids.view(1, 1, -1), oracle_model.visual_encoder(images), positions=place)
+    before = oracle_model.text_decoder(ids.unsqueeze(0), oracle_model.visual_encoder(images), label_positions=place)
     cross_attention(oracle_model, images, ids)
     assert not any(module._forward_pre_hooks for module in oracle_model.modules())
-    after = oracle_model.text_decoder(ids.view(1, 1, -1), oracle_model.visual_encoder(images), positions=place)
+    after = oracle_model.text_decoder(ids.unsqueeze(0), oracle_model.visual_encoder(images), label_positions=place)
     assert torch.equal(before, after)

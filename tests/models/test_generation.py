@@ -321,11 +321,14 @@ class RecomputingDecoder:
 
     def start(self, prompt_ids, beams):
         self.sequences = prompt_ids.expand(len(self.image_embeds), beams, -1)
-        return self.text_decoder(self.sequences, self.image_embeds)[:, 0]
+        return self.last_logits()[:, 0]
 
     def step(self, tokens):
         self.sequences = torch.cat([self.sequences, tokens.unsqueeze(-1)], dim=-1)
-        return self.text_decoder(self.sequences, self.image_embeds)
+        return self.last_logits()
+
+    def last_logits(self):
+        return self.text_decoder(self.sequences.flatten(0, 1), self.image_embeds).unflatten(0, self.sequences.shape[:2])
 
     def reorder(self, parents):
         self.sequences = self.sequences.gather(1, parents.unsqueeze(-1).expand_as(self.sequences))

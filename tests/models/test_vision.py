@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from blipds.config import ModelConfig, load_run_config
+from blipds.data.caption_rows import caption_rows
 from blipds.errors import UserError
 from blipds.models import build_model
 from blipds.models.vision import build_vision_transformer, checkpoint_last
@@ -142,9 +143,9 @@ def tiny(folder, checkpoint_fn=direct, **changes):
 
 def gradients_of(model):
     torch.manual_seed(1)
-    input_ids = torch.randint(30522, (2, 1, 6))
-    pixel_values = torch.randn(2, 3, 32, 32)
-    loss = model(input_ids, torch.tensor([3, 4, 9]), torch.tensor([5, 6, 7]), pixel_values=pixel_values)
+    captions = [[torch.randint(30522, (6,)).tolist()] for _ in range(2)]
+    rows = caption_rows(captions, captions[0][0][:3], pad_token_id=0).to(torch.device("cpu"))
+    loss = model(**rows, pixel_values=torch.randn(2, 3, 32, 32))
     loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
