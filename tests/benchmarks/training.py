@@ -159,6 +159,7 @@ def activation_memory(geometry: str, image_size: int, size: Size, dropout: float
     g = geometry_of(model)
     pixels = random_pixels(size.images, g, device)
     captions = random_captions(size.images, size.captions, size.length, g, device)
+    torch.backends.cuda.enable_flash_sdp(flash_in_training(device.type, torch.float32))
     shared = our_inputs(pixels, captions)
     pairs = our_inputs(pixels.repeat_interleave(size.captions, dim=0), captions.flatten(0, 1).unsqueeze(1))
     sharing, separate = (activation_bytes(model, inputs, device) for inputs in (shared, pairs))
