@@ -133,7 +133,7 @@ def assert_same_logits(ours: BlipCaption, theirs: Any, pixels: Tensor, atol: flo
     with torch.no_grad():
         expected = theirs(pixel_values=pixels, input_ids=ids).logits
         image_embeds = ours.visual_encoder(pixels)
-        found = ours.text_decoder(ids.unsqueeze(1), image_embeds, torch.arange(ids.numel())).view_as(expected)
+        found = ours.text_decoder(ids, image_embeds, label_positions=torch.arange(ids.numel())).view_as(expected)
     assert expected.std() > 0.1  # there is something to compare
     print(f"largest difference of logits: {(found - expected).abs().max():.1e} at a scale of {expected.std():.1e}")
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
