@@ -218,12 +218,12 @@ class Activations:
 
 @dataclass(frozen=True)
 class Shape:
-    """A micro-batch: images, captions of each, tokens of a caption, and how many of them have no label (the prompt)."""
+    """A micro-batch: images, captions of each, tokens of a caption, and how many of them are the prompt's."""
 
     images: int
     captions: int
     tokens: int
-    unlabelled: int
+    prompt_tokens: int
 
     @classmethod
     def of(cls, config: Config, prompt_tokens: int) -> "Shape":
@@ -235,7 +235,7 @@ class Shape:
     def inputs(self, image_size: int, dtype: torch.dtype, device: str = "meta") -> dict[str, Tensor]:
         """Arguments of `BlipCaption.forward`; the values mean nothing."""
         caption = [0] * self.tokens
-        rows = caption_rows([[caption] * self.captions] * self.images, caption[: self.unlabelled], pad_token_id=0)
+        rows = caption_rows([[caption] * self.captions] * self.images, caption[: self.prompt_tokens], pad_token_id=0)
         pixels = torch.zeros(self.images, 3, image_size, image_size, dtype=dtype, device=device)
         return {"pixel_values": pixels, **rows.to(torch.device(device))}
 

@@ -68,7 +68,7 @@ def ds_config(stage, *, ranks=2, precision="bf16", accumulation=1, micro=16, **z
 def test_activations_are_what_the_allocator_gives_out(monkeypatch, dtype, images, captions, options):
     """Quickstart's model at 128 x 128; ds_configs/README.md has BLIP's own sizes."""
     plan_for_cpu(monkeypatch)
-    tiny, shape = config(TINY, "model.image_size=128", *options), Shape(images, captions, tokens=20, unlabelled=4)
+    tiny, shape = config(TINY, "model.image_size=128", *options), Shape(images, captions, tokens=20, prompt_tokens=4)
     kept, peak = activations_on_cpu(tiny, shape, dtype)
     found = activations(tiny, shape, dtype, "cpu")
     assert found.kept == pytest.approx(kept, rel=0.02)

@@ -41,7 +41,7 @@ def main() -> None:
     for model, size, precision, (images, captions), options in COMBINATIONS:
         path = RUN_CONFIGS / f"caption_coco_{model}.yaml"
         config, _ = load_run_config(path, [f"model.image_size={size}", *options])
-        shape = Shape(images, captions, tokens=20, unlabelled=4)
+        shape = Shape(images, captions, tokens=20, prompt_tokens=4)
         found = activations(config, shape, DTYPES[precision], "cpu")
         kept, peak = activations_on_cpu(config, shape, DTYPES[precision])
         gc.collect()
