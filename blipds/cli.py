@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from blipds import distributed
-from blipds.config import Config, load_run_config
+from blipds.config.run import Config, load_run_config
 from blipds.errors import UserError
 from blipds.signals import REQUEUE, Stopped
 
@@ -106,7 +106,7 @@ def load_config(args: argparse.Namespace) -> Config:
         for notice in notices:
             print(f"not used: {notice}")
     if config.model.vit_pretrained:
-        from blipds.weights import fill_image_statistics  # timm's table: heavy to import
+        from blipds.models.weights import fill_image_statistics
 
         for line in fill_image_statistics(config):
             if distributed.is_main():

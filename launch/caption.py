@@ -91,10 +91,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     from blipds import cli, distributed
-    from blipds.captioner import load_caption_model, plan_captions
-    from blipds.captioning import caption_images
-    from blipds.data.inputs import check_named, count_images, named_images
-    from blipds.weights import find_checkpoint
+    from blipds.captioning.captioner import load_caption_model, plan_captions
+    from blipds.captioning.inputs import check_named, count_images, named_images
+    from blipds.captioning.stream import caption_images
+    from blipds.models.weights import find_checkpoint
 
     check_named(args.images)
     cli.import_plugins(args.plugin)
@@ -115,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def open_sink(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
-    from blipds.caption_files import CaptionFile, Sidecars, StandardOutput
+    from blipds.captioning.outputs import CaptionFile, Sidecars, StandardOutput
 
     if args.output is not None:
         return CaptionFile(args.output.expanduser(), settings, args.num_captions, args.force)

@@ -19,16 +19,17 @@ from pathlib import Path
 
 import torch
 
-from blipds import building, cli, distributed
-from blipds.config import Config
-from blipds.ds_config import load_ds_config, precision
+from blipds import cli, distributed
+from blipds.config.deepspeed import load_ds_config, precision
+from blipds.config.run import Config
 from blipds.engine import DTYPES
-from blipds.evaluator import Evaluation, evaluate_checkpoint, read_cider_corpus
-from blipds.metrics import METRICS
+from blipds.evaluation.evaluator import Evaluation, evaluate_checkpoint, read_cider_corpus
+from blipds.models.weights import find_checkpoint, initial_weights
 from blipds.monitor import Monitor, NullMonitor
-from blipds.published import published, table
 from blipds.report import machine_facts
-from blipds.weights import find_checkpoint, initial_weights
+from blipds.scoring.metrics import METRICS
+from blipds.scoring.published import published, table
+from blipds.training import building
 
 
 def parse_arguments() -> argparse.Namespace:

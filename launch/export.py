@@ -29,15 +29,15 @@ import torch
 from torch import Tensor
 
 from blipds import cli
-from blipds.captioner import Captioner, image_processor_of, run_directory
-from blipds.config import Config
+from blipds.captioning.captioner import Captioner, image_processor_of, run_directory
+from blipds.config.run import Config
 from blipds.engine.checkpoints import STATE, read_state
 from blipds.errors import UserError
 from blipds.models import BlipCaption, build_model
-from blipds.models.geometry import ORIGINAL_VISION_EPS, constants_of, geometry_of
-from blipds.models.hf_export import save_blip, save_transformers
+from blipds.models.blip.export import save_blip, save_transformers
+from blipds.models.blip.geometry import ORIGINAL_VISION_EPS, constants_of, geometry_of
+from blipds.models.weights import find_checkpoint, load_weights
 from blipds.report.run_files import of_kind, read_lines
-from blipds.weights import find_checkpoint, load_weights
 
 SHOWN_METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE")
 

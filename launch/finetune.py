@@ -15,15 +15,16 @@ from pathlib import Path
 
 import torch
 
-from blipds import building, cli, distributed
-from blipds.config import Config
-from blipds.ds_config import load_ds_config
+from blipds import cli, distributed
+from blipds.config.deepspeed import load_ds_config
+from blipds.config.run import Config
 from blipds.engine.checkpoints import read_state, resume_point
 from blipds.errors import UserError
-from blipds.evaluator import evaluate_checkpoint
+from blipds.evaluation.evaluator import evaluate_checkpoint
+from blipds.models.weights import find_checkpoint, initial_weights
 from blipds.monitor import Monitor, NullMonitor
-from blipds.run_state import RunState
-from blipds.weights import find_checkpoint, initial_weights
+from blipds.training import building
+from blipds.training.run_state import RunState
 
 DEFAULT_DS_CONFIG = Path(__file__).parent.parent / "ds_configs" / "zero2.json"
 

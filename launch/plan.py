@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from blipds import building, cli
-from blipds.config import Config
+from blipds import cli
+from blipds.config.deepspeed import Section, load_ds_config, precision
+from blipds.config.run import Config
 from blipds.data.tokenizer import CaptionTokenizer
-from blipds.ds_config import Section, load_ds_config, precision
 from blipds.engine import DTYPES
 from blipds.errors import UserError
-from blipds.planner import (
+from blipds.planning.planner import (
     CAPTIONS_OF_AN_IMAGE,
     CHECKPOINTING,
     GB,
@@ -38,6 +38,7 @@ from blipds.planner import (
     recommend,
     with_checkpointing,
 )
+from blipds.training import building
 
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 UNITS = {"GB": 10**9, "GiB": 2**30, "TB": 10**12, "TiB": 2**40}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from blipds import cli
 from blipds.errors import UserError
-from blipds.preflight import checks
+from blipds.planning.preflight import checks
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from blipds import cli
-from blipds.config import EnvConfig, ModelConfig, RunConfig, packaged_dataset
+from blipds.config.run import EnvConfig, ModelConfig, RunConfig, packaged_dataset
 from blipds.data.annotations import read_splits
 from blipds.data.inspection import Findings, describe, inspect, overlap, problems
+from blipds.data.preparation import DATASETS, StandardSet, Step, announcement, spice_steps
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
 from blipds.monitor import contact_sheet
-from blipds.preparation import DATASETS, StandardSet, Step, announcement, spice_steps
 
 SAMPLES = 10
 MAX_WORDS = 50  # as datasets.<name>.text_processor.*.max_words where nothing is said

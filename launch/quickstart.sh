@@ -23,9 +23,9 @@ import json
 import sys
 from pathlib import Path
 
-from blipds.config import load_run_config
+from blipds.config.run import load_run_config
 from blipds.data.datasets import build_dataset
-from blipds.metrics import score_held_out_reference
+from blipds.scoring.metrics import score_held_out_reference
 
 run_dir = Path(sys.argv[1])
 config, _ = load_run_config(run_dir / "config.yaml")

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 
-from blipds import attention, building, cli, distributed
-from blipds.config import Config
+from blipds import cli, distributed
+from blipds.config.run import Config
 from blipds.errors import UserError
-from blipds.evaluator import Evaluator
+from blipds.evaluation import heat_maps
+from blipds.evaluation.evaluator import Evaluator
+from blipds.models.weights import find_checkpoint
 from blipds.report import REPORT, HeatMap, shown_captions, write_report
-from blipds.weights import find_checkpoint
+from blipds.training import building
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,9 +58,9 @@ def heat_maps_of(
     if checkpoint == str(args.run):
         raise UserError(f"{args.run} has no checkpoint; give one with --checkpoint")
     device = torch.device(distributed.device_type())
-    model = attention.load_model(config, checkpoint, device)
+    model = heat_maps.load_model(config, checkpoint, device)
     return {
-        evaluator.split: attention.heat_maps(
+        evaluator.split: heat_maps.heat_maps(
             model, evaluator, shown_captions(args.run, evaluator.shown(), args.attention), device
         )
         for evaluator in evaluators

@@ -5,7 +5,7 @@ import signal
 
 from blipds import distributed
 from blipds.registry import SCHEDULES
-from blipds.schedules import ConstantLR
+from blipds.training.schedules import ConstantLR
 
 STEP = 3  # counted from 1
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs all checks on a machine that has only Python: own virtual environment, lint, types, tests.
-#   bash tests/run.sh [PYTEST ARGUMENTS]     e.g. bash tests/run.sh tests/test_config.py -k unknown
+#   bash tests/run.sh [PYTEST ARGUMENTS]     e.g. bash tests/run.sh tests/config/test_run.py -k unknown
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
 install_blipds "[test]"

@@ -9,7 +9,7 @@ from faults import torment
 from launching import kill, launch, start_ranks
 
 from blipds.data.shapes import make_scenes
-from blipds.metrics import score_captions
+from blipds.scoring.metrics import score_captions
 
 SMALL = [
     *("datasets.shapes_caption.num_images.train=40", "run.batch_size_train=4", "run.num_workers=1", "run.log_freq=1"),

@@ -9,39 +9,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "blipds"
-FLOORS = (
-    {
-        "__init__",
-        "errors",
-        "registry",
-        "config",
-        "ds_config",
-        "ds_schema",
-        "distributed",
-        "download",
-        "signals",
-        "archives",
-    },
-    {"models", "data", "metrics", "schedules", "monitor"},
-    {"engine", "weights", "report"},
-    {
-        "trainer",
-        "validation",
-        "run_state",
-        "evaluator",
-        "scoring",
-        "published",
-        "captioner",
-        "captioning",
-        "caption_files",
-        "attention",
-        "preparation",
-        "planner",
-        "preflight",
-        "image_embeds",
-    },
-    {"building", "cli"},
-)
 HEAVY = ("deepspeed", "pycocoevalcap", "tensorboard", "torch.utils.tensorboard")
 TOP_LEVEL = {
     *("blipds", "ds_configs", "run_configs", "launch", "tests"),
@@ -76,14 +43,37 @@ def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def floor(room: str) -> int:
-    found = [number for number, rooms in enumerate(FLOORS, start=1) if room in rooms]
-    assert found, f"blipds/{room} is on no floor of design.md"
-    return found[0]
+def room_of(module: str) -> str:
+    """The room of a dotted name: a folder of blipds/, or a file beside the folders."""
+    return module.split(".")[1]
 
 
-def folder(room: str) -> str:
-    return room if (PACKAGE / room).is_dir() else "blipds"
+def arrows() -> dict[str, set[str]]:
+    """room -> the rooms that its files import; `blipds` itself (its version) is none."""
+    found: dict[str, set[str]] = {}
+    for path in MODULES:
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        names = [name for name, _ in imports_of(path) if within(name, "blipds") and name.count(".")]
+        found.setdefault(room, set()).update({room_of(name) for name in names if exists(name)} - {room})
+    return found
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name leads into a room: `from blipds import __version__` does not."""
+    place = PACKAGE / room_of(name)
+    return place.is_dir() or place.with_suffix(".py").is_file()
+
+
+def floors(below: dict[str, set[str]]) -> list[set[str]]:
+    """Rooms by floor, lowest first: each stands right above the highest that it imports. AssertionError: a circle."""
+    found: list[set[str]] = []
+    rest = dict(below)
+    while rest:
+        floor = {room for room, wanted in rest.items() if not wanted & rest.keys()}
+        assert floor, f"these rooms import each other in a circle: {sorted(rest)}"
+        found.append(floor)
+        rest = {room: wanted for room, wanted in rest.items() if room not in floor}
+    return found
 
 
 def test_reads_imports():
@@ -97,13 +87,19 @@ def test_reads_imports():
     ]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_come_from_lower_floors_or_the_same_folder(path):
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    targets = {f"{name}.__init__".split(".")[1] for name, _ in imports_of(path) if within(name, "blipds")}
-    for target in targets:
-        beside = floor(target) == floor(room) and folder(target) == folder(room)
-        assert floor(target) < floor(room) or beside, f"blipds/{room} imports blipds.{target}"
+def test_finds_floors_and_circles():
+    assert floors({"a": set(), "b": {"a"}, "c": {"a", "b"}, "d": {"a"}}) == [{"a"}, {"b", "d"}, {"c"}]
+    with pytest.raises(AssertionError, match=r"circle: \['a', 'b'\]"):
+        floors({"a": {"b"}, "b": {"a"}, "c": set()})
+
+
+def test_each_folder_stands_above_all_that_it_imports():
+    house = floors(arrows())
+    for number, rooms in enumerate(house, start=1):
+        print(f"floor {number}: {', '.join(sorted(rooms))}")
+    where = {room: number for number, rooms in enumerate(house) for room in rooms}
+    assert where["errors"] == 0
+    assert where["config"] < where["models"] < where["engine"] < where["training"]
 
 
 def test_data_and_models_do_not_know_each_other():

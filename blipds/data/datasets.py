@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from blipds.config import Config, DatasetConfig, ImageProcessorConfig
+from blipds.config.run import Config, DatasetConfig, ImageProcessorConfig
 from blipds.data.annotations import Annotations, ImageSource, Record, annotations_of, read_annotations
 from blipds.data.images import ImageBatch, ImageReader, PixelReader
 from blipds.data.processors import ImageProcessor

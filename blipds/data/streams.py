@@ -26,8 +26,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 from torch import Tensor
 
-from blipds import download
-from blipds.config import Config
+from blipds.config.run import Config
 from blipds.data.annotations import Gathered, Record, expand_braces
 from blipds.data.datasets import Sample, build_processors, caption_groups, is_stream, read_image
 from blipds.data.images import Images, PixelReader
@@ -39,6 +38,7 @@ from blipds.data.shards import Sample as Members
 from blipds.data.sources import is_hidden
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
+from blipds.files import download
 
 T = TypeVar("T")
 

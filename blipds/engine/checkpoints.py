@@ -24,7 +24,7 @@ from blipds.engine.files import (
     write_text,
 )
 from blipds.errors import UserError
-from blipds.models.geometry import constants_of
+from blipds.models.blip.geometry import constants_of
 
 STATE = "state.json"
 WEIGHTS = "model.safetensors"  # fp32, whole, whatever the ZeRO stage: what evaluation and export read

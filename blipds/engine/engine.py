@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blipds import distributed
-from blipds.ds_config import Section, offload_folders, uses_torch_adam, zero_stage
+from blipds.config.deepspeed import Section, offload_folders, uses_torch_adam, zero_stage
 from blipds.engine.communication import join_deepspeed
 from blipds.engine.diagnosis import first_non_finite
 from blipds.engine.files import FileRecord
@@ -81,7 +81,7 @@ def parameter_groups(
 
 
 class Engine:
-    """Owns the model once it is built. `config` is a resolved DeepSpeed config (blipds.ds_config).
+    """Owns the model once it is built. `config` is a resolved DeepSpeed config (blipds.config.deepspeed).
 
     What NVMe offload writes is the engine's own: `close` removes the folders.
     Building it is collective, and so is every method that says so.

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from blipds import distributed
-from blipds.ds_config import Section, zero_stage
+from blipds.config.deepspeed import Section, zero_stage
 from blipds.engine.communication import join_deepspeed
 from blipds.models.parameters import copy_into
 

@@ -5,11 +5,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from blipds.config import PACKAGED, ModelConfig
+from blipds.config.run import PACKAGED, ModelConfig
 from blipds.errors import UserError
-from blipds.models.blip_caption import BlipCaption
-from blipds.models.geometry import BlipGeometry
-from blipds.models.text_decoder import TextConfig, TextDecoder
+from blipds.models.blip.geometry import BlipGeometry
+from blipds.models.blip.model import BlipCaption
+from blipds.models.blip.text_decoder import TextConfig, TextDecoder
 from blipds.models.vision import build_vision_transformer, checkpoint_last
 from blipds.registry import MODELS
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blipds.errors import UserError
-from blipds.models import checkpoint_names as names_of
+from blipds.models.blip import names as names_of
+from blipds.models.blip.text_decoder import TextConfig
 from blipds.models.checkpoint_files import (
     MemoryReader,
     PickleReader,
@@ -26,7 +27,6 @@ from blipds.models.checkpoint_files import (
     listed,
     open_reader,
 )
-from blipds.models.text_decoder import TextConfig
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 POS_EMBED = "visual_encoder.pos_embed"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from blipds.models.blip_caption import BlipCaption
+from blipds.models.blip.model import BlipCaption
 from blipds.models.parameters import Write, whole_shape
 
 Draw = Callable[[Tensor, torch.Generator], object]

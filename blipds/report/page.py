@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from blipds.config import load_run_config
+from blipds.config.run import load_run_config
 from blipds.data.annotations import Record
-from blipds.metrics import score_captions
 from blipds.report.charts import Chart, chart
 from blipds.report.facts import SplitSize, duration, facts
 from blipds.report.gallery import BEST, IMAGES, RANDOM, WORST, Card, HeatMap, cards, choose
@@ -25,6 +24,7 @@ from blipds.report.run_files import (
     replace_text,
     seconds_spent,
 )
+from blipds.scoring.metrics import score_captions
 
 REPORT = "report.html"
 # (name in metrics.jsonl, as papers write it, also where there is little room)

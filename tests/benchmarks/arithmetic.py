@@ -6,7 +6,7 @@ the backward pass each costs twice its forward, one product for the input's grad
 
 from dataclasses import dataclass
 
-from blipds.models.geometry import BlipGeometry
+from blipds.models.blip.geometry import BlipGeometry
 
 
 @dataclass(frozen=True)

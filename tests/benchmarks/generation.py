@@ -5,8 +5,8 @@ from benchmarks.arithmetic import generation_flops
 from benchmarks.measuring import Row, alternate
 from benchmarks.pair import PROMPT, SEP, Size, build_ours, random_pixels, transformers_twin
 
+from blipds.models.blip.geometry import geometry_of
 from blipds.models.generation import GenerationConfig
-from blipds.models.geometry import geometry_of
 
 CONFIG = GenerationConfig(num_beams=3, max_len=20, min_len=5)
 

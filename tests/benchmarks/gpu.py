@@ -8,7 +8,7 @@ from benchmarks.measuring import Row, alternate, matmul_rate
 from benchmarks.pair import PROMPT, build_ours, our_inputs, random_captions, random_pixels
 from benchmarks.training import our_step
 
-from blipds.models.geometry import geometry_of
+from blipds.models.blip.geometry import geometry_of
 
 CARDS_GB = (16, 24, 40, 80)
 LENGTH = 12

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blipds.config import ModelConfig
+from blipds.config.run import ModelConfig
 from blipds.data.caption_rows import caption_rows
 from blipds.engine import checkpointed
 from blipds.models import BlipCaption, build_model
-from blipds.models.checkpoint_names import to_transformers_name
-from blipds.models.geometry import BlipGeometry, geometry_of
-from blipds.models.hf_export import transformers_config
+from blipds.models.blip.export import transformers_config
+from blipds.models.blip.geometry import BlipGeometry, geometry_of
+from blipds.models.blip.names import to_transformers_name
 from blipds.models.initialisation import initialise
 from blipds.models.parameters import copy_into
 

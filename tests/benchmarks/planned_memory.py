@@ -10,10 +10,10 @@ from pathlib import Path
 
 from held_memory import activations_on_cpu
 
-from blipds.config import load_run_config
+from blipds.config.run import load_run_config
 from blipds.engine import DTYPES
 from blipds.models import loss
-from blipds.planner import Shape, activations
+from blipds.planning.planner import Shape, activations
 
 RUN_CONFIGS = Path(__file__).resolve().parents[2] / "run_configs"
 NONE = ["model.vit_grad_ckpt=false"]

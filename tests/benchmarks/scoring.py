@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.measuring import Row
 from tqdm import tqdm
 
-from blipds import metrics
+from blipds.scoring import metrics
 
 Cost = tuple[float, float]  # seconds on the clock, seconds of processor time, Java's too
 METRICS = ("Bleu", "METEOR", "ROUGE_L", "CIDEr")

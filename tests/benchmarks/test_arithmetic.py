@@ -15,7 +15,7 @@ from benchmarks.arithmetic import (
     training_linears,
 )
 
-from blipds.models.geometry import BlipGeometry
+from blipds.models.blip.geometry import BlipGeometry
 
 TEXT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 BASE = BlipGeometry(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from blipds.engine import flash_in_training
 from blipds.models import BlipCaption
-from blipds.models.geometry import geometry_of
+from blipds.models.blip.geometry import geometry_of
 
 LR = 1e-5
 

@@ -1,4 +1,4 @@
-"""Rows by hand. That packed captions compute what separate ones do is tests/models/test_text_decoder.py's."""
+"""Rows by hand. That packed captions compute what separate ones do is tests/models/blip/test_text_decoder.py's."""
 
 import torch
 from safetensors.torch import load_file

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blipds.config import (
+from blipds.config.run import (
     AnnotationConfig,
     BuildInfo,
     Config,

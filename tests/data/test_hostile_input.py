@@ -24,13 +24,13 @@ from hypothesis import strategies as st
 from packing import LAYOUTS, add
 from PIL import Image
 
-from blipds.config import load_run_config
+from blipds.config.deepspeed import RunValues, load_ds_config, resolve_ds_config
+from blipds.config.run import load_run_config
 from blipds.data.annotations import read_annotations
 from blipds.data.datasets import CaptionDataset
 from blipds.data.loader import Collator
 from blipds.data.processors import BlipCaptionProcessor, BlipImageTrain, load_image
 from blipds.data.tokenizer import CaptionTokenizer
-from blipds.ds_config import RunValues, load_ds_config, resolve_ds_config
 from blipds.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,14 +9,14 @@ import pytest
 import torch
 from packing import LAYOUTS, add, link_images, shards
 
-from blipds.config import load_run_config
+from blipds.config.run import load_run_config
 from blipds.data.annotations import expand_braces, read_annotations, read_splits
 from blipds.data.datasets import build_dataset
 from blipds.data.layouts import KINDS, read_layout
 from blipds.data.loader import RankShare, epoch_loader
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
-from blipds.metrics import score_held_out_reference
+from blipds.scoring.metrics import score_held_out_reference
 
 # --- the same photographs, whatever the layout ---
 

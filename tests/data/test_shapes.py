@@ -4,17 +4,7 @@ from collections import defaultdict
 import pytest
 from pycocoevalcap.cider.cider import Cider
 
-from blipds.data.shapes import (
-    COLOURS,
-    PAIRS,
-    POSITIONS,
-    SHAPES,
-    SIZES,
-    Scene,
-    SceneObject,
-    is_held_out,
-    make_scenes,
-)
+from blipds.data.shapes import COLOURS, PAIRS, POSITIONS, SHAPES, SIZES, Scene, SceneObject, is_held_out, make_scenes
 
 TRAIN, VAL = make_scenes("train", 400, seed=0), make_scenes("val", 400, seed=0)
 

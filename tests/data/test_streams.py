@@ -18,7 +18,7 @@ from packing import add
 from PIL import Image
 from serving import Handler, serving
 
-from blipds.config import load_run_config
+from blipds.config.run import load_run_config
 from blipds.data.annotations import read_annotations
 from blipds.data.loader import RankShare, TrainLoader
 from blipds.data.processors import BlipCaptionProcessor, BlipImageTrain

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from blipds import distributed
-from blipds.ds_config import RunValues, resolve_ds_config
+from blipds.config.deepspeed import RunValues, resolve_ds_config
 from blipds.engine import Engine, parameter_groups
 
 

@@ -12,11 +12,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from blipds import building, cli, distributed
-from blipds.config import load_run_config
-from blipds.ds_config import check_keys
+from blipds import cli, distributed
+from blipds.config.deepspeed import check_keys
+from blipds.config.run import load_run_config
 from blipds.engine.checkpoints import read_state, resume_point
 from blipds.monitor import NullMonitor
+from blipds.training import building
 
 
 class Recorder(NullMonitor):

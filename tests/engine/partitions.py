@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 
 from blipds import cli, distributed
-from blipds.config import ModelConfig
-from blipds.ds_config import RunValues, resolve_ds_config
+from blipds.config.deepspeed import RunValues, resolve_ds_config
+from blipds.config.run import ModelConfig
 from blipds.engine import partitioned_init, write_parameter
 from blipds.engine.partitions import gathered, is_partitioned
 from blipds.models import build_model
 from blipds.models.initialisation import initialise
-from blipds.weights import load_weights
+from blipds.models.weights import load_weights
 
 
 def build(ds_config, checkpoint):

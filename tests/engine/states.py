@@ -13,10 +13,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for held_memory.py
 
 from held_memory import bytes_of, engine_tensors
 
-from blipds import building, cli, distributed
-from blipds.config import load_run_config
-from blipds.ds_config import check_keys
+from blipds import cli, distributed
+from blipds.config.deepspeed import check_keys
+from blipds.config.run import load_run_config
 from blipds.monitor import NullMonitor
+from blipds.training import building
 
 
 def run_setting(spec, device):

@@ -8,10 +8,10 @@ import pytest
 from launching import REPOSITORY
 from test_training import shapes_spec, train
 
-from blipds.building import prepare_offload_folders
-from blipds.ds_config import offload_folders
+from blipds.config.deepspeed import offload_folders
 from blipds.engine.ops import ASYNC_IO, load_op
 from blipds.errors import UserError
+from blipds.training.building import prepare_offload_folders
 
 STEPS = 20
 # what no CPU has: DeepSpeed's quantizer is a CUDA kernel (the rest of zero3_multinode trains)

@@ -9,8 +9,8 @@ from torch import nn
 
 from blipds.engine import Engine, parameter_groups
 from blipds.errors import UserError
+from blipds.models.blip.text_decoder import TextConfig, TextDecoder
 from blipds.models.lr_scales import layer_decay_scale, lr_scales
-from blipds.models.text_decoder import TextConfig, TextDecoder
 from blipds.models.vision import build_vision_transformer
 
 

@@ -8,7 +8,7 @@ import pytest
 from launching import launch
 from PIL import Image
 
-from blipds.metrics import score_captions
+from blipds.scoring.metrics import score_captions
 
 TINY = ["model.vit_kwargs={embed_dim: 96, depth: 4, num_heads: 4}", "model.image_size=96"]
 DOMAINS = ["in-domain", "near-domain", "out-domain", "near-domain", "out-domain"]

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blipds.models.checkpoint_names import from_transformers_name
+from blipds.models.blip.export import save_transformers, transformers_config
+from blipds.models.blip.geometry import BlipGeometry
+from blipds.models.blip.names import from_transformers_name
 from blipds.models.checkpoints import load_into, open_checkpoint
-from blipds.models.geometry import BlipGeometry
-from blipds.models.hf_export import save_transformers, transformers_config
 
 VOCAB = Path(__file__).parents[2] / "blipds" / "data" / "bert-base-uncased-vocab.txt"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

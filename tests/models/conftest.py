@@ -6,9 +6,9 @@ import pytest
 import torch
 from checkpoint_samples import TIED, shapes_of
 
-from blipds.config import ModelConfig
+from blipds.config.run import ModelConfig
 from blipds.models import build_model
-from blipds.weights import load_weights
+from blipds.models.weights import load_weights
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blipds.errors import UserError
-from blipds.models.checkpoint_names import from_transformers_name, to_transformers_name
+from blipds.models.blip.export import save_blip
+from blipds.models.blip.names import from_transformers_name, to_transformers_name
 from blipds.models.checkpoints import checkpoint_of, interpolate_pos_embed, load_into, open_checkpoint
-from blipds.models.hf_export import save_blip
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from blipds.data.images import Images
 from blipds.data.processors import BlipImageEval, load_image
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
-from blipds.models.blip_caption import CachedDecoder
+from blipds.models.blip.model import CachedDecoder
 from blipds.models.generation import (
     NUCLEUS_TOP_K,
     GenerationConfig,

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from blipds.config import ModelConfig
+from blipds.config.run import ModelConfig
 from blipds.errors import UserError
 from blipds.models import build_model
 from blipds.models.initialisation import initialise

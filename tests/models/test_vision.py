@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from blipds.config import ModelConfig, load_run_config
+from blipds.config.run import ModelConfig, load_run_config
 from blipds.data.caption_rows import caption_rows
 from blipds.errors import UserError
 from blipds.models import build_model

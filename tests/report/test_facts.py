@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from blipds.config import load_run_config
+from blipds.config.run import load_run_config
 from blipds.report.facts import SplitSize, duration, facts
 from blipds.report.machine import machine_facts
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from blipds.building import evaluators_of_run, rewrite_report
-from blipds.config import load_run_config
+from blipds.config.run import load_run_config
+from blipds.training.building import evaluators_of_run, rewrite_report
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""From images to captions: the captioner, its inputs and outputs."""

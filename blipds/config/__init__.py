@@ -1,0 +1,1 @@
+"""The run config and the DeepSpeed JSON: reading, merging, checking."""

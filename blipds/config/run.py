@@ -1,0 +1,482 @@
+"""The run config: dataclasses are the schema, and one function merges and checks everything.
+
+Precedence, lowest first: the dataclass defaults below, the packaged defaults of the model (`arch` + `model_type`) and
+of each dataset (`blipds/configs`), the run config, `--options`. Names and meanings are LAVIS's where LAVIS has them;
+run_configs/README.md explains every key.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from blipds.errors import UserError, nearest
+
+PACKAGED = Path(__file__).parents[1] / "configs"
+
+# LAVIS's run keys that something else decides now, and the line that says so.
+REPLACED_RUN_KEYS = {
+    "amp": "precision is set in the DeepSpeed JSON (bf16, fp16)",
+    "device": "the device is what DeepSpeed's accelerator finds; DS_ACCELERATOR overrides it",
+    "world_size": "the launcher decides how many ranks there are (deepspeed --num_gpus, --hostfile)",
+    "dist_url": "the launcher gives every rank the address of the first",
+    "distributed": "the launcher decides; one process works too",
+    "use_dist_eval_sampler": "evaluation is always shared among the ranks, each image counted once",
+}
+
+
+@dataclass
+class ModelConfig:
+    """`model:`"""
+
+    arch: str = "blip_caption"
+    model_type: str = "base_coco"
+    load_pretrained: bool = True
+    load_finetuned: bool = True
+    pretrained: str | None = None
+    finetuned: str | None = None
+    vit_pretrained: bool | str | None = None
+    text_pretrained: str | None = None
+    vit_type: str = "base"
+    vit_kwargs: dict[str, Any] = field(default_factory=dict)
+    vit_grad_ckpt: bool = False
+    vit_ckpt_layer: int | None = None
+    text_grad_ckpt: bool = False
+    freeze_vit: bool = False
+    cache_image_embeds: bool | str = False
+    image_size: int = 384
+    med_config_path: str | None = None
+    tokenizer: str | None = None
+    prompt: str = "a picture of "
+    max_txt_len: int = 40
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        check("model.image_size", self.image_size, self.image_size > 0, "a positive number of pixels")
+        good = self.prompt == "" or self.prompt.endswith(" ")
+        check(
+            "model.prompt",
+            self.prompt,
+            good,
+            "a text that ends in a space (in --options: 'model.prompt=\"a photo of \"')",
+        )
+        check("model.max_txt_len", self.max_txt_len, self.max_txt_len > 1, "at least 2 tokens")
+        check("model.label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "0 or more, below 1")
+        if self.cache_image_embeds and not self.freeze_vit:
+            raise UserError(
+                "model.cache_image_embeds needs model.freeze_vit: features of an encoder that learns change"
+            )
+        if self.vit_ckpt_layer is not None:
+            check("model.vit_ckpt_layer", self.vit_ckpt_layer, self.vit_ckpt_layer >= 0, "0 or more blocks")
+
+
+@dataclass
+class AnnotationConfig:
+    """Annotation files of one split: where they come from, their checksums, and where they lie.
+
+    `member`: the url is a zip, and this is Karpathy's file in it, of which `storage` gets the split.
+    """
+
+    url: list[str] = field(default_factory=list)
+    md5: list[str] = field(default_factory=list)
+    storage: list[str] = field(default_factory=list)
+    member: str | None = None
+
+
+@dataclass
+class ArchiveConfig:
+    """An archive of images, for launch/prepare_data.py: its folder `source` becomes `target` below `images.storage`.
+
+    `file` is its name, `size` in bytes. Without a `url` it has to be asked for at `request`; without a `file`, too,
+    that page says how the images are to be had one by one.
+    """
+
+    file: str = ""
+    url: str | None = None
+    request: str | None = None
+    md5: str | None = None
+    size: int = 0
+    source: str = ""
+    target: str = ""
+
+
+@dataclass
+class ImagesConfig:
+    storage: str | None = None
+    archives: list[ArchiveConfig] = field(default_factory=list)
+
+
+@dataclass
+class BuildInfo:
+    """`datasets.<name>.build_info:`; relative paths start at `env.cache_root`.
+
+    Where only `storage` is to be said, the path may stand in the section's place: `annotations.train: my/train.csv`.
+    """
+
+    annotations: dict[str, AnnotationConfig] = field(default_factory=dict)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+
+
+@dataclass
+class ImageProcessorConfig:
+    """What is None is the processor's own default, and for image_size the model's."""
+
+    name: str = "blip_image_eval"
+    image_size: int | None = None
+    min_scale: float | None = None
+    max_scale: float | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("mean", -math.inf), ("std", 0)):
+            values = getattr(self, name)
+            good = values is None or (len(values) == 3 and all(lowest < value < math.inf for value in values))
+            check(f"vis_processor: {name}", values, good, "three numbers" + " above 0" * (name == "std"))
+        low = 0.5 if self.min_scale is None else self.min_scale
+        high = 1.0 if self.max_scale is None else self.max_scale
+        allowed = "more than 0, at most 1, the smaller one first"
+        check("vis_processor: [min_scale, max_scale]", [low, high], 0 < low <= high <= 1, allowed)
+
+
+@dataclass
+class TextProcessorConfig:
+    name: str = "blip_caption"
+    prompt: str | None = None
+    max_words: int | None = None
+
+
+@dataclass
+class ImageProcessors:
+    train: ImageProcessorConfig = field(default_factory=lambda: ImageProcessorConfig(name="blip_image_train"))
+    eval: ImageProcessorConfig = field(default_factory=ImageProcessorConfig)
+
+
+@dataclass
+class TextProcessors:
+    train: TextProcessorConfig = field(default_factory=TextProcessorConfig)
+    eval: TextProcessorConfig = field(default_factory=TextProcessorConfig)
+
+
+@dataclass
+class DatasetConfig:
+    """`datasets.<name>:`. `images` overrides the image root; `num_images` is for drawn datasets, by split;
+    `shuffle_buffer` for tar shards that are streamed."""
+
+    data_type: str = "images"
+    build_info: BuildInfo = field(default_factory=BuildInfo)
+    images: str | None = None
+    num_images: dict[str, int] = field(default_factory=dict)
+    captions_per_image: int | str = 1
+    shuffle_buffer: int = 1000
+    vis_processor: ImageProcessors = field(default_factory=ImageProcessors)
+    text_processor: TextProcessors = field(default_factory=TextProcessors)
+
+
+@dataclass
+class RunConfig:
+    """`run:`"""
+
+    task: str = "captioning"
+    runner: str = "runner_base"
+
+    # optimisation
+    lr_sched: str = "cosine_step_lr"
+    init_lr: float = 1e-5
+    min_lr: float = 0.0
+    warmup_lr: float | None = None
+    warmup_steps: int = 0
+    lr_decay_rate: float | None = None
+    weight_decay: float = 0.05
+    weight_decay_on: str = "matrices"
+    beta2: float = 0.999
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    lr_layer_decay: float | None = None
+    max_grad_norm: float | None = None
+    max_epoch: int = 5
+    max_iters: int | None = None
+    iters_per_inner_epoch: int | None = None
+
+    # batches
+    batch_size_train: int = 16
+    batch_size_eval: int = 32
+    accum_grad_iters: int = 1
+    num_workers: int = 4
+    train_dataset_ratios: dict[str, float] | None = None
+    shuffle: bool = True
+    limit_train: int | None = None
+    limit_val: int | None = None
+    max_bad_images: int = 100
+    compile: bool = False
+    seed: int = 42
+
+    # splits and captions
+    train_splits: list[str] = field(default_factory=lambda: ["train"])
+    valid_splits: list[str] = field(default_factory=lambda: ["val"])
+    test_splits: list[str] = field(default_factory=list)
+    evaluate: bool = False
+    gather_for_evaluation: bool = True
+    num_beams: int = 3
+    max_len: int = 20
+    min_len: int = 5
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    use_nucleus_sampling: bool = False
+    top_p: float = 0.9
+    temperature: float = 1.0
+    report_metric: bool = True
+    annotation_file: str | None = None
+
+    # output
+    output_dir: str = "output"
+    job_id: str | None = None
+    expect_world_size: int | None = None
+    resume_ckpt_path: str | None = None
+    log_freq: int = 50
+    val_freq: int = 1
+    val_steps: int | None = None
+    save_freq: int = 1
+    save_steps: int | None = None
+    save_minutes: float | None = None
+    save_last: bool = True
+    keep_last: int = 2
+    async_save: bool = False
+    max_bad_steps: int = 20
+    stall_minutes: float = 30.0
+
+    def __post_init__(self) -> None:
+        one_of("run.task", self.task, ["captioning"])
+        one_of("run.runner", self.runner, ["runner_base", "runner_iter"])
+        one_of("run.weight_decay_on", self.weight_decay_on, ["matrices", "all"])
+        for name in ("batch_size_train", "batch_size_eval", "accum_grad_iters", "num_beams", "max_epoch"):
+            check(f"run.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        for name in ("log_freq", "val_freq", "save_freq", "keep_last", "max_bad_steps"):
+            check(f"run.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        for name in ("num_workers", "warmup_steps", "max_bad_images", "weight_decay", "init_lr", "min_lr", "min_len"):
+            check(f"run.{name}", getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
+        check("run.length_penalty", self.length_penalty, math.isfinite(self.length_penalty), "a number")
+        check("run.stall_minutes", self.stall_minutes, self.stall_minutes > 0, "more than 0 minutes")
+        for name in (
+            "max_iters",
+            "iters_per_inner_epoch",
+            "limit_train",
+            "limit_val",
+            "val_steps",
+            "max_grad_norm",
+            "save_steps",
+            "save_minutes",
+            "expect_world_size",
+        ):
+            value = getattr(self, name)
+            check(f"run.{name}", value, value is None or value > 0, "more than 0, or null")
+        check("run.beta2", self.beta2, 0 <= self.beta2 < 1, "0 or more, below 1")
+        for prefix, scale in self.lr_scale.items():
+            check(f"run.lr_scale.{prefix}", scale, scale > 0, "more than 0 (model.freeze_vit keeps weights still)")
+        decay = self.lr_layer_decay
+        check("run.lr_layer_decay", decay, decay is None or 0 < decay <= 1, "more than 0, at most 1, or null")
+        check("run.top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1")
+        check("run.temperature", self.temperature, self.temperature > 0, "more than 0")
+        check("run.repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "more than 0")
+        check("run.max_len", self.max_len, self.max_len > self.min_len, f"more than run.min_len ({self.min_len})")
+        if self.runner == "runner_iter" and self.max_iters is None:
+            raise UserError("run.runner is runner_iter but run.max_iters is not given")
+        if self.runner == "runner_base" and self.max_iters is not None:
+            raise UserError("run.max_iters is given but run.runner is runner_base, which counts max_epoch epochs")
+        if self.use_nucleus_sampling and self.num_beams > 1:
+            raise UserError(f"run.use_nucleus_sampling needs run.num_beams=1, not {self.num_beams}")
+
+
+@dataclass
+class EnvConfig:
+    """`env:`; data and downloads lie under `cache_root`."""
+
+    cache_root: str = "~/.cache/blipds"
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    datasets: dict[str, DatasetConfig] = field(default_factory=dict)
+    run: RunConfig = field(default_factory=RunConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+
+    def __post_init__(self) -> None:
+        prompt_owner = self.model.prompt
+        for name, dataset in self.datasets.items():
+            place = f"datasets.{name}"
+            one_of(f"{place}.data_type", dataset.data_type, ["images"])
+            captions = dataset.captions_per_image
+            good = captions == "all" or (isinstance(captions, int) and captions >= 1)
+            check(f"{place}.captions_per_image", captions, good, "a number from 1, or all")
+            check(f"{place}.shuffle_buffer", dataset.shuffle_buffer, dataset.shuffle_buffer >= 1, "1 or more")
+            for split in ("train", "eval"):
+                size = getattr(dataset.vis_processor, split).image_size
+                allowed = f"null or model.image_size ({self.model.image_size})"
+                check(f"{place}.vis_processor.{split}.image_size", size, size in (None, self.model.image_size), allowed)
+                prompt = getattr(dataset.text_processor, split).prompt
+                # LAVIS's evaluation processors carry no prompt: its model puts it there
+                good = prompt in (None, prompt_owner) or (split == "eval" and prompt == "")
+                allowed = f"null or model.prompt ('{prompt_owner}'), which is also what the loss leaves out"
+                check(f"{place}.text_processor.{split}.prompt", prompt, good, allowed)
+        if self.run.train_dataset_ratios is not None:
+            ratios = self.run.train_dataset_ratios
+            if set(ratios) != set(self.datasets):
+                raise UserError(
+                    f"run.train_dataset_ratios names {sorted(ratios)}, but the datasets are {sorted(self.datasets)}"
+                )
+            for name, ratio in ratios.items():
+                check(f"run.train_dataset_ratios.{name}", ratio, ratio > 0, "more than 0")
+
+
+def check(key: str, value: Any, good: bool, allowed: str) -> None:
+    if not good:
+        raise UserError(f"{key} is {value!r}; allowed: {allowed}")
+
+
+def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{key} is '{value}'; {nearest(value, allowed)}")
+
+
+def load_run_config(cfg_path: Path, options: Sequence[str] = ()) -> tuple[Config, list[str]]:
+    """Merges and checks; returns the config and the lines about keys that something else decides now.
+
+    `options` are `key.path=value`, the value read as YAML. Raises UserError with one line that names the key, what was
+    given and what is allowed.
+    """
+    given = with_options(read_yaml(cfg_path), options)
+    notices = drop_replaced_keys(given)
+    check_schema(given, Config, "")
+    layers = [packaged_model(given), packaged_datasets(given), given]
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), *(conform(layer, Config) for layer in layers))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        message = str(error).splitlines()[0]
+        raise UserError(f"{cfg_path}: {error.full_key or 'config'}: {message}") from error
+    assert isinstance(config, Config)
+    return config, notices
+
+
+def drop_replaced_keys(given: dict[Any, Any]) -> list[str]:
+    """Takes LAVIS's keys that something else decides now out of the run section; returns a line for each."""
+    run = given.get("run")
+    if not isinstance(run, dict):
+        return []
+    dropped = [key for key in REPLACED_RUN_KEYS if key in run]
+    for key in dropped:
+        del run[key]
+    return [f"run.{key}: {REPLACED_RUN_KEYS[key]}" for key in dropped]
+
+
+def read_yaml(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"no such config file: {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a directory; a YAML file is expected") from None
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} is not a YAML file of settings: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path} holds no mapping; expected the sections model, datasets, run")
+    return loaded
+
+
+def with_options(given: DictConfig, options: Sequence[str]) -> dict[Any, Any]:
+    for option in options:
+        if "=" not in option:
+            raise UserError(f"--options {option}: expected key.path=value")
+    try:
+        return container(OmegaConf.merge(given, OmegaConf.from_dotlist(list(options))))
+    except (OmegaConfBaseException, YAMLError, TypeError) as error:
+        raise UserError(f"--options {' '.join(options)}: {str(error).splitlines()[0]}") from error
+
+
+def packaged_model(given: dict[Any, Any]) -> dict[Any, Any]:
+    model = given.get("model") or {}
+    arch = model.get("arch", ModelConfig.arch)
+    model_type = model.get("model_type", ModelConfig.model_type)
+    packaged = {path.stem for path in (PACKAGED / "models" / str(arch)).glob("*.yaml")}
+    if not packaged:
+        arches = [path.name for path in (PACKAGED / "models").iterdir() if path.is_dir()]
+        one_of("model.arch", str(arch), arches)
+    one_of("model.model_type", str(model_type), sorted(packaged))
+    return container(read_yaml(PACKAGED / "models" / arch / f"{model_type}.yaml"))
+
+
+def packaged_datasets(given: dict[Any, Any]) -> dict[Any, Any]:
+    """Packaged defaults of the datasets that the run config names; a dataset of a plugin may have none."""
+    found = {}
+    for name in given.get("datasets") or {}:
+        path = PACKAGED / "datasets" / f"{name}.yaml"
+        if path.exists():
+            found[name] = container(read_yaml(path))["datasets"][name]
+    return {"datasets": found}
+
+
+def packaged_dataset(name: str) -> DatasetConfig:
+    """A dataset as its packaged default has it."""
+    layer = packaged_datasets({"datasets": {name: None}})["datasets"][name]
+    merged = OmegaConf.merge(OmegaConf.structured(DatasetConfig), conform(layer, DatasetConfig))
+    dataset = OmegaConf.to_object(merged)
+    assert isinstance(dataset, DatasetConfig)
+    return dataset
+
+
+def container(config: Container) -> dict[Any, Any]:
+    plain = OmegaConf.to_container(config)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def check_schema(value: Any, schema: Any, key: str) -> None:
+    """Names the first key that the schema lacks, with the nearest spelling. Types are OmegaConf's to check."""
+    if get_origin(schema) is dict and value is not None:
+        if not isinstance(value, dict):
+            raise UserError(f"{key} is {value!r}; expected a mapping")
+        of_values = get_args(schema)[1]
+        for name, inner in value.items():
+            here = f"{key}.{name}" if key else str(name)
+            if inner is None and of_values in (int, float, str, bool):
+                raise UserError(f"{here} has no value (YAML wants a space after a colon: {{name: value}})")
+            check_schema(inner, of_values, here)
+    elif isinstance(value, dict) and any(get_origin(part) is list for part in (schema, *get_args(schema))):
+        raise UserError(f"{key} is {value!r}; expected a list")
+    elif is_dataclass(schema) and value is not None and not is_storage(value, schema):
+        if not isinstance(value, dict):
+            raise UserError(f"{key} is {value!r}; expected a section with {', '.join(f.name for f in fields(schema))}")
+        hints = get_type_hints(schema)
+        for name, inner in value.items():
+            here = f"{key}.{name}" if key else str(name)
+            if name not in hints:
+                raise UserError(f"unknown key {here}; {nearest(str(name), hints)}")
+            check_schema(inner, hints[name], here)
+
+
+def is_storage(value: Any, schema: Any) -> bool:
+    """Whether a path, or a list of them, stands in the place of a split's section."""
+    return schema is AnnotationConfig and isinstance(value, str | list)
+
+
+def conform(value: Any, schema: Any) -> Any:
+    """LAVIS writes one file name for a list of one, whole floats for integers, and empty sections."""
+    if is_dataclass(schema):
+        if value is None:
+            return {}
+        if is_storage(value, schema):
+            value = {"storage": value}
+        hints = get_type_hints(schema)
+        return {name: conform(inner, hints[name]) for name, inner in value.items()}
+    if get_origin(schema) is dict:
+        return {str(name): conform(inner, get_args(schema)[1]) for name, inner in (value or {}).items()}
+    if get_origin(schema) is list and isinstance(value, str):
+        return [value]
+    if isinstance(value, float) and value.is_integer() and int in (schema, *get_args(schema)):
+        return int(value)
+    return value

@@ -1,0 +1,1 @@
+"""Splits captioned and scored, and where the decoder looked."""

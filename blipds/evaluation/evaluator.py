@@ -1,0 +1,282 @@
+"""Evaluation: every rank captions its share, each image is counted exactly once, rank 0 has them scored."""
+
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from blipds import distributed
+from blipds.captioning.captioner import Captioner
+from blipds.config.run import Config
+from blipds.data.annotations import read_splits
+from blipds.data.datasets import CaptionDataset, build_dataset, has_split
+from blipds.data.loader import EvalBatch, EvalLoader
+from blipds.engine import DTYPES
+from blipds.errors import UserError
+from blipds.models import BlipCaption, build_model
+from blipds.models.initialisation import initialise
+from blipds.models.parameters import copy_into
+from blipds.models.weights import load_weights
+from blipds.monitor import NullMonitor
+from blipds.report import Shown, write_cider
+from blipds.scoring.metrics import METRICS, Captions, Scores
+from blipds.scoring.process import Scoring, ScoringTask
+
+SHOWN_IMAGES = 8  # on the contact sheet of each evaluation
+
+
+@dataclass
+class Captioned:
+    """What the ranks generated together; `captions` by index in the dataset, unreadable images left out."""
+
+    captions: dict[int, str]
+    errors: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class References:
+    """{image id: captions}, and of nocaps {image id: domain}."""
+
+    captions: dict[str, list[str]]
+    domains: dict[str, str] = field(default_factory=dict)
+
+
+class Evaluator:
+    """Captions one split of one dataset, and knows what its captions are scored against; without references nothing.
+
+    Raises UserError where an image has no reference.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        dataset: CaptionDataset,
+        captioner: Captioner,
+        references: References | None,
+        *,
+        batch_size: int,
+        num_workers: int,
+    ) -> None:
+        self.split = split
+        self.dataset = dataset
+        self.captioner = captioner
+        self.references = references
+        self.tokenized: Captions = {}  # the references' tokens, once there has been an evaluation
+        if references is not None:
+            ids = [str(record.image_id) for record in dataset.records]
+            if unknown := [image_id for image_id in ids if not references.captions.get(image_id)]:
+                raise UserError(f"{split}: no reference for {len(unknown)} images; the first is {unknown[0]}")
+        # each image once, without fillers: the shares of the ranks may differ by one
+        mine = range(distributed.rank(), len(dataset.records), distributed.world_size())
+        self.loader = EvalLoader(dataset, mine, batch_size=batch_size, num_workers=num_workers)
+
+    def caption(
+        self, model: BlipCaption, device: torch.device, dtype: torch.dtype, results: Path, lockstep: bool = False
+    ) -> Captioned:
+        """Captions every image; rank 0 writes [{image_id, caption}] to `results`. Collective.
+
+        Ranks may do different amounts of work: nothing here is collective until all captions are there. With `lockstep`
+        (a model whose parameters are partitioned) they step together, and who has fewer images captions fillers.
+        """
+        started = time.perf_counter()
+        mine: dict[int, str] = {}
+        errors: list[str] = []
+        progress = tqdm(
+            self.batches(lockstep),
+            total=len(self.loader),
+            desc=f"caption {self.split}",
+            unit="batch",
+            leave=False,
+            disable=None if distributed.is_main() else True,
+        )
+        for batch in progress:
+            errors += batch.errors
+            if batch.indices or lockstep:
+                names = [self.dataset.records[index].image_id for index in batch.indices] or ["filler"]
+                images = batch.images.model_inputs(device, dtype)
+                texts = self.captioner.caption(model, images, names, lockstep)
+                mine.update(zip(batch.indices, texts, strict=bool(batch.indices)))
+        shares = distributed.gather((mine, errors))
+        captions = dict(sorted(item for share, _ in shares for item in share.items()))
+        if distributed.is_main():
+            self.write_results(captions, results)
+        seconds = time.perf_counter() - started
+        return Captioned(captions, [error for _, share in shares for error in share], seconds)
+
+    def batches(self, lockstep: bool) -> Iterator[EvalBatch]:
+        """This rank's batches; with `lockstep` as many as any rank has, and then it is collective."""
+        most = max(distributed.gather(len(self.loader))) if lockstep else len(self.loader)
+        yield from self.loader
+        yield from itertools.repeat(self.loader.collate([]), most - len(self.loader))
+
+    def scoring_tasks(
+        self, results: Path, metrics: Sequence[str], cider_corpus: Captions | None = None
+    ) -> dict[str, ScoringTask]:
+        """Of the captions in `results`, by the name that their scores get: the split, and each domain of it.
+
+        A domain is scored like a set of its own. Raises OSError or ValueError where `results` cannot be read.
+        """
+        if self.references is None:
+            return {}
+        candidates = {str(line["image_id"]): line["caption"] for line in json.loads(results.read_text("utf-8"))}
+        parts = {self.split: list(candidates)}
+        for image_id in candidates:
+            if domain := self.references.domains.get(image_id):
+                parts.setdefault(f"{self.split}_{domain}", []).append(image_id)
+        return {
+            name: ScoringTask(
+                {image_id: candidates[image_id] for image_id in ids},
+                {image_id: self.references.captions[image_id] for image_id in ids},
+                metrics,
+                self.tokenized,
+                cider_corpus or {},
+            )
+            for name, ids in parts.items()
+            if ids
+        }
+
+    def write_results(self, captions: dict[int, str], path: Path) -> None:
+        entries = [
+            {"image_id": self.dataset.records[index].image_id, "caption": caption}
+            for index, caption in captions.items()
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(entries, ensure_ascii=False, indent=0), encoding="utf-8")
+        partial.replace(path)
+
+    def shown(self) -> Shown:
+        """What the report needs of this split."""
+        return Shown(self.split, self.dataset.records, self.references.captions if self.references else None)
+
+    def contact_sheet(self, captions: dict[int, str]) -> dict[str, list[Any]]:
+        """The first readable images with their captions and references, as the monitor shows them."""
+        shown = list(captions)[:SHOWN_IMAGES]
+        records = [self.dataset.records[index] for index in shown]
+        return {
+            "images": [record.image.open() for record in records],
+            "captions": [captions[index] for index in shown],
+            "references": [list(record.captions) for record in records],
+        }
+
+
+def dataset_references(dataset: CaptionDataset) -> References | None:
+    """The captions of the annotations in use; None where they have none (nocaps)."""
+    references: dict[str, list[str]] = {}
+    for record in dataset.records:
+        references.setdefault(str(record.image_id), []).extend(record.captions)
+    return References(references) if any(references.values()) else None
+
+
+def read_references(path: Path) -> References:
+    """`run.annotation_file`: COCO's layout, {images, annotations: [{image_id, caption}]}.
+
+    The images of nocaps_val_4500_captions.json have a "domain" besides.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        references: dict[str, list[str]] = {}
+        for annotation in content["annotations"]:
+            references.setdefault(str(annotation["image_id"]), []).append(annotation["caption"])
+        images = content.get("images", [])
+        domains = {str(image["id"]): str(image["domain"]) for image in images if "domain" in image}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"run.annotation_file {path}: not COCO's layout ({type(error).__name__}: {error})") from error
+    return References(references, domains)
+
+
+def read_cider_corpus(path: Path) -> Captions:
+    """Captions by image of an annotation file of any layout. No pickle is read: it could run code."""
+    if path.suffix in (".p", ".pkl", ".pickle"):
+        raise UserError(
+            f"--cider-df {path}: pickles are not read, since they can run code; give the annotation file in which the "
+            "frequencies were counted (for coco-val-df.p: COCO's captions_val2014.json)"
+        )
+    records = [record for part in read_splits([path.expanduser()], None, None).values() for record in part.records]
+    corpus = {str(number): list(record.captions) for number, record in enumerate(records) if record.captions}
+    if not corpus:
+        raise UserError(f"--cider-df {path}: no caption in it")
+    return corpus
+
+
+def build_evaluators(config: Config, splits: Sequence[str], captioner: Captioner) -> list[Evaluator]:
+    """One evaluator for each split of each dataset that has it; a split that none has is an error."""
+    evaluators = []
+    given = config.run.annotation_file
+    references = read_references(Path(given).expanduser()) if given else None
+    for split in splits:
+        names = [name for name in config.datasets if has_split(config.datasets[name], split)] or list(config.datasets)
+        for name in names:
+            dataset = build_dataset(name, config, split, training=False)
+            scored = (references or dataset_references(dataset)) if config.run.report_metric else None
+            label = split if len(config.datasets) == 1 else f"{name}_{split}"
+            sizes = {"batch_size": config.run.batch_size_eval, "num_workers": config.run.num_workers}
+            evaluators.append(Evaluator(label, dataset, captioner, scored, **sizes))
+    return evaluators
+
+
+@dataclass
+class Evaluation:
+    """What came out of one split, the same on every rank. `scores`: by the names of the split and of its domains."""
+
+    evaluator: Evaluator
+    captioned: Captioned
+    scores: dict[str, Scores]
+
+
+def evaluate_checkpoint(
+    config: Config,
+    checkpoint: str | None,
+    splits: Sequence[str],
+    device: torch.device,
+    precision: str,
+    run_dir: Path,
+    monitor: NullMonitor,
+    step: int = 0,
+    epoch: int | None = None,
+    metrics: Sequence[str] = METRICS,
+    cider_corpus: Captions | None = None,
+) -> list[Evaluation]:
+    """Builds the model on every rank, loads a checkpoint (None: random weights) and evaluates splits. Collective."""
+    evaluators = build_evaluators(config, splits, Captioner.from_config(config))  # what a user can mend comes first
+    model = build_model(config.model, checkpoint_fn=lambda function, *inputs: function(*inputs))
+    if checkpoint is None:
+        initialise(model, config.run.seed, partial(copy_into, model))
+    else:
+        load_weights(model, checkpoint, Path(config.env.cache_root).expanduser(), monitor.say)
+    model.to(device, DTYPES[precision]).eval()
+    evaluations = []
+    for evaluator in evaluators:
+        name = evaluator.split if epoch is None else f"{evaluator.split}_epoch{epoch}"
+        results = run_dir / "results" / f"{name}.json"
+        captioned = evaluator.caption(model, device, DTYPES[precision], results)
+        tasks = evaluator.scoring_tasks(results, metrics, cider_corpus) if distributed.is_main() else {}
+        scores = score_together(tasks) or {evaluator.split: Scores()}
+        if distributed.is_main() and (cider := scores[evaluator.split].per_image_cider):
+            write_cider(results, cider)
+        note = f"{checkpoint or 'random weights'}, {precision}"
+        for name, found in scores.items():
+            seconds = {"generation": captioned.seconds, **found.seconds}
+            monitor.evaluation(name, epoch, step, found.values, found.missing, note, seconds)
+            for line in found.warnings:
+                monitor.say(f"  {line}")
+        for error in captioned.errors[:10]:
+            monitor.say(f"  skipped: {error}")
+        evaluations.append(Evaluation(evaluator, captioned, scores))
+    return evaluations
+
+
+def score_together(tasks: dict[str, ScoringTask]) -> dict[str, Scores]:
+    """The scores of rank 0's tasks, on every rank. Collective; scoring may take long, and no single call does."""
+    scoring = Scoring(list(tasks.values())) if tasks else None
+    while not distributed.broadcast(scoring is None or scoring.done()):
+        time.sleep(0.1)
+    return distributed.broadcast({} if scoring is None else dict(zip(tasks, scoring.scores(), strict=True)))

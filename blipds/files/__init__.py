@@ -1,0 +1,1 @@
+"""Files from elsewhere: downloads that verify and resume, archives that stay in their folder."""

@@ -1,0 +1,1 @@
+"""BLIP's captioner (arXiv 2201.12086)."""

@@ -1,0 +1,243 @@
+"""Checkpoints out: a BLIP/LAVIS .pth, a transformers folder, this project's own safetensors. In is `checkpoints.py`."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from blipds.errors import UserError
+from blipds.models.blip.geometry import BlipGeometry
+from blipds.models.blip.names import TIED, matches, to_transformers_name
+
+TOKEN_IDS = (30522, 102, 0)  # [DEC], [SEP], [PAD] of bert-base-uncased with [DEC] and [ENC] behind it
+
+
+def save_blip(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], epoch: int = 0) -> None:
+    """A .pth as the original BLIP and LAVIS write it, with the tied tensors and the position_ids that theirs hold."""
+    model = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for tied, owner in TIED.items():
+        if owner in model:
+            model[tied] = model[owner]  # one storage in the file, as in the original
+    positions = len(model["text_decoder.bert.embeddings.position_embeddings.weight"])
+    model["text_decoder.bert.embeddings.position_ids"] = torch.arange(positions).expand(1, -1).contiguous()
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save({"model": model, "config": dict(config), "epoch": epoch}, temporary)
+    temporary.replace(path)
+
+
+def save_blipds(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """This project's own weights: safetensors in fp32 under our names, the config as JSON in the metadata."""
+    own = {name: tensor.detach().cpu().float().contiguous() for name, tensor in _untied(tensors).items()}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(own, temporary, metadata={"format": "blipds", "config": json.dumps(config)})
+    temporary.replace(path)
+
+
+def save_transformers(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    geometry: BlipGeometry,
+    tokenizer: Any,
+    *,
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+    prompt: str,
+    generation: Mapping[str, Any],
+    card_text: str = "",
+    overwrite: bool = False,
+) -> None:
+    """A folder that `BlipForConditionalGeneration.from_pretrained` loads and that computes what our model computes.
+
+    tensors: under our names. tokenizer: of transformers, saved as it is. generation: arguments of transformers'
+    `generate` (max_length, min_length, num_beams, ...). card_text: Markdown for the card (metrics, run config).
+    The folder appears complete or not at all. UserError: geometry that transformers' BLIP cannot express, or the folder
+    exists and is not empty; with `overwrite` an earlier export is replaced, and only what is one (its config.json says
+    model_type "blip").
+    """
+    from transformers import BlipImageProcessor, BlipProcessor, GenerationConfig
+
+    renamed = _renamed(tensors, geometry)
+    _check_complete(renamed, geometry)
+    _check_free(folder, overwrite)
+    token_ids = (tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)  # mkdtemp's folders are closed to others
+        save_file(renamed, temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / "model.safetensors").chmod(0o644)  # safetensors closes its files to others, too
+        _write_json(temporary / "config.json", transformers_config(geometry, token_ids))
+        image_processor = BlipImageProcessor(
+            size={"height": geometry.image_size, "width": geometry.image_size},
+            image_mean=list(image_mean),
+            image_std=list(image_std),
+            resample=3,  # PIL's bicubic
+        )
+        BlipProcessor(image_processor, tokenizer).save_pretrained(temporary)
+        settings = GenerationConfig(
+            bos_token_id=token_ids[0], eos_token_id=token_ids[1], pad_token_id=token_ids[2], **generation
+        )
+        settings.save_pretrained(temporary)
+        (temporary / "README.md").write_text(model_card(folder.name, prompt, generation, card_text))
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{folder}: exists already; choose another output, or replace an earlier export with --force")
+    try:
+        is_export = json.loads((folder / "config.json").read_text()).get("model_type") == "blip"
+    except (OSError, ValueError, AttributeError):
+        is_export = False
+    if not is_export:
+        raise UserError(f"{folder}: not an earlier export (no config.json of a BLIP in it); it is not overwritten")
+
+
+def transformers_config(geometry: BlipGeometry, token_ids: tuple[int, int, int] = TOKEN_IDS) -> dict[str, Any]:
+    """config.json for `BlipForConditionalGeneration`; whatever has a default that differs from BLIP is written out."""
+    start, end, padding = token_ids
+    return {
+        "architectures": ["BlipForConditionalGeneration"],
+        "model_type": "blip",
+        "dtype": "float32",
+        "tie_word_embeddings": True,
+        "label_smoothing": geometry.label_smoothing,
+        "initializer_range": 0.02,
+        "image_text_hidden_size": 256,
+        "projection_dim": 512,
+        "vision_config": {
+            "model_type": "blip_vision_model",
+            "hidden_size": geometry.vision_width,
+            "intermediate_size": geometry.vision_mlp_dim,
+            "num_hidden_layers": geometry.vision_depth,
+            "num_attention_heads": geometry.vision_heads,
+            "image_size": geometry.image_size,
+            "patch_size": geometry.patch_size,
+            "hidden_act": "gelu",
+            "layer_norm_eps": geometry.vision_eps,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+        },
+        "text_config": {
+            "model_type": "blip_text_model",
+            "vocab_size": geometry.vocab_size,
+            "hidden_size": geometry.hidden_size,
+            "encoder_hidden_size": geometry.vision_width,
+            "intermediate_size": geometry.intermediate_size,
+            "num_hidden_layers": geometry.num_hidden_layers,
+            "num_attention_heads": geometry.num_attention_heads,
+            "max_position_embeddings": geometry.max_position_embeddings,
+            "hidden_act": "gelu",
+            "layer_norm_eps": geometry.layer_norm_eps,
+            "hidden_dropout_prob": geometry.hidden_dropout_prob,
+            "attention_probs_dropout_prob": geometry.attention_probs_dropout_prob,
+            "initializer_range": 0.02,
+            "label_smoothing": geometry.label_smoothing,
+            "is_decoder": True,
+            "use_cache": True,
+            "tie_word_embeddings": True,
+            "bos_token_id": start,
+            "eos_token_id": end,
+            "sep_token_id": end,
+            "pad_token_id": padding,
+        },
+    }
+
+
+def model_card(name: str, prompt: str, generation: Mapping[str, Any], card_text: str = "") -> str:
+    """README.md of the exported folder, with the call that captions as this project does."""
+    arguments = ", ".join(f"{key}={value!r}" for key, value in generation.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- image-captioning
+- blip
+---
+# {name}
+
+A BLIP image captioner, finetuned with blipds.
+
+## Captioning with transformers
+
+```python
+from PIL import Image
+from transformers import AutoProcessor, BlipForConditionalGeneration
+
+folder = "{name}"
+processor = AutoProcessor.from_pretrained(folder, backend="pil")
+model = BlipForConditionalGeneration.from_pretrained(folder).eval()
+
+prompt = {prompt!r}
+inputs = processor(images=Image.open("photo.jpg"), text=prompt, return_tensors="pt")
+ids = model.generate(**inputs, {arguments})
+caption = processor.decode(ids[0], skip_special_tokens=True)[len(prompt) :]
+```
+
+- The prompt must be given: the model was trained to continue it. `generate` replaces its first token by [DEC] and drops
+  its closing [SEP].
+- The arguments must be given, too: BLIP in transformers 5 ignores the folder's `generation_config.json`.
+- `backend="pil"` resizes as in training; without it pixels differ by up to one step of 255.
+- Greedy search (`num_beams=1`) gives the captions of blipds. Beam search may now and then choose another of its beams:
+  transformers normalises scores by the length without the prompt, blipds as the code behind BLIP's published numbers.
+
+{card_text.strip()}
+"""
+
+
+def _renamed(tensors: Mapping[str, Tensor], geometry: BlipGeometry) -> dict[str, Tensor]:
+    reason = "transformers' BLIP cannot express {}; export with --format blip, or load the weights with blipds"
+    if geometry.vision_features:
+        raise UserError(reason.format("the image encoder's " + ", ".join(geometry.vision_features)))
+    if geometry.image_size % geometry.patch_size:
+        raise UserError(reason.format(f"{geometry.image_size} pixels in patches of {geometry.patch_size}"))
+    renamed: dict[str, Tensor] = {}
+    strange = []
+    for name, tensor in _untied(tensors).items():
+        theirs = to_transformers_name(name)
+        if theirs is None:
+            strange.append(name)
+        else:
+            renamed[theirs] = tensor.detach().cpu().contiguous()
+    if strange:
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        raise UserError(reason.format(f"the parameters {', '.join(strange[:3])}{more}"))
+    return renamed
+
+
+def _check_complete(renamed: Mapping[str, Tensor], geometry: BlipGeometry) -> None:
+    """Every tensor of transformers' model of this geometry is there, and no other (it is built without memory)."""
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    with torch.device("meta"):
+        model = BlipForConditionalGeneration(BlipConfig(**transformers_config(geometry)))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in TIED}
+    given = {name: tuple(tensor.shape) for name, tensor in renamed.items()}
+    if wrong := sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name)):
+        shapes = ", ".join(f"{n} (is {given.get(n)}, should be {expected.get(n)})" for n in wrong[:5])
+        raise UserError(f"the tensors are not those of transformers' BLIP of this geometry: {shapes}")
+
+
+def _untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One name for each tied pair, and no position_ids: safetensors files hold every tensor once."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (name in TIED and TIED[name] in tensors) and not matches(name, ["*.position_ids"])
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,235 @@
+"""The sizes and constants of a captioner: of a built model, of a transformers config, and where the two differ."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from math import isqrt
+from typing import Any
+
+from timm.layers import Mlp
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import nn
+
+from blipds.errors import UserError
+from blipds.models.blip.model import BlipCaption
+from blipds.models.vision import layer_norm_eps, set_layer_norm_eps
+
+ORIGINAL_VISION_EPS = 1e-6
+VISION_EPS_KEY = "vision_layer_norm_eps"  # in the config that our safetensors and .pth files carry
+# What a checkpoint need not share with the model: positions are interpolated, the rest only matters in training.
+FREE_FIELDS = (
+    "image_size",
+    "vision_eps",
+    "vision_features",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "label_smoothing",
+)
+
+
+@dataclass(frozen=True)
+class BlipGeometry:
+    """All sizes and constants that transformers' BLIP needs to compute what our model computes."""
+
+    image_size: int
+    patch_size: int
+    vision_width: int
+    vision_depth: int
+    vision_heads: int
+    vision_mlp_dim: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    vocab_size: int = 30524
+    max_position_embeddings: int = 512
+    vision_eps: float = ORIGINAL_VISION_EPS
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    label_smoothing: float = 0.1
+    vision_features: tuple[str, ...] = ()  # what transformers' BLIP lacks: "layer scale", "4 register tokens", ...
+
+
+def geometry_from_transformers_config(config: Mapping[str, Any]) -> BlipGeometry:
+    """The geometry that a transformers BLIP config.json (as a dict) describes.
+
+    What the file leaves out has transformers' own default, since that is what transformers would compute with; but for
+    the vision epsilon, where that default (1e-5) is not what any of BLIP's weights were trained with.
+    """
+    if config.get("model_type") != "blip":
+        raise UserError(f"a config.json of model_type {config.get('model_type')!r} describes no BLIP captioner")
+    vision, text = config.get("vision_config"), config.get("text_config")
+    if not isinstance(vision, Mapping) or not isinstance(text, Mapping):
+        raise UserError("config.json has no vision_config or no text_config")
+    for name, section in (("vision_config", vision), ("text_config", text)):
+        if section.get("hidden_act", "gelu") != "gelu":
+            raise UserError(f"config.json: {name}.hidden_act is {section['hidden_act']!r}; BLIP's is 'gelu'")
+    return BlipGeometry(
+        image_size=_whole(vision, "image_size", 384),
+        patch_size=_whole(vision, "patch_size", 16),
+        vision_width=_whole(vision, "hidden_size", 768),
+        vision_depth=_whole(vision, "num_hidden_layers", 12),
+        vision_heads=_whole(vision, "num_attention_heads", 12),
+        vision_mlp_dim=_whole(vision, "intermediate_size", 3072),
+        hidden_size=_whole(text, "hidden_size", 768),
+        num_hidden_layers=_whole(text, "num_hidden_layers", 12),
+        num_attention_heads=_whole(text, "num_attention_heads", 8),
+        intermediate_size=_whole(text, "intermediate_size", 3072),
+        vocab_size=_whole(text, "vocab_size", 30524),
+        max_position_embeddings=_whole(text, "max_position_embeddings", 512),
+        vision_eps=stated_vision_eps(config)[0],
+        layer_norm_eps=_number(text, "layer_norm_eps", 1e-12),
+        hidden_dropout_prob=_number(text, "hidden_dropout_prob", 0.0),
+        attention_probs_dropout_prob=_number(text, "attention_probs_dropout_prob", 0.0),
+        label_smoothing=_number(text, "label_smoothing", 0.0),
+    )
+
+
+def published_geometry(shapes: Mapping[str, tuple[int, ...]]) -> BlipGeometry | None:
+    """BLIP base or large, at any image size, by the shapes of its tensors; None for anything else.
+
+    Heads show in no tensor: those of a ViT of these widths and of a bert-base are known.
+    """
+    positions, patches = (
+        shapes.get("visual_encoder.pos_embed", ()),
+        shapes.get("visual_encoder.patch_embed.proj.weight"),
+    )
+    words = shapes.get("text_decoder.bert.embeddings.word_embeddings.weight")
+    if len(positions) != 3 or words != (30524, 768):
+        return None
+    heads = {(768, 12): 12, (1024, 24): 16}
+    width, depth = positions[2], count_layers(shapes, "visual_encoder.blocks.")
+    layers = count_layers(shapes, "text_decoder.bert.encoder.layer.")
+    if (width, depth) not in heads or patches != (width, 3, 16, 16) or layers != 12:
+        return None
+    return BlipGeometry(
+        image_size=16 * isqrt(positions[1] - 1),
+        patch_size=16,
+        vision_width=width,
+        vision_depth=depth,
+        vision_heads=heads[width, depth],
+        vision_mlp_dim=4 * width,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+    )
+
+
+def count_layers(names: Iterable[str], prefix: str) -> int:
+    return len({name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)})
+
+
+def stated_vision_eps(config: Mapping[str, Any]) -> tuple[float, str]:
+    """The vision LayerNorm epsilon of a transformers config.json, and a line that says why it is this one."""
+    vision = config.get("vision_config")
+    if isinstance(vision, Mapping) and "layer_norm_eps" in vision:
+        eps = _number(vision, "layer_norm_eps", ORIGINAL_VISION_EPS)
+        return eps, f"vision LayerNorm epsilon {eps:g}: config.json states it (the original BLIP has 1e-6)"
+    return ORIGINAL_VISION_EPS, "vision LayerNorm epsilon 1e-06: no config.json states one, and the original has 1e-6"
+
+
+def geometry_of(model: BlipCaption) -> BlipGeometry:
+    """The geometry of a built model; on the meta device is enough."""
+    vit, text = model.visual_encoder, model.text_decoder.config
+    (rows, columns), (height, width) = vit.patch_embed.patch_size, vit.patch_embed.img_size
+    attention, mlp = (getattr(vit.blocks[0], part, None) for part in ("attn", "mlp"))
+    features = _beyond_blip(vit)
+    features += ["patches that are not square"] * (rows != columns) + ["image that is not square"] * (height != width)
+    return BlipGeometry(
+        image_size=height,
+        patch_size=rows,
+        vision_width=vit.embed_dim,
+        vision_depth=len(vit.blocks),
+        vision_heads=getattr(attention, "num_heads", 0),
+        vision_mlp_dim=getattr(getattr(mlp, "fc1", None), "out_features", 0),
+        hidden_size=text.hidden_size,
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        intermediate_size=text.intermediate_size,
+        vocab_size=text.vocab_size,
+        max_position_embeddings=text.max_position_embeddings,
+        vision_eps=layer_norm_eps(vit) or ORIGINAL_VISION_EPS,
+        layer_norm_eps=text.layer_norm_eps,
+        hidden_dropout_prob=text.hidden_dropout_prob,
+        attention_probs_dropout_prob=text.attention_probs_dropout_prob,
+        label_smoothing=model.label_smoothing,
+        vision_features=tuple(features),
+    )
+
+
+def _beyond_blip(vit: VisionTransformer) -> list[str]:
+    """What this encoder has, or lacks, that the ViT in transformers' BLIP cannot be built with."""
+    block: Any = vit.blocks[0]
+    found = []
+    if type(block) is not Block or type(block.attn) is not Attention:
+        return [f"{type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}"]
+    if not isinstance(block.ls1, nn.Identity):
+        found.append("layer scale")
+    if vit.num_reg_tokens:
+        found.append(f"{vit.num_reg_tokens} register tokens")
+    if not vit.has_class_token:
+        found.append("lack of a class token")
+    if vit.pos_embed is None:
+        found.append("lack of position embeddings")
+    elif vit.has_class_token and vit.no_embed_class:
+        found.append("class token without a position")
+    if not isinstance(vit.norm_pre, nn.Identity):
+        found.append("norm before the blocks")
+    if isinstance(vit.norm, nn.Identity):
+        found.append("lack of a final norm")
+    if type(block.mlp) is not Mlp or not isinstance(getattr(block.mlp, "norm", nn.Identity()), nn.Identity):
+        found.append(f"feed-forward ({type(block.mlp).__name__})")
+    elif type(block.mlp.act) is not nn.GELU or block.mlp.act.approximate != "none":
+        found.append(f"activation ({type(block.mlp.act).__name__})")
+    if not isinstance(block.attn.q_norm, nn.Identity) or not isinstance(block.attn.norm, nn.Identity):
+        found.append("norms inside the attention")
+    if block.attn.qkv.bias is None:
+        found.append("attention without biases")
+    if vit.patch_embed.proj.bias is None or not isinstance(vit.patch_embed.norm, nn.Identity):
+        found.append("patch embedding")
+    if not isinstance(block.norm1, nn.LayerNorm):
+        found.append(f"norm ({type(block.norm1).__name__})")
+    elif layer_norm_eps(vit) is None:
+        found.append("norms of different epsilons")
+    return found
+
+
+def differences(stated: BlipGeometry, model: BlipGeometry) -> list[str]:
+    """Where a checkpoint's geometry is not the model's, a phrase each."""
+    return [
+        f"{field.name} is {getattr(stated, field.name)} in the checkpoint, {getattr(model, field.name)} in the model"
+        for field in fields(BlipGeometry)
+        if field.name not in FREE_FIELDS and getattr(stated, field.name) != getattr(model, field.name)
+    ]
+
+
+def constants_of(model: BlipCaption) -> dict[str, float]:
+    """What a file of the model's weights must say beside them: what no tensor shows and no run config sets."""
+    eps = layer_norm_eps(model.visual_encoder)
+    return {} if eps is None else {VISION_EPS_KEY: eps}
+
+
+def apply_constants(model: BlipCaption, config: Mapping[str, Any]) -> str | None:
+    """Sets what `constants_of` wrote; returns a line where that changes the model. UserError for nonsense."""
+    if VISION_EPS_KEY not in config:
+        return None
+    before, eps = layer_norm_eps(model.visual_encoder), _number(config, VISION_EPS_KEY, ORIGINAL_VISION_EPS)
+    set_layer_norm_eps(model.visual_encoder, eps)
+    return None if eps == before else f"vision LayerNorm epsilon {eps:g}: the checkpoint says so"
+
+
+def _whole(section: Mapping[str, Any], key: str, default: int) -> int:
+    value = section.get(key, default)
+    if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:  # image_size: [384, 384]
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"config.json: {key} is {value!r}, not a whole number above 0")
+    return value
+
+
+def _number(section: Mapping[str, Any], key: str, default: float) -> float:
+    value = section.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise UserError(f"config.json: {key} is {value!r}, not a number from 0 to 1")
+    return float(value)

@@ -1,0 +1,1 @@
+"""Metrics, the process that computes them, and published numbers."""

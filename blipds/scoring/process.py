@@ -1,0 +1,111 @@
+"""Scoring in a process of its own, so that training goes on beside it: CIDEr and BLEU are pure Python, METEOR is Java.
+
+`python -m blipds.scoring.process` is that process: tasks as JSON come by its standard input, their scores go to its
+output.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import IO
+
+from blipds.scoring.metrics import METRICS, Captions, Scores, score_captions
+from blipds.signals import leave_signals_alone
+
+NICENESS = 10  # training goes first
+
+
+@dataclass
+class ScoringTask:
+    """Arguments of `metrics.score_captions`. `tokenized` is filled in when the scores are there, for the next task."""
+
+    candidates: dict[str, str]
+    references: dict[str, list[str]]
+    metrics: Sequence[str] = METRICS
+    tokenized: Captions = field(default_factory=dict)
+    cider_corpus: Mapping[str, list[str]] = field(default_factory=dict)
+
+    def run(self) -> Scores:
+        return score_captions(
+            self.candidates,
+            self.references,
+            self.metrics,
+            tokenized=self.tokenized,
+            cider_corpus=self.cider_corpus,
+        )
+
+
+class Scoring:
+    """Tasks being scored by a niced process, one after the other. It ends with the process that started it.
+
+    Questions and answers are files, so that neither side ever waits for the other to read.
+    """
+
+    def __init__(self, tasks: Sequence[ScoringTask]) -> None:
+        self.tasks = tasks
+        self._answers, self._complaints = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        with tempfile.TemporaryFile("w+") as questions:
+            json.dump([asdict(task) for task in tasks], questions)
+            questions.seek(0)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "blipds.scoring.process", str(os.getpid())],
+                stdin=questions,
+                stdout=self._answers,
+                stderr=self._complaints,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    def done(self) -> bool:
+        return self._process.poll() is not None
+
+    def scores(self) -> list[Scores]:
+        """Of each task; waits for them. A process that died is why a metric is missing, and no more."""
+        status = self._process.wait()
+        try:
+            answers = json.loads(_content(self._answers)) if status == 0 else None
+        except ValueError:
+            answers = None
+        if answers is None:
+            last = (_content(self._complaints).decode(errors="replace").strip().splitlines() or [""])[-1]
+            reason = f"the scoring process ended with status {status}{last and ': '}{last}"
+            return [Scores(missing=dict.fromkeys(task.metrics, reason)) for task in self.tasks]
+        for task, answer in zip(self.tasks, answers, strict=True):
+            task.tokenized.update(answer["tokenized"])
+        return [Scores(**answer["scores"]) for answer in answers]
+
+
+def _content(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+def _end_with(parent: int) -> None:
+    """A rank that is killed takes its scoring along; Java ends when nobody asks any more."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def main() -> None:
+    leave_signals_alone(0)  # one to the whole process group is for the rank, which may go on until it has saved
+    threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
+    with contextlib.suppress(OSError):
+        os.nice(NICENESS)
+    answers = []
+    for task in (ScoringTask(**question) for question in json.load(sys.stdin)):
+        known = set(task.tokenized)
+        scores = task.run()
+        new = {image_id: texts for image_id, texts in task.tokenized.items() if image_id not in known}
+        answers.append({"scores": asdict(scores), "tokenized": new})
+    json.dump(answers, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A training run: building it, the loop, validation, where it stands."""

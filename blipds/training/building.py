@@ -1,0 +1,396 @@
+"""Builds the parts of a training run from its configs."""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blipds import distributed
+from blipds.captioning.captioner import Captioner
+from blipds.config.deepspeed import (
+    RunValues,
+    Section,
+    checkpoints_on_host,
+    offload_folders,
+    offloads_optimizer,
+    precision,
+    resolve_ds_config,
+    uses_torch_adam,
+    with_offload_folder,
+    with_torch_adam,
+    zero_stage,
+)
+from blipds.config.run import Config, RunConfig
+from blipds.data.datasets import CaptionDataset, build_dataset, splits_of
+from blipds.data.loader import RankShare, TrainLoader, epoch_loader
+from blipds.data.streams import build_stream, stream_loader, streams_of
+from blipds.data.tokenizer import CaptionTokenizer
+from blipds.engine import (
+    Engine,
+    checkpointed,
+    checkpointed_on_host,
+    default_precision,
+    parameter_groups,
+    partitioned_init,
+    prepare_nvme,
+    prepare_ops,
+    write_parameter,
+)
+from blipds.engine.checkpoints import CheckpointFolder, load_engine, read_state
+from blipds.errors import UserError
+from blipds.evaluation.evaluator import Evaluator, build_evaluators
+from blipds.models import build_model, read_text_config
+from blipds.models.lr_scales import lr_scales
+from blipds.models.parameters import whole_shape
+from blipds.models.weights import load_initial_weights, load_weights
+from blipds.monitor import NullMonitor
+from blipds.planning import planner
+from blipds.registry import SCHEDULES
+from blipds.report import REPORT, Shown, machine_facts, write_report
+from blipds.report.run_files import of_kind, read_lines
+from blipds.training.feature_cache import cache_image_embeds, refuse_random_processors
+from blipds.training.run_state import Plan, RunState
+from blipds.training.schedules import Schedule
+from blipds.training.trainer import Trainer
+from blipds.training.validation import Validation
+
+
+def build_trainer(
+    config: Config, ds_config: Section, run_dir: Path, monitor: NullMonitor, resumed: Path | None = None
+) -> Trainer:
+    """Everything from annotation files to the engine, ready to train; `resumed` is a checkpoint of a run. Collective.
+
+    Small and cheap parts come first, so that what a user can mend shows before the model is built.
+    """
+    run = config.run
+    torch.manual_seed(run.seed)
+    captioner = Captioner.from_config(config)
+    trained_on, loader = build_loader(config, captioner.tokenizer, monitor.say)
+    evaluators = build_evaluators(config, run.valid_splits, captioner)
+    datasets = [*trained_on, *(evaluator.dataset for evaluator in evaluators)]
+    if config.model.cache_image_embeds:
+        refuse_random_processors(datasets)
+    plan = build_plan(config, loader.steps_per_epoch)
+    schedule = build_schedule(config, plan)
+    state = RunState() if resumed is None else RunState(**read_state(resumed)["run"])
+    if not config.model.cache_image_embeds:  # images are read while the model is built, unless features replace them
+        loader.start(*divmod(state.global_step, loader.steps_per_epoch))
+    engine = build_engine(config, ds_config, run_dir, resumed, monitor)
+    if resumed is not None:
+        load_engine(engine, resumed)
+    if config.model.cache_image_embeds:
+        read_from_cache(config, engine, datasets, monitor)
+    monitor.start(state.global_step, run_facts(engine, plan, trained_on))
+    for line in start_block(config, ds_config, engine.model, plan, trained_on, loader, run_dir, state):
+        monitor.say(line)
+    for line in data_notices(trained_on, evaluators):
+        monitor.say(f"data       {line}")
+    checkpoints = CheckpointFolder(run_dir / "checkpoints", run.keep_last, background=run.async_save)
+    validation = Validation(
+        engine,
+        evaluators,
+        checkpoints,
+        monitor,
+        plan,
+        run_dir,
+        state,
+        gather_for_evaluation=run.gather_for_evaluation,
+    )
+    return Trainer(
+        engine,
+        loader,
+        schedule,
+        validation,
+        checkpoints,
+        monitor,
+        plan,
+        run_dir,
+        seed=run.seed,
+        save_minutes=run.save_minutes,
+        max_bad_images=run.max_bad_images,
+        max_bad_steps=run.max_bad_steps,
+        stall_minutes=run.stall_minutes,
+        state=state,
+    )
+
+
+def keep_global_batch(run: RunConfig, written: dict[str, Any]) -> str | None:
+    """Shares the global batch of a checkpoint (its "shape") out anew where the ranks are others; a line about it.
+
+    `run.batch_size_train` never grows, so that memory suffices. UserError where it cannot be, with the choices.
+    """
+    ranks, wanted = distributed.world_size(), int(written["global_batch"])
+    now = run.batch_size_train * run.accum_grad_iters * ranks
+    if now == wanted:
+        return None
+    sizes = f"run.batch_size_train {run.batch_size_train} x run.accum_grad_iters {run.accum_grad_iters} x {ranks} ranks"
+    if ranks == written["ranks"]:
+        raise UserError(f"the checkpoint is of a run with {wanted} samples a step, but {sizes} = {now}")
+    if wanted % ranks:
+        choices = ", ".join(str(n) for n in range(1, wanted + 1) if wanted % n == 0)
+        raise UserError(
+            f"the checkpoint is of a run with {wanted} samples a step, which {ranks} ranks cannot share evenly; ranks "
+            f"that can: {choices}"
+        )
+    share = wanted // ranks
+    run.batch_size_train = max(n for n in range(1, min(run.batch_size_train, share) + 1) if share % n == 0)
+    run.accum_grad_iters = share // run.batch_size_train
+    return (
+        f"{ranks} ranks instead of {written['ranks']}: run.batch_size_train {run.batch_size_train} x "
+        f"run.accum_grad_iters {run.accum_grad_iters} keep {wanted} samples a step (dropout draws other numbers)"
+    )
+
+
+def resolve(config: Config, ds_config: Section, device: torch.device, source: str) -> Section:
+    """The DeepSpeed config with every "auto" filled in from the run config; contradictions are UserErrors."""
+    run = config.run
+    values = RunValues(
+        micro_batch_size=run.batch_size_train,
+        gradient_accumulation_steps=run.accum_grad_iters,
+        learning_rate=run.init_lr,
+        betas=(0.9, run.beta2),
+        weight_decay=run.weight_decay,
+        max_grad_norm=run.max_grad_norm,
+        compile=run.compile,
+        activation_checkpointing=config.model.vit_grad_ckpt or config.model.text_grad_ckpt,
+    )
+    return resolve_ds_config(
+        ds_config,
+        values,
+        world_size=distributed.world_size(),
+        local_world_size=distributed.local_world_size(),
+        device_type=device.type,
+        default_precision=default_precision(device),
+        hidden_size=read_text_config(config.model.med_config_path).hidden_size,
+        source=source,
+    )
+
+
+def check_world_size(config: Config) -> None:
+    """UserError where the launcher started fewer (or more) ranks than `run.expect_world_size`.
+
+    DeepSpeed goes on with this machine alone where it finds no hostfile, and a rank never sees the hostfile.
+    """
+    expected, ranks = config.run.expect_world_size, distributed.world_size()
+    if expected is not None and ranks != expected:
+        raise UserError(
+            f"run.expect_world_size is {expected}, but {ranks} rank{'s were' if ranks > 1 else ' was'} started: look "
+            f"at --hostfile and --num_gpus (deepspeed goes on with one machine where there is no hostfile)"
+        )
+
+
+def memory_warning(config: Config, ds_config: Section, device: torch.device) -> str | None:
+    """A line if the run will not fit into this rank's GPU, by launch/plan.py's forecast.
+
+    Nothing on CPUs, nor for a model of a plugin, whose inputs the forecast does not know.
+    """
+    if device.type != "cuda" or config.model.arch != "blip_caption":
+        return None
+    memory = torch.cuda.get_device_properties(device).total_memory
+    ranks = distributed.local_world_size()
+    machines = planner.Machines(ranks, distributed.world_size() // ranks, memory)
+    tokenizer = CaptionTokenizer(config.model.tokenizer, config.model.prompt, config.model.max_txt_len)
+    return planner.memory_warning(config, ds_config, machines, len(tokenizer.prompt_ids))
+
+
+def build_loader(
+    config: Config, tokenizer: CaptionTokenizer, say: Callable[[str], None]
+) -> tuple[list[CaptionDataset], TrainLoader]:
+    """The training data that are known whole, none where they are streamed, and what loads them."""
+    run = config.run
+    share = RankShare(run.batch_size_train, run.accum_grad_iters, distributed.rank(), distributed.world_size())
+    if streams := streams_of(config):
+        stream = build_stream(config, streams, say)
+        return [], stream_loader(stream, tokenizer, share, seed=run.seed, num_workers=run.num_workers)
+    datasets = [
+        build_dataset(name, config, split, training=True) for name in config.datasets for split in run.train_splits
+    ]
+    ratios = run.train_dataset_ratios
+    return datasets, epoch_loader(
+        datasets,
+        tokenizer,
+        share,
+        seed=run.seed,
+        shuffle=run.shuffle,
+        ratios=None if ratios is None else [ratios[dataset.name] for dataset in datasets],
+        num_workers=run.num_workers,
+    )
+
+
+def build_plan(config: Config, steps_per_epoch: int) -> Plan:
+    run = config.run
+    if run.runner == "runner_iter":
+        assert run.max_iters is not None
+        total = run.max_iters
+        epoch_steps = min(run.iters_per_inner_epoch or steps_per_epoch, total)
+    else:
+        epoch_steps = steps_per_epoch
+        total = run.max_epoch * steps_per_epoch
+    return Plan(
+        epoch_steps,
+        total,
+        log_steps=run.log_freq,
+        val_epochs=run.val_freq,
+        val_steps=run.val_steps,
+        save_epochs=run.save_freq,
+        save_steps=run.save_steps,
+        save_last=run.save_last,
+    )
+
+
+def build_schedule(config: Config, plan: Plan) -> Schedule:
+    run = config.run
+    return SCHEDULES[run.lr_sched](
+        init_lr=run.init_lr,
+        max_epoch=plan.epochs,
+        total_steps=plan.total_steps,
+        min_lr=run.min_lr,
+        warmup_lr=run.warmup_lr,
+        warmup_steps=run.warmup_steps,
+        lr_decay_rate=run.lr_decay_rate,
+    )
+
+
+def build_engine(
+    config: Config, ds_config: Section, run_dir: Path, resumed: Path | None, monitor: NullMonitor
+) -> Engine:
+    """The model with its initial weights in a DeepSpeed engine. Collective."""
+    run = config.run
+    if offload_folders(ds_config):
+        ds_config = prepare_offload_folders(ds_config, run_dir)
+        prepare_nvme(monitor.say)
+    if not uses_torch_adam(ds_config) and not prepare_ops(offloads_optimizer(ds_config), monitor.say):
+        ds_config = with_torch_adam(ds_config)
+    with partitioned_init(ds_config):
+        model = build_model(config.model, checkpointed_on_host if checkpoints_on_host(ds_config) else checkpointed)
+    if resumed is None:
+        load_initial_weights(model, config, monitor.say, partial(write_parameter, model))
+    else:
+        # frozen ones too; the optimizer's fp32 copies follow in load_engine
+        cache_root = Path(config.env.cache_root).expanduser()
+        load_weights(model, str(resumed), cache_root, monitor.say, partial(write_parameter, model))
+    if run.compile:
+        model.compile_layers()
+    scales = lr_scales((name for name, _ in model.named_parameters()), run.lr_scale, run.lr_layer_decay)
+    groups = parameter_groups(model, run.weight_decay, run.weight_decay_on, scales)
+    return Engine(model, ds_config, groups, precision(ds_config))
+
+
+def read_from_cache(config: Config, engine: Engine, datasets: Sequence[CaptionDataset], monitor: NullMonitor) -> None:
+    """Makes the datasets give features instead of pixels. Collective."""
+    model, run = config.model, config.run
+    given = model.cache_image_embeds
+    folder = given if isinstance(given, str) else f"{config.env.cache_root}/image_embeds"
+    cache_image_embeds(
+        engine,
+        datasets,
+        Path(folder).expanduser(),
+        encoder_name=f"{model.vit_type} {sorted(model.vit_kwargs.items())}",
+        batch_size=run.batch_size_eval,
+        num_workers=run.num_workers,
+        say=monitor.say,
+    )
+
+
+def prepare_offload_folders(ds_config: Section, run_dir: Path) -> Section:
+    """The same config with NVMe folders for this run alone: DeepSpeed empties what it finds in them, whosever it is.
+
+    UserError where a folder is missing: DeepSpeed would make it, on whatever disk that then is.
+    """
+    for folder in offload_folders(ds_config):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"nvme_path {folder} in the DeepSpeed JSON: no folder that can be written to; name one")
+    digest = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=4).hexdigest()
+    return with_offload_folder(ds_config, f"blipds-{digest}")
+
+
+def start_block(
+    config: Config,
+    ds_config: Section,
+    model: torch.nn.Module,
+    plan: Plan,
+    trained_on: Sequence[CaptionDataset],
+    loader: TrainLoader,
+    run_dir: Path,
+    state: RunState,
+) -> list[str]:
+    """The arithmetic of the run, for a person to check before it has cost an hour."""
+    run, ranks = config.run, distributed.world_size()
+    trainable, frozen = parameter_counts(model)
+    images = run.batch_size_train * run.accum_grad_iters * ranks
+    samples, captions = sum(map(len, trained_on)), number_of_captions(trained_on)
+    length = "a stream"
+    if trained_on:
+        length = f"{samples:,} samples ({captions:,} captions), {loader.steps_per_epoch} steps a pass"
+    micro, accumulated = run.batch_size_train, run.accum_grad_iters
+    lines = [
+        f"model      {config.model.arch} {config.model.model_type}: {trainable:,} parameters, and {frozen:,} frozen",
+        f"batch      {micro} micro x {accumulated} accumulated x {ranks} ranks = {images} images a step"
+        + (f", about {images * captions / samples:.0f} captions" if trained_on else ""),
+        f"length     {length}; {plan.total_steps} steps in {plan.epochs} epochs of {plan.epoch_steps}",
+        f"engine     ZeRO stage {zero_stage(ds_config)}, {precision(ds_config)}, {run.lr_sched} from {run.init_lr:g}",
+        f"directory  {run_dir}",
+        f"watch      tensorboard --logdir {run_dir.parent}",
+    ]
+    if state.global_step:
+        lines.append(f"resumed    after step {state.global_step}")
+    return lines
+
+
+def run_facts(engine: Engine, plan: Plan, trained_on: Sequence[CaptionDataset]) -> dict[str, Any]:
+    """What a line of kind "start" says, for the report: sizes, and the machine."""
+    trainable, frozen = parameter_counts(engine.model)
+    sizes = {"total_steps": plan.total_steps, "parameters": trainable, "frozen_parameters": frozen}
+    if trained_on:
+        images = sum(len(dataset.records) for dataset in trained_on)
+        sizes |= {"images": images, "captions": number_of_captions(trained_on)}
+    return sizes | machine_facts(engine.device)
+
+
+def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
+    """(those that learn, frozen ones), whole, whatever the ZeRO stage."""
+    sizes = [(whole_shape(p).numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, learns in sizes if learns), sum(size for size, learns in sizes if not learns)
+
+
+def number_of_captions(datasets: Sequence[CaptionDataset]) -> int:
+    return sum(len(group) for dataset in datasets for _, group in dataset.groups)
+
+
+def evaluators_of_run(config: Config, run_dir: Path) -> list[Evaluator]:
+    """An evaluator for each split that a run has evaluated, for its images and references; rank 0 may call it alone.
+
+    UserError where the data are no longer there.
+    """
+    evaluated = {line["split"] for line in of_kind(read_lines(run_dir), "eval")}
+    splits = [split for dataset in config.datasets.values() for split in splits_of(dataset)]
+    captioner = Captioner.from_config(config)
+    found = []
+    for split in dict.fromkeys(splits):
+        if any(name == split or name.endswith(f"_{split}") for name in evaluated):
+            found += build_evaluators(config, [split], captioner)
+    return [evaluator for evaluator in found if evaluator.split in evaluated]
+
+
+def rewrite_report(config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
+    """`report.html` about all that a run has evaluated; rank 0 only. Without captions where the data are gone."""
+    splits: list[Shown] = []
+    try:
+        splits = [evaluator.shown() for evaluator in evaluators_of_run(config, run_dir)]
+    except Exception as error:  # the run is worth more than its report
+        say(f"{run_dir / REPORT} shows no captions: {error}")
+    write_report(run_dir, splits, say)
+
+
+def data_notices(trained_on: Sequence[CaptionDataset], evaluators: list[Evaluator]) -> list[str]:
+    """What was left out of the training data, and which images are trained on and evaluated."""
+    lines = [f"{dataset.name}: {notice}" for dataset in trained_on for notice in dataset.notices]
+    trained = {str(record.image) for dataset in trained_on for record in dataset.records}
+    for evaluator in evaluators:
+        if shared := [record.image for record in evaluator.dataset.records if str(record.image) in trained]:
+            lines.append(f"{len(shared)} images of {evaluator.split} are trained on too; the first: {shared[0]}")
+    return lines

@@ -1,0 +1,122 @@
+"""`model.cache_image_embeds`: what a frozen image encoder makes of every image, computed once and kept on disk."""
+
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from blipds import distributed
+from blipds.data.datasets import CaptionDataset
+from blipds.data.images import EmbedStore, embeds_key
+from blipds.data.loader import EvalLoader
+from blipds.engine import Engine
+from blipds.errors import UserError
+from blipds.models.parameters import fingerprint
+
+
+def cache_image_embeds(
+    engine: Engine,
+    datasets: Sequence[CaptionDataset],
+    folder: Path,
+    *,
+    encoder_name: str,
+    batch_size: int,
+    num_workers: int,
+    say: Callable[[str], None],
+) -> None:
+    """From here on the datasets read features instead of pixels; those that `folder` lacks are computed. Collective.
+
+    `encoder_name` tells encoders apart whose weights alone do not (the number of heads). Features are bf16, whatever
+    the precision of the engine.
+    """
+    with engine.evaluating() as model:
+        encoder: nn.Module = model.visual_encoder  # type: ignore[assignment]
+        encoder_hash = fingerprint(encoder, f"{encoder_name} {engine.precision}")
+        for dataset in datasets:
+            side = dataset.image_processor.image_size
+            blank = torch.zeros(1, 3, side, side, device=engine.device, dtype=engine.dtype)
+            _, tokens, width = encoder(blank).shape
+            key = embeds_key(encoder_hash, dataset.records, dataset.image_processor)
+            store = EmbedStore(folder, key, len(dataset.records), tokens, width)
+            missing = my_share(store)
+            size = f"{store.images:,} images x {tokens} x {width}, {store.images * store.row_bytes / 1e9:.1f} GB"
+            if missing:
+                say(f"features   {dataset.name}: {len(missing):,} images a rank to compute, of {size}")
+            fill(store, dataset, missing, encoder, engine, batch_size, num_workers)
+            say(f"features   {dataset.name}: {size}, in {store.rows_path}")
+            dataset.reader = store
+
+
+def refuse_random_processors(datasets: Sequence[CaptionDataset]) -> None:
+    for dataset in datasets:
+        if dataset.image_processor.is_random:
+            raise UserError(
+                f"model.cache_image_embeds keeps one encoding an image, but the processor of datasets.{dataset.name} "
+                "draws at random: give vis_processor.train.name=blip_image_eval"
+            )
+
+
+def my_share(store: EmbedStore) -> list[int]:
+    """Allocates the store and returns which of its missing images this rank computes. Collective.
+
+    Where all machines see one folder, all ranks share the work; otherwise the ranks of each machine fill its own.
+    """
+    folder = store.rows_path.parent
+    token = folder / f"{distributed.broadcast(uuid.uuid4().hex)}.tmp"
+    error: UserError | None = None
+    if distributed.local_rank() == 0:
+        try:
+            store.allocate()
+            if distributed.is_main():
+                token.touch()
+        except UserError as refused:
+            error = refused
+    raise_first(distributed.gather(error))
+    one_folder = all(distributed.gather(token.exists()))
+    if distributed.is_main():
+        token.unlink()
+    rank, ranks = distributed.local_rank(), distributed.local_world_size()
+    if one_folder:
+        rank, ranks = distributed.rank(), distributed.world_size()
+    missing = store.missing()
+    distributed.barrier()  # nobody writes before all have read what is missing
+    return missing[rank::ranks]
+
+
+def fill(
+    store: EmbedStore,
+    dataset: CaptionDataset,
+    missing: Sequence[int],
+    encoder: nn.Module,
+    engine: Engine,
+    batch_size: int,
+    num_workers: int,
+) -> None:
+    """Computes and stores the features of some images. Collective.
+
+    An image that cannot be read stays missing: training and evaluation report it by name.
+    """
+    loader = EvalLoader(dataset, missing, batch_size=batch_size, num_workers=num_workers)
+    shown = None if distributed.is_main() and missing else True
+    error: UserError | None = None
+    with tqdm(desc=f"features of {dataset.name}", total=len(missing), unit="image", leave=False, disable=shown) as bar:
+        for batch in loader:
+            if batch.indices:
+                try:
+                    pixel_values = batch.images.model_inputs(engine.device, engine.dtype)["pixel_values"]
+                    store.write(batch.indices, encoder(pixel_values))
+                except OSError as failed:
+                    error = UserError(f"model.cache_image_embeds: cannot write to {store.rows_path}: {failed}")
+                    break
+            bar.update(len(batch.indices) + len(batch.errors))
+    raise_first(distributed.gather(error))
+
+
+def raise_first(errors: Sequence[UserError | None]) -> None:
+    """Errors are raised on every rank: those without one would wait for the others."""
+    for error in errors:
+        if error is not None:
+            raise error

@@ -1,0 +1,103 @@
+"""Files of captions that are gone on with, byte by byte."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from blipds.captioning.inputs import NamedImage
+from blipds.captioning.outputs import CaptionFile, Sidecars
+from blipds.errors import UserError
+
+SETTINGS = {"num_beams": 3}
+# what quoting is there for, and a file name that is no UTF-8
+NAMES = ["plain.jpg", 'a "quoted", name.jpg', "two\nlines.jpg", "\u00e9\u2028.jpg", os.fsdecode(b"\xff\xfe.jpg")]
+
+
+def write(path: Path, names: list[str], num_captions: int = 1) -> list[str]:
+    """Captions what the file has not; returns those names."""
+    sink = CaptionFile(path, SETTINGS, num_captions)
+    taken = [name for name in names if sink.take(NamedImage(name))]
+    for name in taken:
+        sink.write(NamedImage(name), [f"caption {k}, of {len(name)}" for k in range(num_captions)])
+    sink.flush()
+    sink.file.close()
+    return taken
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+@pytest.mark.parametrize("num_captions", [1, 2])
+def test_torn_anywhere_and_gone_on_with(suffix: str, num_captions: int, tmp_path: Path) -> None:
+    """Cut after each byte, which is what a kill may leave: the end is always the same file."""
+    path = tmp_path / f"captions{suffix}"
+    assert write(path, NAMES, num_captions) == NAMES
+    whole = path.read_bytes()
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        taken = write(path, NAMES, num_captions)
+        assert path.read_bytes() == whole
+        assert taken == NAMES[len(NAMES) - len(taken) :]
+    assert write(path, NAMES, num_captions) == []
+
+
+def test_the_lines(tmp_path: Path) -> None:
+    write(tmp_path / "one.jsonl", NAMES[:3])
+    assert (tmp_path / "one.jsonl").read_text().splitlines() == [
+        '{"image": "plain.jpg", "caption": "caption 0, of 9"}',
+        '{"image": "a \\"quoted\\", name.jpg", "caption": "caption 0, of 20"}',
+        '{"image": "two\\nlines.jpg", "caption": "caption 0, of 13"}',
+    ]
+    write(tmp_path / "two.csv", NAMES[:2], num_captions=2)
+    assert (tmp_path / "two.csv").read_text() == (
+        "image,caption_1,caption_2\n"
+        'plain.jpg,"caption 0, of 9","caption 1, of 9"\n'
+        '"a ""quoted"", name.jpg","caption 0, of 20","caption 1, of 20"\n'
+    )
+
+
+def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
+    path = tmp_path / "captions.jsonl"
+    write(path, NAMES)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"other settings \(num_beams 3, now 5; seed None, now 1\)"):
+        CaptionFile(path, {"num_beams": 5, "seed": 1}, 1)
+    (tmp_path / "mine.jsonl").write_text('{"image": "a"}\n')
+    with pytest.raises(UserError, match=r"mine\.jsonl is there already, and not by this command"):
+        CaptionFile(tmp_path / "mine.jsonl", SETTINGS, 1)
+    with pytest.raises(UserError, match=r"captions are written as \.jsonl or \.csv"):
+        CaptionFile(tmp_path / "captions.txt", SETTINGS, 1)
+    holder = CaptionFile(path, SETTINGS, 1)
+    with pytest.raises(UserError, match="another process is writing it"):
+        CaptionFile(path, SETTINGS, 1)
+    holder.file.close()
+    assert path.read_bytes() == before
+    path.write_bytes(b"[1]\n" + before)
+    with pytest.raises(UserError, match="line 1 is none of this command's"):
+        CaptionFile(path, SETTINGS, 1)
+
+    CaptionFile(path, {"num_beams": 5}, 1, force=True).file.close()
+    assert path.read_bytes() == b""
+    CaptionFile(path, {"num_beams": 5}, 1).file.close()
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    sink = CaptionFile(tmp_path / "captions.jsonl", SETTINGS, 1)
+    sink.file.close()
+    sink.file = open("/dev/full", "wb")  # noqa: PTH123, SIM115
+    sink.write(NamedImage("a.jpg"), ["a"])
+    with pytest.raises(UserError, match="No space left on device; the same command goes on from here later"):
+        sink.flush()
+
+
+def test_where_sidecars_lie(tmp_path: Path) -> None:
+    sidecars = Sidecars(tmp_path / "texts", SETTINGS)
+    for image, path in (
+        (NamedImage("photos/x/a.jpg", "photos"), "x/a.txt"),
+        (NamedImage("photos/x/a.jpg"), "a.txt"),
+        (NamedImage("http://host/b.png"), "fbd6908ad659-b.txt"),
+    ):
+        assert os.path.relpath(sidecars.path(image), tmp_path / "texts") == path
+    assert sidecars.take(NamedImage("photos/a.jpg", "photos"))
+    assert not sidecars.take(NamedImage("photos/a.png", "photos"))  # it would have the same text
+    with pytest.raises(UserError, match="nothing lies beside an address; give --sidecar FOLDER"):
+        Sidecars(None, SETTINGS).path(NamedImage("http://host/b.png"))

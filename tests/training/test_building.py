@@ -1,0 +1,54 @@
+"""The global batch of a checkpoint on other ranks, worked out by hand."""
+
+import pytest
+
+from blipds import distributed
+from blipds.config.run import RunConfig
+from blipds.errors import UserError
+from blipds.training.building import keep_global_batch
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    return lambda number: monkeypatch.setattr(distributed, "world_size", lambda: number)
+
+
+@pytest.mark.parametrize(
+    ("number", "micro", "accumulated"),
+    [
+        (1, 16, 8),  # 128 = 16 x 8 x 1
+        (2, 16, 4),
+        (16, 8, 1),  # fewer than 16 a rank are left
+        (128, 1, 1),
+    ],
+)
+def test_the_global_batch_stays_and_the_micro_batch_never_grows(ranks, number, micro, accumulated):
+    ranks(number)
+    run = RunConfig(batch_size_train=16, accum_grad_iters=2)
+    line = keep_global_batch(run, {"global_batch": 128, "ranks": 4})
+    assert (run.batch_size_train, run.accum_grad_iters) == (micro, accumulated)
+    assert f"{number} ranks instead of 4" in line and "keep 128 samples a step" in line
+
+
+def test_a_share_that_the_micro_batch_does_not_divide(ranks):
+    ranks(2)
+    run = RunConfig(batch_size_train=7)
+    keep_global_batch(run, {"global_batch": 24, "ranks": 4})
+    assert (run.batch_size_train, run.accum_grad_iters) == (6, 2)
+
+
+def test_nothing_is_said_where_nothing_changes(ranks):
+    ranks(4)
+    assert keep_global_batch(RunConfig(batch_size_train=8), {"global_batch": 32, "ranks": 4}) is None
+
+
+def test_what_cannot_be_shared_is_refused_with_the_choices(ranks):
+    ranks(3)
+    with pytest.raises(UserError, match=r"16 samples a step, which 3 ranks .*ranks that can: 1, 2, 4, 8, 16$"):
+        keep_global_batch(RunConfig(), {"global_batch": 16, "ranks": 4})
+
+
+def test_sizes_that_were_changed_are_named(ranks):
+    ranks(4)
+    with pytest.raises(UserError, match=r"with 32 samples a step, but run.batch_size_train 16 x .* x 4 ranks = 64"):
+        keep_global_batch(RunConfig(batch_size_train=16), {"global_batch": 32, "ranks": 4})
