@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from blipds import distributed
 from blipds.config.run import Config, load_run_config
 from blipds.errors import UserError
+from blipds.models.weights import fill_image_statistics
 from blipds.signals import REQUEUE, Stopped
 
 
@@ -105,12 +106,9 @@ def load_config(args: argparse.Namespace) -> Config:
     if distributed.is_main():
         for notice in notices:
             print(f"not used: {notice}")
-    if config.model.vit_pretrained:
-        from blipds.models.weights import fill_image_statistics
-
-        for line in fill_image_statistics(config):
-            if distributed.is_main():
-                print(line)
+    for line in fill_image_statistics(config):
+        if distributed.is_main():
+            print(line)
     return config
 
 

@@ -24,7 +24,6 @@ from blipds.engine.files import (
     write_text,
 )
 from blipds.errors import UserError
-from blipds.models.blip.geometry import constants_of
 
 STATE = "state.json"
 WEIGHTS = "model.safetensors"  # fp32, whole, whatever the ZeRO stage: what evaluation and export read
@@ -125,7 +124,7 @@ class CheckpointFolder:
         writers = [engine.moments_writer(partial, self.background)]
         weights = (weight for _, weight in engine.weights())  # collective: to be exhausted by every rank
         if distributed.is_main():
-            metadata = {"format": "blipds", "config": json.dumps(constants_of(engine.model))}  # type: ignore[arg-type]
+            metadata = {"format": "blipds", "config": json.dumps(engine.model.constants())}  # type: ignore[operator]
             tensors = host_copies(weights) if self.background else weights
             writers.append(lambda: write_tensors(partial / WEIGHTS, engine.weight_shapes(), tensors, metadata))
         files: Future[list[FileRecord]] = Future()

@@ -43,10 +43,10 @@ from blipds.engine import (
 from blipds.engine.checkpoints import CheckpointFolder, load_engine, read_state
 from blipds.errors import UserError
 from blipds.evaluation.evaluator import Evaluator, build_evaluators
-from blipds.models import build_model, read_text_config
+from blipds.models import build_model
 from blipds.models.lr_scales import lr_scales
 from blipds.models.parameters import whole_shape
-from blipds.models.weights import load_initial_weights, load_weights
+from blipds.models.weights import load_initial_weights, load_weights, open_weights
 from blipds.monitor import NullMonitor
 from blipds.planning import planner
 from blipds.registry import SCHEDULES
@@ -156,7 +156,7 @@ def resolve(config: Config, ds_config: Section, device: torch.device, source: st
         weight_decay=run.weight_decay,
         max_grad_norm=run.max_grad_norm,
         compile=run.compile,
-        activation_checkpointing=config.model.vit_grad_ckpt or config.model.text_grad_ckpt,
+        activation_checkpointing=config.model.recomputes,
     )
     return resolve_ds_config(
         ds_config,
@@ -165,7 +165,7 @@ def resolve(config: Config, ds_config: Section, device: torch.device, source: st
         local_world_size=distributed.local_world_size(),
         device_type=device.type,
         default_precision=default_precision(device),
-        hidden_size=read_text_config(config.model.med_config_path).hidden_size,
+        hidden_size=config.model.hidden_size,
         source=source,
     )
 
@@ -186,9 +186,9 @@ def check_world_size(config: Config) -> None:
 def memory_warning(config: Config, ds_config: Section, device: torch.device) -> str | None:
     """A line if the run will not fit into this rank's GPU, by launch/plan.py's forecast.
 
-    Nothing on CPUs, nor for a model of a plugin, whose inputs the forecast does not know.
+    Nothing on CPUs.
     """
-    if device.type != "cuda" or config.model.arch != "blip_caption":
+    if device.type != "cuda":
         return None
     memory = torch.cuda.get_device_properties(device).total_memory
     ranks = distributed.local_world_size()
@@ -272,10 +272,11 @@ def build_engine(
     else:
         # frozen ones too; the optimizer's fp32 copies follow in load_engine
         cache_root = Path(config.env.cache_root).expanduser()
-        load_weights(model, str(resumed), cache_root, monitor.say, partial(write_parameter, model))
+        load_weights(model, open_weights(str(resumed), cache_root), monitor.say, partial(write_parameter, model))
     if run.compile:
         model.compile_layers()
-    scales = lr_scales((name for name, _ in model.named_parameters()), run.lr_scale, run.lr_layer_decay)
+    layers = {name: model.encoder_layer(name) for name, _ in model.named_parameters()}
+    scales = lr_scales(layers, run.lr_scale, run.lr_layer_decay)
     groups = parameter_groups(model, run.weight_decay, run.weight_decay_on, scales)
     return Engine(model, ds_config, groups, precision(ds_config))
 
@@ -289,7 +290,7 @@ def read_from_cache(config: Config, engine: Engine, datasets: Sequence[CaptionDa
         engine,
         datasets,
         Path(folder).expanduser(),
-        encoder_name=f"{model.vit_type} {sorted(model.vit_kwargs.items())}",
+        encoder_name=model.encoder_name,
         batch_size=run.batch_size_eval,
         num_workers=run.num_workers,
         say=monitor.say,
