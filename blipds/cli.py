@@ -71,6 +71,17 @@ def add_config_arguments(
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
 
+class ListEverything(argparse.Action):
+    """`--list`: prints what there is to choose from, with what the plugins before it on the command line add."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        from blipds.catalogue import catalogue
+
+        import_plugins(namespace.plugin)
+        print("\n".join(catalogue()))
+        parser.exit()
+
+
 def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--options",
