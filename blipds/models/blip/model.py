@@ -57,8 +57,11 @@ class BlipCaption(nn.Module):
         labels: Tensor,
         pixel_values: Tensor | None = None,
         image_embeds: Tensor | None = None,
+        label_weights: Tensor | None = None,
     ) -> Tensor:
         """The sum (not the mean) of the smoothed cross-entropy over the labelled positions, a scalar in fp32.
+
+        With `label_weights` (P,): the sum of weight x -log p(label), without smoothing.
 
         pixel_values (I, 3, H, W), or their image_embeds (I, N, width); input_ids, position_ids, segment_ids (I, L):
         a row for all captions of an image, as data/caption_rows.py makes it; label_positions (P,) indices into the
@@ -74,7 +77,7 @@ class BlipCaption(nn.Module):
             segment_ids=segment_ids,
             label_positions=label_positions,
         )
-        return smoothed_cross_entropy(logits, labels, self.label_smoothing)
+        return smoothed_cross_entropy(logits, labels, self.label_smoothing, label_weights)
 
     def generate(
         self,
