@@ -141,7 +141,7 @@ def as_json(section: dict[str, Any]) -> str:
 def open_run_dir(config: Config, resumed: Path | None = None, restart: bool = False) -> Path:
     """`run.output_dir`/<job id>, the same on every rank; the monitor makes it. Collective.
 
-    An existing run is gone on with only if asked. `restart`: one that came to no checkpoint may begin anew.
+    Never continues an existing run unless asked to. `restart`: a run without any checkpoint may start again.
     """
     if resumed is not None:
         return resumed.parent.parent  # RUN/checkpoints/step_N

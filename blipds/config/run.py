@@ -201,6 +201,7 @@ class RunConfig:
     runner: str = "runner_base"
 
     # optimisation
+    objective: str = "cross_entropy"
     lr_sched: str = "cosine_step_lr"
     init_lr: float = 1e-5
     min_lr: float = 0.0

@@ -164,12 +164,15 @@ class Engine:
         """After the last micro-batch of a window: whether the weights stayed as they were. The same on every rank."""
         return self._dropped or self.scale_exhausted or not self._deepspeed.was_step_applied()
 
-    def find_non_finite(self, batches: Iterable[dict[str, Tensor]]) -> str | None:
-        """Where numbers stop being finite: in a weight, or in a pass over `batches`. Ends the run's use. Collective."""
+    def find_non_finite(self, losses: Iterable[Tensor]) -> str | None:
+        """Where numbers stop being finite: in a weight, or on the way to `losses` and back. Collective.
+
+        The losses are computed while they are iterated over. The engine cannot train any more afterwards.
+        """
         bad = [name for name, weight in self.weights() if not bool(torch.isfinite(weight).all())]
         with first_non_finite(self.model) as found:
-            for inputs in batches:
-                self.backward(self.loss(inputs))
+            for loss in losses:
+                self.backward(loss)
         return f"the weights {bad[0]}" if bad else next(iter(found), None)
 
     @property

@@ -49,11 +49,12 @@ from blipds.models.parameters import whole_shape
 from blipds.models.weights import load_initial_weights, load_weights, open_weights
 from blipds.monitor import NullMonitor
 from blipds.planning import planner
-from blipds.registry import SCHEDULES
+from blipds.registry import OBJECTIVES, SCHEDULES
 from blipds.report import REPORT, Shown, machine_facts, write_report
 from blipds.report.run_files import of_kind, read_lines
 from blipds.training.feature_cache import cache_image_embeds, refuse_random_processors
-from blipds.training.run_state import Plan, RunState
+from blipds.training.objectives import Objective
+from blipds.training.run_state import RunState, StepPlan
 from blipds.training.schedules import Schedule
 from blipds.training.trainer import Trainer
 from blipds.training.validation import Validation
@@ -68,14 +69,15 @@ def build_trainer(
     """
     run = config.run
     torch.manual_seed(run.seed)
+    objective: Objective = OBJECTIVES[run.objective](config)
     captioner = Captioner.from_config(config)
     trained_on, loader = build_loader(config, captioner.tokenizer, monitor.say)
     evaluators = build_evaluators(config, run.valid_splits, captioner)
     datasets = [*trained_on, *(evaluator.dataset for evaluator in evaluators)]
     if config.model.cache_image_embeds:
         refuse_random_processors(datasets)
-    plan = build_plan(config, loader.steps_per_epoch)
-    schedule = build_schedule(config, plan)
+    plan = StepPlan.of(run, loader.steps_per_epoch)
+    schedule = build_schedule(run, plan)
     state = RunState() if resumed is None else RunState(**read_state(resumed)["run"])
     if not config.model.cache_image_embeds:  # images are read while the model is built, unless features replace them
         loader.start(*divmod(state.global_step, loader.steps_per_epoch))
@@ -90,32 +92,9 @@ def build_trainer(
     for line in data_notices(trained_on, evaluators):
         monitor.say(f"data       {line}")
     checkpoints = CheckpointFolder(run_dir / "checkpoints", run.keep_last, background=run.async_save)
-    validation = Validation(
-        engine,
-        evaluators,
-        checkpoints,
-        monitor,
-        plan,
-        run_dir,
-        state,
-        gather_for_evaluation=run.gather_for_evaluation,
-    )
-    return Trainer(
-        engine,
-        loader,
-        schedule,
-        validation,
-        checkpoints,
-        monitor,
-        plan,
-        run_dir,
-        seed=run.seed,
-        save_minutes=run.save_minutes,
-        max_bad_images=run.max_bad_images,
-        max_bad_steps=run.max_bad_steps,
-        stall_minutes=run.stall_minutes,
-        state=state,
-    )
+    shared = (checkpoints, monitor, plan, state)
+    validation = Validation(run, run_dir, engine, evaluators, *shared)
+    return Trainer(run, run_dir, engine, objective, loader, schedule, validation, *shared)
 
 
 def keep_global_batch(run: RunConfig, written: dict[str, Any]) -> str | None:
@@ -221,29 +200,7 @@ def build_loader(
     )
 
 
-def build_plan(config: Config, steps_per_epoch: int) -> Plan:
-    run = config.run
-    if run.runner == "runner_iter":
-        assert run.max_iters is not None
-        total = run.max_iters
-        epoch_steps = min(run.iters_per_inner_epoch or steps_per_epoch, total)
-    else:
-        epoch_steps = steps_per_epoch
-        total = run.max_epoch * steps_per_epoch
-    return Plan(
-        epoch_steps,
-        total,
-        log_steps=run.log_freq,
-        val_epochs=run.val_freq,
-        val_steps=run.val_steps,
-        save_epochs=run.save_freq,
-        save_steps=run.save_steps,
-        save_last=run.save_last,
-    )
-
-
-def build_schedule(config: Config, plan: Plan) -> Schedule:
-    run = config.run
+def build_schedule(run: RunConfig, plan: StepPlan) -> Schedule:
     return SCHEDULES[run.lr_sched](
         init_lr=run.init_lr,
         max_epoch=plan.epochs,
@@ -313,7 +270,7 @@ def start_block(
     config: Config,
     ds_config: Section,
     model: torch.nn.Module,
-    plan: Plan,
+    plan: StepPlan,
     trained_on: Sequence[CaptionDataset],
     loader: TrainLoader,
     run_dir: Path,
@@ -342,7 +299,7 @@ def start_block(
     return lines
 
 
-def run_facts(engine: Engine, plan: Plan, trained_on: Sequence[CaptionDataset]) -> dict[str, Any]:
+def run_facts(engine: Engine, plan: StepPlan, trained_on: Sequence[CaptionDataset]) -> dict[str, Any]:
     """What a line of kind "start" says, for the report: sizes, and the machine."""
     trainable, frozen = parameter_counts(engine.model)
     sizes = {"total_steps": plan.total_steps, "parameters": trainable, "frozen_parameters": frozen}
