@@ -38,6 +38,12 @@ class BlipCaption(nn.Module):
             self.visual_encoder.eval()
         return self
 
+    def constants(self) -> dict[str, float]:
+        """Constants that no tensor of a checkpoint shows."""
+        from blipds.models.blip.geometry import constants_of
+
+        return constants_of(self)
+
     def compile_layers(self) -> None:
         """Has torch.compile fuse what lies between the matrix products of a layer.
 
