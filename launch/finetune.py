@@ -36,8 +36,8 @@ def parse_arguments() -> argparse.Namespace:
         "--list",
         action=cli.ListEverything,
         nargs=0,
-        help="print which archs, datasets, processors, schedules, objectives and metrics there are (after --plugin: the "
-        "plugin's too), and stop",
+        help="print what there is to choose from (archs, datasets, processors, schedules, objectives, metrics; after "
+        "--plugin the plugin's too), and stop",
     )
     parser.add_argument(
         "--ds-config",

@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ from blipds.engine import (
     partitioned_init,
     prepare_nvme,
     prepare_ops,
-    write_parameter,
 )
 from blipds.engine.checkpoints import CheckpointFolder, load_engine, read_state
 from blipds.errors import UserError
@@ -82,6 +80,7 @@ def build_trainer(
     if not config.model.cache_image_embeds:  # images are read while the model is built, unless features replace them
         loader.start(*divmod(state.global_step, loader.steps_per_epoch))
     engine = build_engine(config, ds_config, run_dir, resumed, monitor)
+    captioner.check_model(engine.model)
     if resumed is not None:
         load_engine(engine, resumed)
     if config.model.cache_image_embeds:
@@ -224,18 +223,20 @@ def build_engine(
         ds_config = with_torch_adam(ds_config)
     with partitioned_init(ds_config):
         model = build_model(config.model, checkpointed_on_host if checkpoints_on_host(ds_config) else checkpointed)
-    if resumed is None:
-        load_initial_weights(model, config, monitor.say, partial(write_parameter, model))
-    else:
-        # frozen ones too; the optimizer's fp32 copies follow in load_engine
-        cache_root = Path(config.env.cache_root).expanduser()
-        load_weights(model, open_weights(str(resumed), cache_root), monitor.say, partial(write_parameter, model))
     if run.compile:
         model.compile_layers()
     layers = {name: model.encoder_layer(name) for name, _ in model.named_parameters()}
     scales = lr_scales(layers, run.lr_scale, run.lr_layer_decay)
     groups = parameter_groups(model, run.weight_decay, run.weight_decay_on, scales)
-    return Engine(model, ds_config, groups, precision(ds_config))
+    engine = Engine(model, ds_config, groups, precision(ds_config))
+    with engine.filling() as write:  # after the engine is built: the model is rounded to its precision by then
+        if resumed is None:
+            load_initial_weights(model, config, monitor.say, write)
+        else:  # its optimizer's state follows in load_engine
+            load_weights(
+                model, open_weights(str(resumed), Path(config.env.cache_root).expanduser()), monitor.say, write
+            )
+    return engine
 
 
 def read_from_cache(config: Config, engine: Engine, datasets: Sequence[CaptionDataset], monitor: NullMonitor) -> None:

@@ -119,7 +119,7 @@ def test_one_group_for_each_pair_and_each_parameter_once():
 def test_the_step_sets_each_group_s_rate():
     groups = [{"lr": 0.0, "lr_scale": 1.0}, {"lr": 0.0, "lr_scale": 0.25}]
     engine = Engine.__new__(Engine)
-    engine.plain = False
+    engine.checks_gradients = False
     engine._deepspeed = SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups), step=lambda: None)
     engine.step(8e-4, measure=False)
     assert [group["lr"] for group in groups] == [8e-4, 2e-4]
