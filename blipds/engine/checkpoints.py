@@ -124,7 +124,7 @@ class CheckpointFolder:
         writers = [engine.state.writer(partial, self.background)]
         weights = (weight for _, weight in engine.weights())  # collective: to be exhausted by every rank
         if distributed.is_main():
-            metadata = {"format": "blipds", "config": json.dumps(engine.model.constants())}  # type: ignore[operator]
+            metadata = {"format": "blipds", "config": json.dumps(engine.model.constants())}
             tensors = host_copies(weights) if self.background else weights
             writers.append(lambda: write_tensors(partial / WEIGHTS, engine.weight_shapes(), tensors, metadata))
         files: Future[list[FileRecord]] = Future()

@@ -20,6 +20,7 @@ from blipds.engine.diagnosis import first_non_finite
 from blipds.engine.partitions import gathered, is_partitioned
 from blipds.engine.state import TrainingState
 from blipds.models.parameters import Write, whole_shape
+from blipds.models.protocol import CaptioningModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -171,7 +172,7 @@ class Engine:
         return f"the weights {bad[0]}" if bad else next(iter(found), None)
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> CaptioningModel:
         """The bare model, for names and shapes; under ZeRO-3 its weights are there only inside `evaluating()`."""
         return self._deepspeed.module
 
@@ -189,7 +190,7 @@ class Engine:
         self._deepspeed.train()
 
     @contextmanager
-    def evaluating(self, gather: bool = True) -> Iterator[nn.Module]:
+    def evaluating(self, gather: bool = True) -> Iterator[CaptioningModel]:
         """The model in evaluation mode. Collective.
 
         Under ZeRO-3 its weights are gathered once for all that happens inside, so that ranks may do different amounts

@@ -33,8 +33,8 @@ def cache_image_embeds(
     the precision of the engine.
     """
     with engine.evaluating() as model:
-        encoder: nn.Module = model.image_encoder  # type: ignore[assignment]
-        constants = model.constants().values()  # type: ignore[operator]
+        encoder: nn.Module = model.image_encoder
+        constants = model.constants().values()
         encoder_hash = fingerprint(encoder, encoder_name, engine.precision, *constants)
         for dataset in datasets:
             side = dataset.image_processor.image_size

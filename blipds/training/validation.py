@@ -65,7 +65,7 @@ class Validation:
         for evaluator in self.evaluators:
             with self.engine.evaluating(gather) as model:
                 device, dtype, results = self.engine.device, self.engine.dtype, self.results(evaluator, step)
-                generated = evaluator.caption(model, device, dtype, results, lockstep)  # type: ignore[arg-type]
+                generated = evaluator.caption(model, device, dtype, results, lockstep)
             errors += generated.errors
             if distributed.is_main():
                 self.monitor.captions(evaluator.split, step, **evaluator.contact_sheet(generated.captions))
