@@ -102,7 +102,9 @@ class Evaluator:
         captions = dict(sorted(item for share, _ in shares for item in share.items()))
         errors = [error for _, share in shares for error in share]
         if not captions:
-            raise UserError(f"{self.split}: none of {len(errors)} images can be read: {'; '.join(errors[:3])}")
+            raise UserError(
+                f"{self.split}: none of {len(errors)} images can be read; the first: {'; '.join(sorted(errors)[:3])}"
+            )
         if distributed.is_main():
             self.write_results(captions, results)
         seconds = time.perf_counter() - started

@@ -197,10 +197,11 @@ class Trainer:
         """Why the newest steps, a whole pass over the data of them, had no weight. Collective."""
         self.finish_save()
         errors = self.report_bad_images(self.bad_images)
-        why = "no caption in them has a token to learn"
-        if errors:
-            why = f"{len(errors)} images cannot be read: {'; '.join(errors[:3])}"
-        return UserError(f"nothing to learn from in {self.state.empty_steps} steps, all of the training data: {why}")
+        why = "no training image can be read" if errors else "no training caption has a token to learn from"
+        first = f"; the first: {'; '.join(errors[:3])}" if errors else ""
+        return UserError(
+            f"{why}, in {self.state.empty_steps} steps, a whole pass over the data or the whole run{first}"
+        )
 
     def skip(self, window: list[Batch], learning_rate: float, loss: float) -> None:
         """Notes a step that was skipped, and its images; ends the run when there are too many in a row. Collective.
