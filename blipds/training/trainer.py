@@ -155,9 +155,7 @@ class Trainer:
         same step.
         """
         engine, objective = self.engine, self.objective
-        counts = [
-            (objective.weight(batch), batch.num_images, batch.num_captions, len(batch.errors)) for batch in window
-        ]
+        counts = [(objective.weight(b), b.num_images, b.num_captions, len(b.errors)) for b in window]
         self.bad_images += [error for batch in window for error in batch.errors]
         local = [*map(sum, zip(*counts, strict=True)), *self.local_signals()]
         summed = torch.tensor(local, dtype=torch.float64)
@@ -198,7 +196,7 @@ class Trainer:
         self.finish_save()
         errors = self.report_bad_images(self.bad_images)
         why = "no training image can be read" if errors else "no training caption has a token to learn from"
-        first = f"; the first: {'; '.join(errors[:3])}" if errors else ""
+        first = f": {'; '.join(errors[:3])}" if errors else ""
         return UserError(
             f"{why}, in {self.state.empty_steps} steps, a whole pass over the data or the whole run{first}"
         )

@@ -226,7 +226,7 @@ def test_a_pass_without_any_readable_image_is_an_error(tmp_path):
     with pytest.raises(UserError) as raised:
         run.train()
     assert str(raised.value) == (
-        "no training image can be read, in 2 steps, a whole pass over the data or the whole run; the first: "
+        "no training image can be read, in 2 steps, a whole pass over the data or the whole run: "
         "a.jpg: no such file; b.jpg: no such file"
     )
     assert "save 2" not in run.monitor.events
