@@ -204,7 +204,7 @@ class Trainer:
     def skip(self, window: list[Batch], learning_rate: float, loss: float) -> None:
         """Notes a step that was skipped, and its images; ends the run when there are too many in a row. Collective.
 
-        In fp16 a gradient that overflows is how the loss scale is found, and nobody's fault while the loss is finite.
+        In fp16 the loss scale is found by gradients that overflow: with a finite loss such a step is not named.
         """
         self.bad_in_a_row += 1
         losses = distributed.gather(loss)
@@ -225,7 +225,7 @@ class Trainer:
         raise UserError(
             f"{self.bad_in_a_row} steps in a row with a loss or gradient that is not finite (run.max_bad_steps is "
             f"{self.run.max_bad_steps}), the last is step {self.state.global_step + 1}; first met at "
-            f"{'; '.join(places) or 'no place that could be found again'}; learning rate {learning_rate:g}{scale}; the "
+            f"{'; '.join(places) or 'a place that was not found again'}; learning rate {learning_rate:g}{scale}; the "
             f"images are in {listing}, and the checkpoints hold no such step"
         )
 
