@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from blipds import distributed
 from blipds.config.run import Config, load_run_config
 from blipds.errors import UserError
+from blipds.models.weights import fill_image_statistics
 from blipds.signals import REQUEUE, Stopped
 
 
@@ -70,6 +71,17 @@ def add_config_arguments(
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
 
+class ListEverything(argparse.Action):
+    """`--list`: prints what there is to choose from, with what the plugins before it on the command line add."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        from blipds.catalogue import catalogue
+
+        import_plugins(namespace.plugin)
+        print("\n".join(catalogue()))
+        parser.exit()
+
+
 def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--options",
@@ -105,12 +117,9 @@ def load_config(args: argparse.Namespace) -> Config:
     if distributed.is_main():
         for notice in notices:
             print(f"not used: {notice}")
-    if config.model.vit_pretrained:
-        from blipds.models.weights import fill_image_statistics
-
-        for line in fill_image_statistics(config):
-            if distributed.is_main():
-                print(line)
+    for line in fill_image_statistics(config):
+        if distributed.is_main():
+            print(line)
     return config
 
 

@@ -91,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     from blipds import cli, distributed
-    from blipds.captioning.captioner import load_caption_model, plan_captions
+    from blipds.captioning.captioner import caption_recipe, load_caption_model
     from blipds.captioning.inputs import check_named, count_images, named_images
     from blipds.captioning.stream import caption_images
     from blipds.models.weights import find_checkpoint
@@ -99,9 +99,9 @@ def main(args: argparse.Namespace) -> None:
     check_named(args.images)
     cli.import_plugins(args.plugin)
     device = distributed.initialise()
-    plan = plan_captions(find_checkpoint(args.checkpoint, "best"), args.cfg_path, args.options)
-    plan = plan.with_decoding(**{name: getattr(args, name) for name in DECODING})
-    model = load_caption_model(plan, args.num_captions, device, args.precision, say)
+    recipe = caption_recipe(find_checkpoint(args.checkpoint, "best"), args.cfg_path, args.options)
+    recipe = recipe.with_decoding(**{name: getattr(args, name) for name in DECODING})
+    model = load_caption_model(recipe, args.num_captions, device, args.precision, say)
     sink = open_sink(args, model.settings()) if distributed.is_main() else None
     counts = caption_images(
         model,

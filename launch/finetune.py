@@ -33,6 +33,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_config_arguments(parser)
     parser.add_argument(
+        "--list",
+        action=cli.ListEverything,
+        nargs=0,
+        help="print what there is to choose from (archs, datasets, processors, schedules, objectives, metrics; after "
+        "--plugin the plugin's too), and stop",
+    )
+    parser.add_argument(
         "--ds-config",
         type=Path,
         default=DEFAULT_DS_CONFIG,

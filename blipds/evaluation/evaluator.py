@@ -20,10 +20,11 @@ from blipds.data.datasets import CaptionDataset, build_dataset, has_split
 from blipds.data.loader import EvalBatch, EvalLoader
 from blipds.engine import DTYPES
 from blipds.errors import UserError
-from blipds.models import BlipCaption, build_model
+from blipds.models import build_model
 from blipds.models.initialisation import initialise
 from blipds.models.parameters import copy_into
-from blipds.models.weights import load_weights
+from blipds.models.protocol import CaptioningModel, keep_activations
+from blipds.models.weights import load_weights, open_weights
 from blipds.monitor import NullMonitor
 from blipds.report import Shown, write_cider
 from blipds.report.run_files import replace_text
@@ -73,7 +74,7 @@ class Evaluator:
         self.loader = EvalLoader(dataset, mine, batch_size=run.batch_size_eval, num_workers=run.num_workers)
 
     def caption(
-        self, model: BlipCaption, device: torch.device, dtype: torch.dtype, results: Path, lockstep: bool = False
+        self, model: CaptioningModel, device: torch.device, dtype: torch.dtype, results: Path, lockstep: bool = False
     ) -> GeneratedCaptions:
         """Captions every image; rank 0 writes [{image_id, caption}] to `results`. Collective.
 
@@ -233,12 +234,14 @@ def evaluate_checkpoint(
     cider_corpus: Captions | None = None,
 ) -> list[SplitScores]:
     """Builds the model on every rank, loads a checkpoint (None: random weights) and evaluates splits. Collective."""
-    evaluators = build_evaluators(config, splits, Captioner.from_config(config))  # fails fast on what a user can mend
-    model = build_model(config.model, checkpoint_fn=lambda function, *inputs: function(*inputs))
+    captioner = Captioner.from_config(config)
+    evaluators = build_evaluators(config, splits, captioner)  # fails fast on what a user can mend
+    model = build_model(config.model, keep_activations)
+    captioner.check_model(model)
     if checkpoint is None:
         initialise(model, config.run.seed, partial(copy_into, model))
     else:
-        load_weights(model, checkpoint, Path(config.env.cache_root).expanduser(), monitor.say)
+        load_weights(model, open_weights(checkpoint, Path(config.env.cache_root).expanduser()), monitor.say)
     model.to(device, DTYPES[precision]).eval()
     evaluations = []
     for evaluator in evaluators:

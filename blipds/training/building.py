@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +37,14 @@ from blipds.engine import (
     partitioned_init,
     prepare_nvme,
     prepare_ops,
-    write_parameter,
 )
 from blipds.engine.checkpoints import CheckpointFolder, load_engine, read_state
 from blipds.errors import UserError
 from blipds.evaluation.evaluator import Evaluator, build_evaluators
-from blipds.models import build_model, read_text_config
+from blipds.models import build_model
 from blipds.models.lr_scales import lr_scales
 from blipds.models.parameters import whole_shape
-from blipds.models.weights import load_initial_weights, load_weights
+from blipds.models.weights import load_initial_weights, load_weights, open_weights
 from blipds.monitor import NullMonitor
 from blipds.planning import planner
 from blipds.registry import OBJECTIVES, SCHEDULES
@@ -82,6 +80,7 @@ def build_trainer(
     if not config.model.cache_image_embeds:  # images are read while the model is built, unless features replace them
         loader.start(*divmod(state.global_step, loader.steps_per_epoch))
     engine = build_engine(config, ds_config, run_dir, resumed, monitor)
+    captioner.check_model(engine.model)
     if resumed is not None:
         load_engine(engine, resumed)
     if config.model.cache_image_embeds:
@@ -135,7 +134,7 @@ def resolve(config: Config, ds_config: Section, device: torch.device, source: st
         weight_decay=run.weight_decay,
         max_grad_norm=run.max_grad_norm,
         compile=run.compile,
-        activation_checkpointing=config.model.vit_grad_ckpt or config.model.text_grad_ckpt,
+        activation_checkpointing=config.model.recomputes,
     )
     return resolve_ds_config(
         ds_config,
@@ -144,7 +143,7 @@ def resolve(config: Config, ds_config: Section, device: torch.device, source: st
         local_world_size=distributed.local_world_size(),
         device_type=device.type,
         default_precision=default_precision(device),
-        hidden_size=read_text_config(config.model.med_config_path).hidden_size,
+        hidden_size=config.model.hidden_size,
         source=source,
     )
 
@@ -165,9 +164,9 @@ def check_world_size(config: Config) -> None:
 def memory_warning(config: Config, ds_config: Section, device: torch.device) -> str | None:
     """A line if the run will not fit into this rank's GPU, by launch/plan.py's forecast.
 
-    Nothing on CPUs, nor for a model of a plugin, whose inputs the forecast does not know.
+    Nothing on CPUs.
     """
-    if device.type != "cuda" or config.model.arch != "blip_caption":
+    if device.type != "cuda":
         return None
     memory = torch.cuda.get_device_properties(device).total_memory
     ranks = distributed.local_world_size()
@@ -224,17 +223,20 @@ def build_engine(
         ds_config = with_torch_adam(ds_config)
     with partitioned_init(ds_config):
         model = build_model(config.model, checkpointed_on_host if checkpoints_on_host(ds_config) else checkpointed)
-    if resumed is None:
-        load_initial_weights(model, config, monitor.say, partial(write_parameter, model))
-    else:
-        # frozen ones too; the optimizer's fp32 copies follow in load_engine
-        cache_root = Path(config.env.cache_root).expanduser()
-        load_weights(model, str(resumed), cache_root, monitor.say, partial(write_parameter, model))
     if run.compile:
         model.compile_layers()
-    scales = lr_scales((name for name, _ in model.named_parameters()), run.lr_scale, run.lr_layer_decay)
+    layers = {name: model.encoder_layer(name) for name, _ in model.named_parameters()}
+    scales = lr_scales(layers, run.lr_scale, run.lr_layer_decay)
     groups = parameter_groups(model, run.weight_decay, run.weight_decay_on, scales)
-    return Engine(model, ds_config, groups, precision(ds_config))
+    engine = Engine(model, ds_config, groups, precision(ds_config))
+    with engine.filling() as write:  # after the engine is built: the model is rounded to its precision by then
+        if resumed is None:
+            load_initial_weights(model, config, monitor.say, write)
+        else:  # its optimizer's state follows in load_engine
+            load_weights(
+                model, open_weights(str(resumed), Path(config.env.cache_root).expanduser()), monitor.say, write
+            )
+    return engine
 
 
 def read_from_cache(config: Config, engine: Engine, datasets: Sequence[CaptionDataset], monitor: NullMonitor) -> None:
@@ -246,7 +248,7 @@ def read_from_cache(config: Config, engine: Engine, datasets: Sequence[CaptionDa
         engine,
         datasets,
         Path(folder).expanduser(),
-        encoder_name=f"{model.vit_type} {sorted(model.vit_kwargs.items())}",
+        encoder_name=model.encoder_name,
         batch_size=run.batch_size_eval,
         num_workers=run.num_workers,
         say=monitor.say,

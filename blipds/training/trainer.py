@@ -216,7 +216,7 @@ class Trainer:
             if distributed.is_main():
                 images = {rank: names[rank] for rank in ranks or range(len(names))}
                 self.write_bad_step(listing, images, learning_rate, losses)
-        if self.bad_in_a_row < self.run.max_bad_steps and not self.engine.scale_exhausted:
+        if self.bad_in_a_row < self.run.max_bad_steps:
             return
         self.finish_save()
         where = self.engine.find_non_finite(self.objective.loss(self.engine, batch) for batch in window)

@@ -25,13 +25,13 @@ from launching import REPOSITORY, command, environment, kill, launch
 from PIL import Image
 
 from blipds import distributed
-from blipds.captioning.captioner import plan_captions
+from blipds.captioning.captioner import caption_recipe
 from blipds.captioning.inputs import Names, named_images
 from blipds.captioning.outputs import CaptionFile
 from blipds.captioning.stream import caption_images
 from blipds.data.processors import BlipImageEval
 from blipds.errors import UserError
-from blipds.models import build_from_geometry
+from blipds.models.blip import build_from_geometry
 from blipds.models.blip.geometry import geometry_of, published_geometry
 
 Caption = Callable[..., str]
@@ -166,16 +166,16 @@ def test_what_a_checkpoint_says_about_itself(
     with pytest.raises(UserError, match=r"tiny_blip\.pth: nothing beside it or in it says .* --cfg-path"):
         caption(photographs, "--checkpoint", checkpoint)
     with pytest.raises(UserError, match="--options change a run config, and there is none"):
-        plan_captions(str(checkpoint), None, ["run.num_beams=1"])
+        caption_recipe(str(checkpoint), None, ["run.num_beams=1"])
 
 
 @pytest.mark.parametrize(("width", "depth", "heads"), [(768, 12, 12), (1024, 24, 16)])
 def test_blip_base_and_large_are_known_by_their_shapes(width: int, depth: int, heads: int) -> None:
-    from blipds.config.run import ModelConfig
     from blipds.models import build_model
+    from blipds.models.blip.config import BlipConfig
 
     with torch.device("meta"):
-        model = build_model(ModelConfig(vit_type={768: "base", 1024: "large"}[width], image_size=384), lambda *_: None)
+        model = build_model(BlipConfig(vit_type={768: "base", 1024: "large"}[width], image_size=384), lambda *_: None)
         geometry = published_geometry({name: tuple(p.shape) for name, p in model.named_parameters()})
         assert geometry is not None
         assert (geometry.vision_width, geometry.vision_depth, geometry.vision_heads) == (width, depth, heads)

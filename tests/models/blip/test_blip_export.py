@@ -15,6 +15,7 @@ from checkpoint_samples import (
     export,
     in_folder,
     load,
+    save_own,
     shapes_of,
     tiny_tensors,
     transformers_blip,
@@ -24,9 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from blipds.errors import UserError
-from blipds.models.blip.export import save_blip, save_blipds, transformers_config
+from blipds.models.blip.checkpoints import open_checkpoint
+from blipds.models.blip.export import save_blip, transformers_config
 from blipds.models.blip.geometry import geometry_from_transformers_config, stated_vision_eps
-from blipds.models.checkpoints import open_checkpoint
 
 
 def test_transformers_in_and_out_bit_by_bit(tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_blip_to_blipds_to_transformers_and_back(
     tmp_path: Path, shared: Path, oracle: dict[str, Tensor], oracle_shapes: dict[str, Any]
 ) -> None:
     ours = load(shared / "oracle" / "tiny_blip.pth", oracle_shapes)
-    save_blipds(tmp_path / "model.safetensors", ours, {"image_size": 96})
+    save_own(tmp_path / "model.safetensors", ours, {"image_size": 96})
     own = open_checkpoint(tmp_path)
     assert (own.kind, own.config) == ("blipds", {"image_size": 96})
     export(tmp_path / "hf", load(tmp_path, oracle_shapes), ORACLE)
