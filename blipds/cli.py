@@ -95,7 +95,7 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE",
-        help="import a module that registers models, datasets, processors or schedules of your own",
+        help="import a module that registers models, datasets, processors, schedules or objectives of your own",
     )
 
 

@@ -49,9 +49,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         metavar="auto|PATH",
-        help="go on after a checkpoint: auto (that of run.job_id, else the newest run below run.output_dir, or a fresh "
-        "start), a run directory (its newest whole checkpoint), or a checkpoint; on any number of ranks and under any "
-        "ZeRO stage, with the same global batch",
+        help="resume from a checkpoint: auto (that of run.job_id, else of the newest run below run.output_dir, else a "
+        "fresh start), a run directory (its newest whole checkpoint), or a checkpoint; any number of ranks, any "
+        "ZeRO stage, the same global batch",
     )
     return parser.parse_args()
 

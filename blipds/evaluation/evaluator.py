@@ -52,18 +52,13 @@ class References:
 
 
 class Evaluator:
-    """Captions one split of one dataset, and knows what its captions are scored against; without references nothing.
+    """Captions one split of a dataset. Without references its captions are not scored.
 
     Raises UserError where an image has no reference.
     """
 
     def __init__(
-        self,
-        split: str,
-        dataset: CaptionDataset,
-        captioner: Captioner,
-        references: References | None,
-        run: RunConfig,
+        self, split: str, dataset: CaptionDataset, captioner: Captioner, references: References | None, run: RunConfig
     ) -> None:
         self.split = split
         self.dataset = dataset
@@ -83,10 +78,9 @@ class Evaluator:
     ) -> GeneratedCaptions:
         """Captions every image; rank 0 writes [{image_id, caption}] to `results`. Collective.
 
-        UserError, on every rank, where no image can be read.
-
         Ranks may do different amounts of work: nothing here is collective until all captions are there. With `lockstep`
-        (a model whose parameters are partitioned) they step together, and who has fewer images captions fillers.
+        (a model whose parameters are partitioned) they step together, and ranks with fewer images caption fillers.
+        Raises UserError, on every rank, where no image can be read.
         """
         started = time.perf_counter()
         mine: dict[int, str] = {}
@@ -101,9 +95,9 @@ class Evaluator:
                 mine.update(zip(batch.indices, texts, strict=bool(batch.indices)))
         shares = distributed.gather((mine, errors))
         captions = dict(sorted(item for share, _ in shares for item in share.items()))
-        errors = [error for _, share in shares for error in share]
+        errors = sorted(error for _, share in shares for error in share)
         if not captions:
-            raise UserError(f"{self.split}: none of {len(errors)} images can be read: {'; '.join(errors[:3])}")
+            raise UserError(f"{self.split}: none of {len(errors)} images can be read; {'; '.join(errors[:3])}")
         if distributed.is_main():
             self.write_results(captions, results)
         seconds = time.perf_counter() - started
@@ -220,7 +214,7 @@ def build_evaluators(config: Config, splits: Sequence[str], captioner: Captioner
 
 @dataclass
 class SplitScores:
-    """Of a split of a dataset, the same on every rank; `scores` by the names of the split and of its domains."""
+    """The scores of a split of a dataset, by the names of the split and of its domains. The same on every rank."""
 
     dataset: str
     scores: dict[str, Scores]
@@ -241,7 +235,7 @@ def evaluate_checkpoint(
 ) -> list[SplitScores]:
     """Builds the model on every rank, loads a checkpoint (None: random weights) and evaluates splits. Collective."""
     captioner = Captioner.from_config(config)
-    evaluators = build_evaluators(config, splits, captioner)  # what a user can mend comes first
+    evaluators = build_evaluators(config, splits, captioner)  # fails fast on what a user can mend
     model = build_model(config.model, keep_activations)
     captioner.check_model(model)
     if checkpoint is None:

@@ -155,9 +155,7 @@ class Trainer:
         same step.
         """
         engine, objective = self.engine, self.objective
-        counts = [
-            (objective.weight(batch), batch.num_images, batch.num_captions, len(batch.errors)) for batch in window
-        ]
+        counts = [(objective.weight(b), b.num_images, b.num_captions, len(b.errors)) for b in window]
         self.bad_images += [error for batch in window for error in batch.errors]
         local = [*map(sum, zip(*counts, strict=True)), *self.local_signals()]
         summed = torch.tensor(local, dtype=torch.float64)
@@ -197,15 +195,16 @@ class Trainer:
         """Why the newest steps, a whole pass over the data of them, had no weight. Collective."""
         self.finish_save()
         errors = self.report_bad_images(self.bad_images)
-        why = "no caption in them has a token to learn"
-        if errors:
-            why = f"{len(errors)} images cannot be read: {'; '.join(errors[:3])}"
-        return UserError(f"nothing to learn from in {self.state.empty_steps} steps, all of the training data: {why}")
+        why = "no training image can be read" if errors else "no training caption has a token to learn from"
+        first = f": {'; '.join(errors[:3])}" if errors else ""
+        return UserError(
+            f"{why}, in {self.state.empty_steps} steps, a whole pass over the data or the whole run{first}"
+        )
 
     def skip(self, window: list[Batch], learning_rate: float, loss: float) -> None:
         """Notes a step that was skipped, and its images; ends the run when there are too many in a row. Collective.
 
-        In fp16 a gradient that overflows is how the loss scale is found, and nobody's fault while the loss is finite.
+        In fp16 the loss scale is found by gradients that overflow: with a finite loss such a step is not named.
         """
         self.bad_in_a_row += 1
         losses = distributed.gather(loss)
@@ -226,7 +225,7 @@ class Trainer:
         raise UserError(
             f"{self.bad_in_a_row} steps in a row with a loss or gradient that is not finite (run.max_bad_steps is "
             f"{self.run.max_bad_steps}), the last is step {self.state.global_step + 1}; first met at "
-            f"{'; '.join(places) or 'no place that could be found again'}; learning rate {learning_rate:g}{scale}; the "
+            f"{'; '.join(places) or 'a place that was not found again'}; learning rate {learning_rate:g}{scale}; the "
             f"images are in {listing}, and the checkpoints hold no such step"
         )
 

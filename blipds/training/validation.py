@@ -50,9 +50,9 @@ class Validation:
 
     def needs_captions(self) -> bool:
         """Whether captions of the awaited step are missing, and the model is still that of the step. Collective."""
-        paths = [self.results(evaluator, self.state.global_step) for evaluator in self.evaluators]
-        missing = distributed.broadcast(not all(path.exists() for path in paths))
-        return missing and self.state.awaited_step == self.state.global_step
+        step = self.state.global_step
+        paths = [self.results(evaluator, step) for evaluator in self.evaluators]
+        return self.state.awaited_step == step and distributed.broadcast(not all(path.exists() for path in paths))
 
     def caption(self) -> list[str]:
         """Captions every split; returns a line for each unreadable image. Collective.

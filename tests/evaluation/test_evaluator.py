@@ -69,7 +69,7 @@ def test_a_split_of_which_no_image_can_be_read_is_an_error(dataset, tmp_path):
     for path in tmp_path.glob("*.png"):
         path.write_bytes(b"no image")
     results = tmp_path / "results" / "val.json"
-    with pytest.raises(UserError, match=rf"^val: none of 5 images can be read: {tmp_path}/0.png: .*/1.png: .*/2.png: "):
+    with pytest.raises(UserError, match=rf"^val: none of 5 images can be read; {tmp_path}/0.png: .*/1.png: .*/2.png: "):
         make(dataset).caption("", CPU, torch.float32, results)
     assert not results.exists()
 
