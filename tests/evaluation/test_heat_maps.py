@@ -39,6 +39,15 @@ def test_a_word_is_chosen_one_position_before_it(maps):
     assert patches(words[2]) == [len(pieces) - 2]
 
 
+@pytest.mark.parametrize("prompt", ["a black-and-white photo of ", "an x-ray  of ", ""])
+def test_the_prompt_has_no_map(maps, prompt):
+    tokenizer = CaptionTokenizer(prompt=prompt)
+    words = heat_maps.word_maps(None, tokenizer, torch.zeros(1, 3, 8, 8), "a dog")
+    assert maps == [[*tokenizer.prompt_ids, 1037, 3899]]
+    assert [heat.word for heat in words] == ["a", "dog"]
+    assert patches(words[0]) == [len(tokenizer.prompt_ids) - 1]
+
+
 def test_a_caption_without_a_word_has_no_map(maps):
     assert heat_maps.word_maps(None, CaptionTokenizer(), torch.zeros(1, 3, 8, 8), "") == []
 
