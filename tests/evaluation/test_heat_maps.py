@@ -1,5 +1,6 @@
 """Heat maps by words: which token's attention belongs to which word."""
 
+import pytest
 import torch
 
 from blipds.data.tokenizer import CaptionTokenizer
@@ -32,6 +33,15 @@ def test_a_word_is_chosen_one_position_before_it():
     assert patches(words[0]) == [first - 1]
     assert patches(words[1]) == list(range(first, len(pieces) - 2))
     assert patches(words[2]) == [len(pieces) - 2]
+
+
+@pytest.mark.parametrize("prompt", ["a black-and-white photo of ", "an x-ray  of ", ""])
+def test_the_prompt_has_no_map(prompt):
+    tokenizer, model = CaptionTokenizer(prompt=prompt), Model()
+    words = heat_maps.word_maps(model, tokenizer, torch.zeros(1, 3, 8, 8), "a dog")
+    assert model.asked == [*tokenizer.prompt_ids, 1037, 3899]
+    assert [heat.word for heat in words] == ["a", "dog"]
+    assert patches(words[0]) == [len(tokenizer.prompt_ids) - 1]
 
 
 def test_a_caption_without_a_word_has_no_map():

@@ -209,11 +209,12 @@ model = BlipForConditionalGeneration.from_pretrained(folder).eval()
 prompt = {prompt!r}
 inputs = processor(images=Image.open("photo.jpg"), text=prompt, return_tensors="pt")
 ids = model.generate(**inputs, {arguments})
-caption = processor.decode(ids[0], skip_special_tokens=True)[len(prompt) :]
+caption = processor.decode(ids[0, inputs["input_ids"].shape[1] - 1 :], skip_special_tokens=True)
 ```
 
-- The prompt must be given: the model was trained to continue it. `generate` replaces its first token by [DEC] and drops
-  its closing [SEP].
+- The prompt must be given: the model was trained to continue it. `generate` replaces its first token by [DEC], drops
+  its closing [SEP], and returns the rest in front of the caption: cut it off by tokens, since decoding does not give
+  every prompt back letter by letter.
 - The arguments must be given, too: BLIP in transformers 5 ignores the folder's `generation_config.json`.
 - `backend="pil"` resizes as in training; without it pixels differ by up to one step of 255.
 - Greedy search (`num_beams=1`) gives the captions of blipds. Beam search may now and then choose another of its beams:
