@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from blipds.data.images import Images, stack_pixels
+from blipds.data.images import Images, stack
 from blipds.data.processors import ImageProcessor, Shrink, load_image
 from blipds.data.sources import ImageSource, is_hidden, is_image
 from blipds.errors import UserError
@@ -188,7 +188,7 @@ class _Reader(Dataset[tuple[str, Tensor | None, str]]):
 
     def collate(self, found: Sequence[tuple[str, Tensor | None, str]]) -> NamedBatch:
         readable = [(name, pixels) for name, pixels, _ in found if pixels is not None]
-        images = stack_pixels([pixels for _, pixels in readable], self.processor)
+        images = stack([pixels for _, pixels in readable], self.processor)
         errors = {name: error for name, pixels, error in found if pixels is None}
         return NamedBatch(images, [name for name, _ in readable], errors)
 

@@ -191,6 +191,7 @@ def test_unknown_dataset(folder):
 def test_without_an_image_folder_names_start_beside_the_file(folder):
     given = config(folder)
     given.datasets["custom_caption"].images = None
+    (folder / "my" / "images" / "a.png").rename(folder / "my" / "a.png")
     dataset = build_dataset("custom_caption", given, "train", training=True)
     assert str(dataset.records[0].image) == str(folder / "my" / "a.png")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from blipds.data.annotations import ImageFile, Record
-from blipds.data.images import EmbedStore, embeds_key
+from blipds.data.images import EmbedStore, embeds_key, stack
 from blipds.data.processors import BlipImageEval
 from blipds.errors import UserError
 
@@ -46,7 +46,7 @@ def test_an_image_without_features_is_an_unreadable_image(store):
 
 
 def test_a_batch_has_blanks_for_fillers(store):
-    batch = store.batch([EMBEDS[0], None])
+    batch = stack([EMBEDS[0], None], BlipImageEval(8), store)
     inputs = batch.model_inputs(torch.device("cpu"), torch.float32)
     assert list(inputs) == ["image_embeds"]
     assert torch.equal(inputs["image_embeds"], torch.stack([EMBEDS[0].float(), torch.zeros(5, 4)]))
