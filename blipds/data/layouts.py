@@ -249,6 +249,8 @@ def table_rows(text: str, path: Path, delimiter: str, names: list[str] | None) -
                 continue
             if names is None:
                 names = [cell.strip().lower() for cell in cells]
+                while not names[-1]:  # a spreadsheet's empty columns
+                    names.pop()
                 continue
             fitted = fit_cells(cells, names, delimiter, f"{path}, line {reader.line_num}")
             row: dict[str, Any] = dict(zip(names, fitted, strict=True))
@@ -262,7 +264,7 @@ def table_rows(text: str, path: Path, delimiter: str, names: list[str] | None) -
 
 def fit_cells(cells: list[str], names: list[str], delimiter: str, place: str) -> list[str]:
     """A cell for each column. UserError where it cannot be told which column a cell belongs to."""
-    while len(cells) > len(names) and not cells[-1].strip():  # a spreadsheet's empty columns
+    while len(cells) > len(names) and not cells[-1].strip():
         del cells[-1]
     extra = max(len(cells) - len(names), 0)
     captions = caption_keys(tuple(names))

@@ -45,6 +45,15 @@ def test_an_image_without_features_is_an_unreadable_image(store):
         store.read(0)
 
 
+def test_pixels_are_stacked_with_blanks_for_fillers():
+    processor = BlipImageEval(4, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    white = torch.full((3, 4, 4), 255, dtype=torch.uint8)
+    batch = stack([white, None], processor)
+    pixels = batch.model_inputs(torch.device("cpu"), torch.float32)["pixel_values"]
+    assert torch.equal(pixels, torch.stack([torch.ones(3, 4, 4), -torch.ones(3, 4, 4)]))
+    assert stack([], processor).pixels.shape == (0, 3, 4, 4)
+
+
 def test_a_batch_has_blanks_for_fillers(store):
     batch = stack([EMBEDS[0], None], BlipImageEval(8), store)
     inputs = batch.model_inputs(torch.device("cpu"), torch.float32)
