@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from blipds.data.images import Images, stack_pixels
+from blipds.data.images import Images, stack
 from blipds.data.processors import ImageProcessor, load_image
 from blipds.data.sources import is_hidden, is_image
 from blipds.errors import UserError
@@ -129,5 +129,5 @@ class ImageReader(Dataset[Sample]):
         """The images that can be read, stacked; the same by name; and (name, why it cannot be read) of the others."""
         readable = [(image, found) for image, found in samples if isinstance(found, Tensor)]
         errors = [(image.name, found) for image, found in samples if isinstance(found, str)]
-        pixels = stack_pixels([found for _, found in readable], self.processor)
+        pixels = stack([found for _, found in readable], self.processor)
         return pixels, [image for image, _ in readable], errors

@@ -68,40 +68,40 @@ def read_annotations(
     With `captions_needed` (training) images without a caption are left out with a notice; else all or none of the
     images have captions, and no two have one id. Raises UserError naming file and entry.
     """
-    gathered = Gathered()
+    builder = RecordBuilder()
     wanted = None if split is None else canonical_split(split)
     others = set()
-    for entry in entries_of(paths, image_root, index_cache, gathered, wanted):
+    for entry in entries_of(paths, image_root, index_cache, builder, wanted):
         if wanted is None or entry.split in (None, wanted):
-            gathered.add(entry)
+            builder.add(entry)
         else:
             others.add(entry.split)
-    if not gathered.images and others:
+    if not builder.images and others:
         raise UserError(f"{paths[0]}: no split '{split}'; it has {', '.join(sorted(map(str, others)))}")
-    if not gathered.images:
-        raise UserError(f"{paths[0]}: no image in it")
-    annotations = gathered.annotations()
+    if not builder.images:
+        raise UserError(f"{'; '.join([f'{paths[0]}: no image in it', *builder.notices])}")
+    annotations = builder.annotations()
     if captions_needed:
-        return captioned(annotations, paths[0])
+        return keep_captioned(annotations, paths[0])
     check_evaluable(annotations, paths[0])
     return annotations
 
 
 def read_splits(paths: Sequence[Path], image_root: Path | None, index_cache: Path | None) -> dict[str, Annotations]:
     """All that is there, by split; what belongs to none is under "". Images without captions stay."""
-    whole = Gathered()
-    splits: dict[str, Gathered] = {}
+    whole = RecordBuilder()
+    splits: dict[str, RecordBuilder] = {}
     for entry in entries_of(paths, image_root, index_cache, whole, None):
-        splits.setdefault(entry.split or "", Gathered()).add(entry)
+        splits.setdefault(entry.split or "", RecordBuilder()).add(entry)
     notices = tuple(whole.notices)
-    found = {split: gathered.annotations() for split, gathered in splits.items()}
+    found = {split: builder.annotations() for split, builder in splits.items()}
     return {
         split: replace(annotations, kinds=tuple(whole.kinds), notices=notices + annotations.notices)
         for split, annotations in found.items()
     }
 
 
-class Gathered:
+class RecordBuilder:
     """Collects entries by image."""
 
     def __init__(self) -> None:
@@ -141,17 +141,17 @@ class Gathered:
 
 
 def entries_of(
-    paths: Sequence[Path], image_root: Path | None, index_cache: Path | None, gathered: Gathered, split: str | None
+    paths: Sequence[Path], image_root: Path | None, index_cache: Path | None, builder: RecordBuilder, split: str | None
 ) -> Iterator[Entry]:
-    """The entries of all files; notes their kinds and notices in `gathered`. A bar shows where it takes a while."""
+    """The entries of all files; notes their kinds and notices in `builder`. A bar shows where it takes a while."""
     # a file that has braces in its name goes first
     files = [file for path in paths for file in ([path] if path.exists() else map(Path, expand_braces(str(path))))]
     hidden = None if distributed.is_main() and len(files) > 1 else True
     for path in tqdm(files, desc="annotations", unit="file", delay=3, leave=False, disable=hidden):
         layout = read_layout(path, image_root, split, index_cache)
-        gathered.kinds[layout.kind] = None
+        builder.kinds[layout.kind] = None
         yield from layout.entries
-        gathered.notices += layout.notices
+        builder.notices += layout.notices
 
 
 def expand_braces(text: str, commas: bool = True) -> list[str]:
@@ -172,16 +172,17 @@ def expand_braces(text: str, commas: bool = True) -> list[str]:
     return [text]
 
 
-def captioned(annotations: Annotations, path: Path) -> Annotations:
+def keep_captioned(annotations: Annotations, path: Path) -> Annotations:
     """The images that have a caption, for training."""
     without = [record for record in annotations.records if not record.captions]
     if not without:
         return annotations
     if len(without) == len(annotations.records):
-        raise UserError(
+        reason = (
             f"{path}: no image has a caption ({len(without)} images; keys and columns that are read: "
             f"{', '.join(CAPTION_KEYS)}, with an s or a number too)"
         )
+        raise UserError("; ".join([reason, *annotations.notices]))
     kept = [number for number, record in enumerate(annotations.records) if record.captions]
     moved = {number: place for place, number in enumerate(kept)}
     notice = f"{len(without)} images without a caption left out; the first: {without[0].image}"

@@ -1,6 +1,6 @@
 """Datasets by name, and the samples that they give."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,29 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blipds.config.run import Config, DatasetConfig, ImageProcessorConfig
-from blipds.data.annotations import Annotations, ImageSource, Record, annotations_of, read_annotations
-from blipds.data.images import ImageBatch, ImageReader, PixelReader
+from blipds.data.annotations import (
+    Annotations,
+    ImageFile,
+    ImageSource,
+    Record,
+    annotations_of,
+    read_annotations,
+)
+from blipds.data.images import EmbedStore
 from blipds.data.processors import ImageProcessor
 from blipds.data.shapes import make_scenes
 from blipds.errors import UserError, nearest
 from blipds.registry import DATASETS, PROCESSORS
+
+PROBED = 100  # images that are there and cannot be read, before a split is given up
+SHOWN = 3  # of them, in the error
 
 
 @dataclass(frozen=True)
 class Sample:
     """The image `name` with the captions that share its encoding; `error` says why it could not be read.
 
-    `image` is what the dataset's reader gives: uint8 pixels (3, H, W), or features (tokens, width).
+    `image`: uint8 pixels (3, H, W), or features (tokens, width) where the dataset has them.
     """
 
     image: Tensor | None
@@ -52,7 +62,7 @@ class CaptionDataset(Dataset[Sample]):
         self.records = annotations.records
         self.notices = annotations.notices
         self.image_processor = image_processor
-        self.reader: ImageReader = PixelReader(self.records, image_processor)
+        self.features: EmbedStore | None = None  # of a frozen encoder, in the place of pixels
         self.text_processor = text_processor
         self.groups: list[tuple[int, tuple[int, ...]]]  # (record, its captions)
         if not training:
@@ -82,11 +92,10 @@ class CaptionDataset(Dataset[Sample]):
 
     def image(self, record: int, seed: int = 0) -> tuple[Tensor | None, str | None]:
         """The image of a record, or a line that says why it cannot be read."""
-        return read_image(lambda: self.reader.read(record), self.records[record].image, seed)
-
-    def image_batch(self, images: Sequence[Tensor | None]) -> ImageBatch:
-        """Images of this dataset, stacked; None becomes a blank."""
-        return self.reader.batch(images)
+        source = self.records[record].image
+        if (features := self.features) is not None:
+            return read_image(lambda: features.read(record), source, seed)
+        return read_image(lambda: self.image_processor(source.open(self.image_processor.shrink)), source, seed)
 
 
 def caption_groups(record: Record, captions_per_image: int | str) -> list[tuple[int, ...]]:
@@ -113,8 +122,35 @@ def build_dataset(name: str, config: Config, split: str, training: bool) -> Capt
     if not annotations.records:
         raise UserError(f"datasets.{name}: split '{split}' holds no image")
     limited = annotations.limited(config.run.limit_train if training else config.run.limit_val)
+    check_readable(limited, f"datasets.{name}: split '{split}'")
     processors = build_processors(dataset, config, training)
     return CaptionDataset(name, limited, *processors, dataset.captions_per_image, training)
+
+
+def check_readable(annotations: Annotations, place: str) -> None:
+    """UserError where no image can be read: no file is there, or none of the first `PROBED` that are there opens.
+
+    The first that opens ends the search, so that a million images cost no more than one.
+    """
+    errors: list[str] = []
+    tried = 0
+    for record in annotations.records:
+        image = record.image
+        if isinstance(image, ImageFile) and not image.path.exists():
+            error = f"{image}: no such file"
+        else:
+            try:
+                image.open()
+                return
+            except OSError as unreadable:
+                error = str(unreadable)
+                tried += 1
+        if len(errors) < SHOWN:
+            errors.append(error)
+        if tried == PROBED:
+            break
+    which = f"its {len(annotations.records):,} images" if tried < PROBED else f"the first {PROBED} images"
+    raise UserError(f"{place}: none of {which} can be read: {'; '.join([*errors, *annotations.notices])}")
 
 
 def build_processors(
@@ -160,7 +196,7 @@ def build_image_processor(config: ImageProcessorConfig, image_size: int) -> Imag
 @DATASETS.register("flickr30k_caption")
 @DATASETS.register("nocaps")
 @DATASETS.register("custom_caption")
-def annotated(dataset: DatasetConfig, config: Config, split: str, training: bool) -> Annotations:
+def annotation_files(dataset: DatasetConfig, config: Config, split: str, training: bool) -> Annotations:
     """Datasets of files in any layout that blipds/data/layouts.py knows."""
     splits = dataset.build_info.annotations
     if split not in splits or not splits[split].storage:

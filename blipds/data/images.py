@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import overload
 
 import numpy as np
 import torch
@@ -16,15 +16,6 @@ from torch import Tensor
 from blipds.data.annotations import ImageFile, Record, ShardImage
 from blipds.data.processors import ImageProcessor
 from blipds.errors import UserError
-
-
-class ImageBatch(Protocol):
-    """The images of a batch, on their way to the device."""
-
-    def model_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The argument of `BlipCaption.forward` and `generate` that they are."""
-
-    def pin_memory(self) -> "ImageBatch": ...
 
 
 @dataclass
@@ -43,6 +34,7 @@ class Images:
         return pixels.sub_(mean).div_(std).to(dtype)
 
     def model_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The model's argument that they are."""
         return {"pixel_values": self.to(device, dtype)}
 
     def pin_memory(self) -> "Images":
@@ -62,35 +54,26 @@ class ImageEmbeds:
         return ImageEmbeds(self.embeds.pin_memory())
 
 
-class ImageReader(Protocol):
-    """Where a dataset has its images from."""
+@overload
+def stack(images: Sequence[Tensor | None], processor: ImageProcessor) -> Images: ...
+@overload
+def stack(
+    images: Sequence[Tensor | None], processor: ImageProcessor, features: "EmbedStore | None"
+) -> Images | ImageEmbeds: ...
+def stack(
+    images: Sequence[Tensor | None], processor: ImageProcessor, features: "EmbedStore | None" = None
+) -> Images | ImageEmbeds:
+    """Images of a dataset as one batch; None becomes zeros.
 
-    def read(self, index: int) -> Tensor:
-        """Image number `index` of the dataset. Raises OSError where it cannot be read."""
-
-    def batch(self, images: Sequence[Tensor | None]) -> ImageBatch:
-        """What `read` gave, stacked; None becomes zeros."""
-
-
-class PixelReader:
-    """Opens the image files; `processor` draws from torch's global generator."""
-
-    def __init__(self, records: Sequence[Record], processor: ImageProcessor) -> None:
-        self.records = records
-        self.processor = processor
-
-    def read(self, index: int) -> Tensor:
-        return self.processor(self.records[index].image.open(self.processor.shrink))
-
-    def batch(self, images: Sequence[Tensor | None]) -> Images:
-        blank = torch.zeros(3, self.processor.image_size, self.processor.image_size, dtype=torch.uint8)
-        return stack_pixels([blank if image is None else image for image in images], self.processor)
-
-
-def stack_pixels(images: Sequence[Tensor], processor: ImageProcessor) -> Images:
-    """Images (3, H, W) of one processor together; of none, (0, 3, H, W)."""
-    empty = torch.zeros(0, 3, processor.image_size, processor.image_size, dtype=torch.uint8)
-    return Images(torch.stack(list(images)) if images else empty, processor.mean, processor.std)
+    They are what `processor` gives, uint8 (3, H, W), or where there are `features`, rows (tokens, width) of these.
+    """
+    if features is not None:
+        blank = torch.zeros(features.tokens, features.width, dtype=torch.bfloat16)
+    else:
+        blank = torch.zeros(3, processor.image_size, processor.image_size, dtype=torch.uint8)
+    found = [blank if image is None else image for image in images]
+    stacked = torch.stack(found) if found else blank.new_zeros(0, *blank.shape)
+    return Images(stacked, processor.mean, processor.std) if features is None else ImageEmbeds(stacked)
 
 
 class EmbedStore:
@@ -164,10 +147,6 @@ class EmbedStore:
         if not self.done[index]:
             raise OSError("no features are stored: the image could not be read when they were computed")
         return torch.from_numpy(np.array(self.rows[index])).view(torch.bfloat16)
-
-    def batch(self, images: Sequence[Tensor | None]) -> ImageEmbeds:
-        blank = torch.zeros(self.tokens, self.width, dtype=torch.bfloat16)
-        return ImageEmbeds(torch.stack([blank if image is None else image for image in images]))
 
 
 def embeds_key(encoder: str, records: Sequence[Record], processor: ImageProcessor) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from blipds.data.annotations import Annotations, Record, same_id
+from blipds.data.caption_checks import spelling
 from blipds.data.processors import BlipCaptionProcessor
 from blipds.data.sources import ImageFile, ImageSource
 from blipds.data.tokenizer import CaptionTokenizer
@@ -33,14 +34,17 @@ class Picture:
 @dataclass
 class Findings:
     """One split. `lengths`: tokens of each caption as training sees it, without the prompt; `unknown`: words with an
-    [UNK] in them, and how often; `words`: how many words there are in all."""
+    [UNK] in them, and how often; `words`: how many there are in all; `cut_by_words`: captions that `max_words` cuts."""
 
     name: str
     annotations: Annotations
     pictures: list[Picture]
+    max_words: int
     lengths: list[int] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
     words: int = 0
+    cut_by_words: int = 0
+    spelling: str = ""
 
     @property
     def readable(self) -> list[Record]:
@@ -51,9 +55,12 @@ class Findings:
 def inspect(name: str, annotations: Annotations, tokenizer: CaptionTokenizer, max_words: int, workers: int) -> Findings:
     """Opens every image, in `workers` processes, and tokenizes every caption."""
     pictures = look_at_all([record.image for record in annotations.records], name, workers)
-    findings = Findings(name, annotations, pictures)
-    clean = BlipCaptionProcessor(max_words=max_words).clean
-    captions = [clean(caption) for record in annotations.records for caption in record.captions]
+    findings = Findings(name, annotations, pictures, max_words)
+    processor = BlipCaptionProcessor(max_words=max_words)
+    written = [caption for record in annotations.records for caption in record.captions]
+    findings.cut_by_words = sum(len(processor.words(caption)) > max_words for caption in written)
+    findings.spelling = spelling(written, tokenizer).line()
+    captions = [processor.clean(caption) for caption in written]
     tokens = tokenizer.tokenizer(captions, add_special_tokens=False)["input_ids"] if captions else []
     findings.lengths = [len(ids) for ids in tokens]
     counts = Counter(word for caption in captions for word in caption.split())
@@ -125,10 +132,12 @@ def describe(findings: Findings, tokenizer: CaptionTokenizer, max_len: int) -> l
         cut = sum(prompt + length + 1 > longest for length in findings.lengths)
         beyond = sum(prompt + length > max_len for length in findings.lengths)
         lines += [
-            f"  cut         {share(cut, len(findings.lengths))} of the captions, at model.max_txt_len={longest}",
+            f"  cut         {share(cut, len(findings.lengths))} of the captions, at model.max_txt_len={longest}; "
+            f"{share(findings.cut_by_words, len(findings.lengths))}, at max_words={findings.max_words}",
             f"  long        {share(beyond, len(findings.lengths))} have more tokens than run.max_len={max_len} allows",
             f"  vocabulary  {share(sum(findings.unknown.values()), findings.words)} of {findings.words:,} words are "
             f"[UNK]{unknown_words(findings)}",
+            f"  spelling    {findings.spelling}",
         ]
     return lines
 

@@ -8,7 +8,7 @@
 | JSON Lines | the same objects, one a line |
 | table | CSV, TSV or Flickr30k's `image_name| comment_number| comment`, with column names |
 | tokens | `name.jpg#0<TAB>caption`: Flickr8k.token.txt and the like |
-| image folder | images with a `.txt` beside each, a caption a line |
+| image folder | images with a `.txt` or `.caption` beside each, a caption a line |
 | metadata folder | images with a metadata.jsonl or metadata.csv, as the Hugging Face hub keeps them |
 | shards | WebDataset's tar files |
 """
@@ -19,14 +19,15 @@ import json
 import os
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from blipds.data.shards import Sample, shard_index
-from blipds.data.sources import ImageSource, ShardImage, files_below, is_hidden, is_image
+from blipds.data.shards import TEXTS, ShardSample, shard_index
+from blipds.data.sources import ImageFolder, ImageSource, ShardImage, files_in, is_image, passed_over, unread_suffix
 from blipds.errors import UserError
 
 KINDS = (
@@ -44,7 +45,8 @@ SPLITS = {  # and the other names they go by: in the literature (restval), and o
     "test": ("testing", "eval", "evaluation"),
 }
 CANONICAL = {name: split for split, names in SPLITS.items() for name in (split, *names)}
-COCO_NUMBER = re.compile(r"_(\d{12})$")  # COCO_val2014_000000391895
+# COCO_val2014_000000391895, val2017/000000001000; twelve digits below another folder may be anybody's
+COCO_NUMBER = re.compile(r"(?:^|_|(?:^|/)(?:train|val|test)20\d\d/)(\d{12})$")
 TOKEN_LINE = re.compile(r"([^\t#]+)#\d+\t(.*)")
 DELIMITERS = "\t|,;"
 
@@ -103,33 +105,50 @@ def read_layout(
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise unclear(path, f"it is no text in UTF-8: {error}") from error
-    return read_text(path, text, image_root if image_root is not None else path.parent)
+    folder = ImageFolder(image_root if image_root is not None else path.parent)
+    kind, entries = recognise(path, text, folder)
+    notices = []
+    return Layout(kind, then_note(entries, folder, notices), notices)
 
 
-def read_text(path: Path, text: str, image_root: Path) -> Layout:
-    start = re.match(r"\s*(\S?)", text)
-    assert start is not None
-    if start[1] == "":
+def then_note(entries: Iterator[Entry], folder: ImageFolder, notices: list[str]) -> Iterator[Entry]:
+    yield from entries
+    notices += folder.notices()
+
+
+def recognise(path: Path, text: str, folder: ImageFolder) -> tuple[str, Iterator[Entry]]:
+    """The kind of an annotation file, and its entries."""
+    start = text.lstrip()
+    if not start:
         raise unclear(path, "it is empty")
-    if start[1] == "[":
+    if start[0] == "[":
         rows = parse(text, path)
         if not rows:
             raise unclear(path, "an empty list")
-        return Layout("list", row_entries(enumerate(rows), path, image_root, "entry"))
-    if start[1] == "{":
-        first_line = text[start.start(1) :].partition("\n")
-        if first_line[2].lstrip().startswith("{") and first_line[0].rstrip().endswith("}"):
-            return Layout("JSON Lines", row_entries(json_lines(text, path), path, image_root, "line"))
+        return "list", row_entries(enumerate(rows), path, folder, "entry")
+    if start[0] == "{":
+        first_line, _, rest = start.partition("\n")
+        if rest.lstrip().startswith("{") and first_line.rstrip().endswith("}"):
+            return "JSON Lines", row_entries(json_lines(text, path), path, folder, "line")
         content = parse(text, path)
         images = content.get("images")
         if isinstance(images, list) and images and isinstance(images[0], dict):
             if "sentences" in images[0]:
-                return Layout("Karpathy", karpathy_entries(content, path, image_root))
-            return Layout("COCO", coco_entries(content, path, image_root))
+                return "Karpathy", karpathy_entries(content, path, folder)
+            return "COCO", coco_entries(content, path, folder)
         if any(key in content for key in IMAGE_KEYS):  # a single line
-            return Layout("JSON Lines", row_entries([(1, content)], path, image_root, "line"))
+            return "JSON Lines", row_entries([(1, content)], path, folder, "line")
         raise unclear(path, f"an object with {', '.join(map(repr, list(content)[:5])) or 'nothing in it'}")
-    return read_table(path, text, image_root)
+    first = start.partition("\n")[0]
+    if TOKEN_LINE.match(first):
+        return "tokens", row_entries(token_rows(text, path), path, folder, "line")
+    for delimiter in DELIMITERS:
+        cells = [cell.strip().strip('"') for cell in first.split(delimiter)]
+        named = any(cell.lower() in IMAGE_KEYS for cell in cells)
+        if named or (len(cells) > 1 and is_image(cells[0])):
+            rows = table_rows(text, path, delimiter, None if named else ["image", "caption"])
+            return "table", row_entries(rows, path, folder, "line")
+    raise unclear(path, f"its first line {first[:60]!r} names no column {', '.join(IMAGE_KEYS)}")
 
 
 def unclear(path: Path, reason: str) -> UserError:
@@ -147,9 +166,8 @@ def parse(text: str, path: Path, line: int | None = None) -> Any:
 # --- objects and rows: lists, JSON Lines, tables ---------------------------------------------------------------------
 
 
-def row_entries(rows: Iterable[tuple[int, Any]], path: Path, image_root: Path, unit: str) -> Iterator[Entry]:
+def row_entries(rows: Iterable[tuple[int, Any]], path: Path, folder: ImageFolder, unit: str) -> Iterator[Entry]:
     """Entries of (number, mapping) pairs; a message calls the number that of an entry or of a line (`unit`)."""
-    source = files_below(image_root)
     for number, row in rows:
         place = f"{path}, {unit} {number}"
         name = None
@@ -158,7 +176,7 @@ def row_entries(rows: Iterable[tuple[int, Any]], path: Path, image_root: Path, u
         if not isinstance(name, str) or not name:
             raise UserError(f"{place}: expected an object with 'image', a file name; got {str(row)[:80]}")
         captions, image_id = captions_of(row, f"{place} ({name})"), id_of(row, name, f"{place} ({name})")
-        yield Entry(source(name), image_id, captions, place)
+        yield Entry(folder(name), image_id, captions, place)
 
 
 def captions_of(row: dict[str, Any], place: str) -> list[str]:
@@ -207,21 +225,6 @@ def json_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             yield number, parse(line, path, number)
 
 
-def read_table(path: Path, text: str, image_root: Path) -> Layout:
-    """A delimiter and column names are taken from the first line; two columns without names are image and caption."""
-    first = next(line for line in text.split("\n") if line.strip())
-    if TOKEN_LINE.match(first):
-        return Layout("tokens", row_entries(token_rows(text, path), path, image_root, "line"))
-    for delimiter in DELIMITERS:
-        cells = [cell.strip().strip('"') for cell in first.split(delimiter)]
-        names = [cell.lower() for cell in cells]
-        named = any(key in names for key in IMAGE_KEYS)
-        if named or (len(cells) > 1 and is_image(cells[0])):
-            rows = table_rows(text, path, delimiter, None if named else ["image", "caption"])
-            return Layout("table", row_entries(rows, path, image_root, "line"))
-    raise unclear(path, f"its first line {first[:60]!r} names no column {', '.join(IMAGE_KEYS)}")
-
-
 def token_rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -234,8 +237,8 @@ def token_rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 def table_rows(text: str, path: Path, delimiter: str, names: list[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows by column name. Quotes mean something only between commas and semicolons: elsewhere they are a caption's.
 
-    A row that is too short has no caption (Flickr30k's results.csv has one); in one that is too long the delimiter
-    belongs to the last column.
+    In a row that is too long the delimiter belongs to the caption; one that is too short has no caption (Flickr30k's
+    results.csv has one).
     """
     lines = io.StringIO(text, newline="")
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if delimiter in ",;" else csv.QUOTE_NONE
@@ -246,11 +249,11 @@ def table_rows(text: str, path: Path, delimiter: str, names: list[str] | None) -
                 continue
             if names is None:
                 names = [cell.strip().lower() for cell in cells]
+                while not names[-1]:  # a spreadsheet's empty columns
+                    names.pop()
                 continue
-            cells += [""] * (len(names) - len(cells))
-            last = delimiter.join(cells[len(names) - 1 :])
-            values = (cell.strip() for cell in (*cells[: len(names) - 1], last))
-            row: dict[str, Any] = dict(zip(names, values, strict=True))
+            fitted = fit_cells(cells, names, delimiter, f"{path}, line {reader.line_num}")
+            row: dict[str, Any] = dict(zip(names, fitted, strict=True))
             for key in ID_KEYS:
                 if re.fullmatch(r"0|[1-9]\d{0,17}", row.get(key) or "", re.ASCII):
                     row[key] = int(row[key])
@@ -259,22 +262,37 @@ def table_rows(text: str, path: Path, delimiter: str, names: list[str] | None) -
         raise UserError(f"{path}, line {reader.line_num}: {error}") from error
 
 
+def fit_cells(cells: list[str], names: list[str], delimiter: str, place: str) -> list[str]:
+    """A cell for each column. UserError where it cannot be told which column a cell belongs to."""
+    while len(cells) > len(names) and not cells[-1].strip():
+        del cells[-1]
+    extra = max(len(cells) - len(names), 0)
+    captions = caption_keys(tuple(names))
+    at = names.index(captions[0]) if captions else 0
+    joined = [*cells[:at], delimiter.join(cells[at : at + extra + 1]), *cells[at + extra + 1 :]]
+    fitted = [cell.strip() for cell in joined] + [""] * (len(names) - len(joined))
+    named = any(is_image(cell) for cell, name in zip(fitted, names, strict=True) if name in IMAGE_KEYS)
+    if extra and (len(captions) != 1 or (not named and any(map(is_image, cells)))):
+        columns = ", ".join(names)
+        raise UserError(f"{place}: {len(cells)} cells for the {len(names)} columns {columns}: put captions in quotes")
+    return fitted
+
+
 # --- COCO and Karpathy -----------------------------------------------------------------------------------------------
 
 
-def coco_entries(content: dict[str, Any], path: Path, image_root: Path) -> Iterator[Entry]:
-    """Every image first, so that images keep their order; then the captions, in theirs."""
-    source = files_below(image_root)
-    images: dict[str | int, ImageSource] = {}
+def coco_entries(content: dict[str, Any], path: Path, folder: ImageFolder) -> Iterator[Entry]:
+    """Every image first, so that images keep their order; then the captions, in theirs. 7 and "7" are one id."""
+    images: dict[str, Entry] = {}
     for number, image in enumerate(content["images"]):
         place = f"{path}, image {number}"
         image_id, name = (image.get("id"), image.get("file_name")) if isinstance(image, dict) else (None, None)
         if not isinstance(name, str) or not name or not isinstance(image_id, str | int):
             raise UserError(f"{place}: expected an object with 'id' and 'file_name'; got {str(image)[:80]}")
-        if image_id in images:
-            raise UserError(f"{place}: the id {image_id!r} is that of {images[image_id]} too")
-        images[image_id] = source(name)
-        yield Entry(images[image_id], image_id, [], place)
+        if str(image_id) in images:
+            raise UserError(f"{place}: the id {image_id!r} is that of {images[str(image_id)].source} too")
+        images[str(image_id)] = Entry(folder(name), image_id, [], place)
+        yield images[str(image_id)]
     annotations = content.get("annotations", [])
     if not isinstance(annotations, list):
         raise UserError(f"{path}: 'annotations' is no list")
@@ -283,15 +301,14 @@ def coco_entries(content: dict[str, Any], path: Path, image_root: Path) -> Itera
         if not isinstance(annotation, dict) or not isinstance(annotation.get("caption"), str):
             hint = " (captions_*.json is meant, not instances_*.json)" if "bbox" in annotation else ""
             raise UserError(f"{place}: expected 'image_id' and 'caption'; got {str(annotation)[:80]}{hint}")
-        image_id = annotation.get("image_id")
-        if not isinstance(image_id, str | int) or image_id not in images:
-            raise UserError(f"{place}: no image has the id {image_id!r}")
-        yield Entry(images[image_id], image_id, [annotation["caption"]], place)
+        found = images.get(str(annotation.get("image_id")))
+        if found is None:
+            raise UserError(f"{place}: no image has the id {annotation.get('image_id')!r}")
+        yield Entry(found.source, found.image_id, [annotation["caption"]], place)
 
 
-def karpathy_entries(content: dict[str, Any], path: Path, image_root: Path) -> Iterator[Entry]:
+def karpathy_entries(content: dict[str, Any], path: Path, folder: ImageFolder) -> Iterator[Entry]:
     """Image ids are COCO's where there are any; `imgid` is a mere position in the file."""
-    source = files_below(image_root)
     for number, image in enumerate(content["images"]):
         place = f"{path}, image {number}"
         try:
@@ -304,7 +321,7 @@ def karpathy_entries(content: dict[str, Any], path: Path, image_root: Path) -> I
             name = split = image_id = None
         if not all(isinstance(text, str) for text in (name, split, *captions)) or not isinstance(image_id, str | int):
             raise UserError(f"{place}: expected 'filename', 'split', 'sentences' with 'raw'; got {str(image)[:80]}")
-        yield Entry(source(name), image_id, captions, place, canonical_split(split))
+        yield Entry(folder(name), image_id, captions, place, canonical_split(split))
 
 
 # --- folders and shards ----------------------------------------------------------------------------------------------
@@ -320,31 +337,18 @@ def read_folder(folder: Path, split: str | None, index_cache: Path | None) -> La
     metadata = [name for name in names if PurePosixPath(name).name in METADATA]
     shards = [name for name in names if name.endswith(".tar")]
     images = [name for name in names if is_image(name)]
-    notices: list[str] = []
+    notices = passed_over(Counter(suffix for name in names if (suffix := unread_suffix(name))))
     if metadata:
         entries = metadata_entries(folder, metadata, images, split_of, notices)
         return Layout("metadata folder", entries, notices)
     if images and not shards:
-        return Layout("image folder", image_entries(folder, images, set(names), split_of, notices), notices)
+        return Layout("image folder", image_entries(folder, names, split_of, notices), notices)
     if shards and not images:
         return Layout("shards", all_shards(folder, shards, split_of, index_cache, notices), notices)
     files = [name for name in names if name.endswith((".json", ".jsonl", ".csv", ".tsv"))]
     reason = "a folder with images and tar files" if images else "a folder without images, metadata or tar files"
-    raise unclear(folder, f"{reason}{f'; it holds {files[0]}: give that file' if files else ''}")
-
-
-def files_in(folder: Path) -> list[str]:
-    """Names below a folder, in order, links followed but not in circles; hidden ones left out."""
-    names: list[str] = []
-    seen = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        folders[:] = [] if real in seen else sorted(folders)
-        if real not in seen:
-            below = os.path.relpath(here, folder)
-            names += [name if below == "." else f"{below}/{name}" for name in files]
-        seen.add(real)
-    return sorted(name for name in names if not is_hidden(name))
+    held = [f"it holds {files[0]}: give that file"] if files else []
+    raise unclear(folder, "; ".join([reason, *held, *notices]))
 
 
 def folder_splits(names: Sequence[str]) -> dict[str, str]:
@@ -356,19 +360,32 @@ def folder_splits(names: Sequence[str]) -> dict[str, str]:
     return {name: canonical_split(name) for name in top}
 
 
-def image_entries(
-    folder: Path, images: list[str], names: set[str], split_of: dict[str, str], notices: list[str]
-) -> Iterator[Entry]:
-    source = files_below(folder)
+def image_entries(folder: Path, names: list[str], split_of: dict[str, str], notices: list[str]) -> Iterator[Entry]:
+    """The captions of a.jpg are in a.txt, else in a.jpg.txt, a.caption (kohya's tools write it) or a.jpg.caption."""
+    source = ImageFolder(folder)
+    images = [name for name in names if is_image(name)]
+    others = {}
+    for name in set(names).difference(images):
+        stem, suffix = os.path.splitext(name)  # noqa: PTH122
+        others[stem + suffix.lower()] = name
+    lonely = False
     for image in images:
-        sidecar = os.path.splitext(image)[0] + ".txt"  # noqa: PTH122
+        stem = os.path.splitext(image)[0]  # noqa: PTH122
+        sidecar = next((s for suffix in TEXTS for s in (stem + suffix, image + suffix) if s in others), None)
         captions: list[str] = []
-        if sidecar in names:
+        if sidecar is None:
+            lonely = True
+        else:
+            path = folder / others.pop(sidecar)
             try:
-                captions = (folder / sidecar).read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+                captions = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
             except (OSError, UnicodeDecodeError) as error:
-                notices.append(f"{folder / sidecar} cannot be read: {error}")
+                notices.append(f"{path} cannot be read: {error}")
         yield Entry(source(image), default_id(image), captions, f"{folder / image}", split_of.get(image.split("/")[0]))
+    unread = Counter(os.path.splitext(name)[1] for name in others)  # noqa: PTH122
+    if unread and (lonely or any(suffix in unread for suffix in TEXTS)):
+        counts = ", ".join(f"{suffix or 'without a suffix'} ({count:,})" for suffix, count in sorted(unread.items()))
+        notices.append(f"{folder}: other files, which are not read: {counts}; an image's captions are in one file")
 
 
 def metadata_entries(
@@ -379,10 +396,12 @@ def metadata_entries(
     root = os.path.abspath(folder)  # noqa: PTH100
     for file in files:
         path = folder / file
-        for entry in read_layout(path, path.parent).entries:
+        layout = read_layout(path, path.parent)
+        for entry in layout.entries:
             below = os.path.relpath(str(entry.source), root)
             named.add(below)
             yield Entry(entry.source, entry.image_id, entry.captions, entry.place, split_of.get(below.split("/")[0]))
+        notices += layout.notices
     if unnamed := [image for image in images if image not in named]:
         notices.append(f"{folder}: {len(unnamed)} images are in no metadata file; the first is {unnamed[0]}")
 
@@ -398,14 +417,13 @@ def shard_entries(shard: Path, split: str | None, index_cache: Path | None, noti
     index = shard_index(shard, index_cache)
     notices += index.notices
     for sample in index.samples:
-        assert sample.image is not None
         source = ShardImage(str(shard), sample.image, sample.offset, sample.size)
         captions, image_id = sample_captions(sample, str(source))
         yield Entry(source, image_id, captions, str(source), split)
 
 
-def sample_captions(sample: Sample, place: str) -> tuple[list[str], str | int]:
+def sample_captions(sample: ShardSample, place: str) -> tuple[list[str], str | int]:
     """The captions of the .txt, a line each, before those of the .json, which often says the same again."""
     row = sample.json if isinstance(sample.json, dict) else {}
     captions = captions_of(row, place) if sample.text is None else sample.text.rstrip("\n").split("\n")
-    return captions, id_of(row, sample.image or sample.key, place)
+    return captions, id_of(row, sample.image, place)

@@ -1,7 +1,7 @@
 """Batches: which samples, in which order, on which rank, and as which tensors."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from blipds.data.caption_rows import CaptionRows, caption_rows
 from blipds.data.datasets import CaptionDataset, Sample
-from blipds.data.images import ImageBatch
+from blipds.data.images import EmbedStore, ImageEmbeds, Images, stack
+from blipds.data.processors import ImageProcessor
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
 from blipds.signals import leave_signals_alone
@@ -26,7 +27,7 @@ class Batch:
     be read (`errors`). `num_images` and `num_captions` do not count them.
     """
 
-    images: ImageBatch
+    images: Images | ImageEmbeds
     captions: CaptionRows
     num_images: int
     num_captions: int
@@ -45,24 +46,32 @@ class Batch:
 class EvalBatch:
     """Images to caption and their indices in the dataset; unreadable ones are only in `errors`."""
 
-    images: ImageBatch
+    images: Images | ImageEmbeds
     indices: list[int]
     errors: list[str]
+
+
+class SampleSource(Protocol):
+    """What gives samples, each from a seed of its own: pixels of `image_processor`, or `features`."""
+
+    @property
+    def image_processor(self) -> ImageProcessor: ...
+    @property
+    def features(self) -> EmbedStore | None: ...
+    def sample(self, which: Any, seed: int) -> Sample: ...
 
 
 class Collator:
     """Makes a Batch from samples; runs in the worker, so that tokenizing and label-making cost the step nothing."""
 
-    def __init__(
-        self, tokenizer: CaptionTokenizer, image_batch: Callable[[Sequence[Tensor | None]], ImageBatch]
-    ) -> None:
+    def __init__(self, tokenizer: CaptionTokenizer, dataset: SampleSource) -> None:
         self.tokenizer = tokenizer
-        self.image_batch = image_batch
+        self.dataset = dataset  # any one of those that the samples come from
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         captions = [[self.tokenizer.encode(caption) for caption in sample.captions] for sample in samples]
         return Batch(
-            images=self.image_batch([sample.image for sample in samples]),
+            images=stack([sample.image for sample in samples], self.dataset.image_processor, self.dataset.features),
             captions=caption_rows(captions, self.tokenizer.prompt_ids, self.tokenizer.pad_token_id),
             num_images=sum(sample.image is not None for sample in samples),
             num_captions=sum(map(len, captions)),
@@ -121,16 +130,10 @@ class EpochOrder:
         return [(*pairs[i], derive_seed(self.seed, epoch, *pairs[i])) for i in order]
 
 
-class Samples(Protocol):
-    """What gives samples, each from a seed of its own."""
-
-    def sample(self, which: Any, seed: int) -> Sample: ...
-
-
-class _Keyed(Dataset[Sample]):
+class KeyedSamples(Dataset[Sample]):
     """Several datasets as one, addressed by key; None is a filler."""
 
-    def __init__(self, datasets: Sequence[Samples]) -> None:
+    def __init__(self, datasets: Sequence[SampleSource]) -> None:
         self.datasets = datasets
 
     def __getitem__(self, key: Key | None) -> Sample:
@@ -204,11 +207,11 @@ class TrainLoader:
     """
 
     def __init__(
-        self, datasets: Sequence[Samples], batches: RankBatches, collator: Collator, *, num_workers: int
+        self, datasets: Sequence[SampleSource], batches: RankBatches, collator: Collator, *, num_workers: int
     ) -> None:
         self.batches = batches
         self.loader = DataLoader(
-            _Keyed(datasets),
+            KeyedSamples(datasets),
             batch_sampler=batches,
             collate_fn=collator,
             num_workers=num_workers,
@@ -260,7 +263,7 @@ def epoch_loader(
             raise UserError(f"datasets.{dataset.name}: mean and std differ from those of {datasets[0].name}")
     order = EpochOrder([len(dataset) for dataset in datasets], ratios, seed, shuffle)
     batches = EpochBatches(order, share)
-    return TrainLoader(datasets, batches, Collator(tokenizer, datasets[0].image_batch), num_workers=num_workers)
+    return TrainLoader(datasets, batches, Collator(tokenizer, datasets[0]), num_workers=num_workers)
 
 
 class EvalLoader:
@@ -269,7 +272,7 @@ class EvalLoader:
     def __init__(self, dataset: CaptionDataset, records: Sequence[int], *, batch_size: int, num_workers: int) -> None:
         self.dataset = dataset
         self.loader = DataLoader(
-            _Images(dataset),
+            IndexedImages(dataset),
             batch_sampler=[list(records[i : i + batch_size]) for i in range(0, len(records), batch_size)],
             collate_fn=self.collate,
             num_workers=num_workers,
@@ -279,7 +282,8 @@ class EvalLoader:
 
     def collate(self, found: Sequence[tuple[int, Tensor | None, str | None]]) -> EvalBatch:
         readable = [(index, image) for index, image, _ in found if image is not None]
-        images = self.dataset.image_batch([image for _, image in readable] or [None])
+        given: list[Tensor | None] = [image for _, image in readable]
+        images = stack(given or [None], self.dataset.image_processor, self.dataset.features)
         errors = [error for _, _, error in found if error is not None]
         return EvalBatch(images, [index for index, _ in readable], errors)
 
@@ -290,7 +294,7 @@ class EvalLoader:
         return iter(self.loader)
 
 
-class _Images(Dataset[tuple[int, Tensor | None, str | None]]):
+class IndexedImages(Dataset[tuple[int, Tensor | None, str | None]]):
     def __init__(self, dataset: CaptionDataset) -> None:
         self.dataset = dataset
 

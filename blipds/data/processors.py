@@ -11,8 +11,9 @@ Random choices come from torch's global CPU generator and from nothing else: see
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import BinaryIO, ClassVar, Protocol
+from typing import Any, BinaryIO, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -37,7 +38,23 @@ CROP_RATIO = (3 / 4, 4 / 3)  # width / height, torchvision's default
 
 # What Pillow may decode: of its other formats, EPS starts Ghostscript on a stranger's program.
 Image.init()
-FORMATS = sorted({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"} & Image.OPEN.keys())
+with suppress(ImportError):  # optional: reads HEIC, the photographs of phones
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+FORMATS = sorted({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF"} & Image.OPEN.keys())
+
+PHOTOMETRIC, SAMPLE_FORMAT = 262, 339  # tags of TIFF
+ORIENTATION = 0x0112  # the EXIF tag, and what undoes each of its values
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # --- images: reading -------------------------------------------------------------------------------------------------
 
@@ -48,7 +65,7 @@ Shrink = Callable[[int, int], int]
 def load_image(path: str | os.PathLike[str], shrink: Shrink | None = None, data: BinaryIO | None = None) -> Image.Image:
     """Read an image file whole, upright (EXIF orientation) and as RGB; from `data`, where `path` is but its name.
 
-    Transparent pixels come out white, 16-bit greys are scaled to 8 bits (Pillow alone would clip them to white).
+    Transparent pixels come out white; greys of more than 8 bits are scaled by the range of their values (`grey_bytes`).
     `shrink(width, height)`: how many times smaller the image may come; a JPEG is then decoded at 1/2, 1/4 or 1/8, a
     fraction of the work. Raises OSError naming the file where it is missing, truncated or no image.
     """
@@ -56,25 +73,66 @@ def load_image(path: str | os.PathLike[str], shrink: Shrink | None = None, data:
         with Image.open(path if data is None else data, formats=FORMATS) as image:
             if shrink is not None and (factor := shrink(image.width, image.height)) > 1:
                 image.draft(None, (image.width // factor, image.height // factor))
+            encoding = str(image.tile[:1])
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return to_rgb(upright(image), encoding)
     except FileNotFoundError:
         raise
     except Exception as error:  # decoders raise anything on damaged bytes: SyntaxError, struct.error, zlib.error, ...
         raise OSError(f"cannot read the image {os.fspath(path)}: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its orientation tag says. No other tag is looked at: many a camera's cannot be decoded.
+
+    Pillow's exif_transpose writes all of the EXIF anew, and fails on such a tag.
+    """
+    try:
+        value: Any = image.getexif().get(ORIENTATION)
+    except Exception:  # damaged EXIF raises anything, and says nothing about the pixels
+        return image
+    method = UPRIGHT.get(value[0] if isinstance(value, tuple) and value else value)
+    return image if method is None else image.transpose(method)
+
+
+def to_rgb(image: Image.Image, encoding: str) -> Image.Image:
+    """`encoding`: how the file keeps its pixels, in Pillow's words."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        greys = np.asarray(image)
+        tags = getattr(image, "tag_v2", None)  # TIFF's: Pillow heeds these two in 8 bits alone
+        if tags and image.mode == "I" and tags.get(SAMPLE_FORMAT, (1,))[0] == 1:  # unsigned
+            greys = greys.view(np.uint32)
+        bright = grey_bytes(greys)
+        return Image.fromarray(255 - bright if tags and tags.get(PHOTOMETRIC) == 0 else bright).convert("RGB")
+    if ";16" in encoding and 0 < np.asarray(image.convert("RGB")).max() < 16:
+        raise ValueError("of its 16 bits a colour only the lower 12 are used, and Pillow reads the upper 8: scale them")
     if image.mode == "RGB" and "transparency" not in image.info:
         return image  # convert() would copy it
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def grey_bytes(values: np.ndarray) -> np.ndarray:
+    """Greys of any type (H, W) -> uint8, by the range of the values, which no file says.
+
+    From 0 to 1, or to 2^n - 1 where n is the least of 8, 10, 12, 14 and 16 bits that holds them all; what goes below 0
+    or beyond 16 bits is stretched from its lowest to its highest value. NaN is the lowest. A 16-bit picture whose
+    brightest point is below a quarter comes out up to four times brighter than it is meant.
+    """
+    greys = values.astype(np.float64)
+    known = greys[np.isfinite(greys)]
+    if known.size == 0:
+        raise ValueError("no pixel of it is a number")
+    low, high = known.min(), known.max()
+    if low < 0 or high >= 1 << 16:
+        top = high - low or 1.0
+    else:
+        bits = max(8, math.ceil(math.ceil(high).bit_length() / 2) * 2)
+        low, top = 0.0, 1 if high <= 1 else (1 << bits) - 1
+    return np.round((np.nan_to_num(greys, nan=low, posinf=high, neginf=low) - low) / top * 255).astype(np.uint8)
 
 
 def to_pixels(image: Image.Image) -> Tensor:
@@ -202,39 +260,7 @@ def draw_operations() -> list[tuple[Operation, int]]:
         operation = OPERATIONS[OPERATION_NAMES[_below(len(OPERATION_NAMES))]]
         if _uniform() < AUGMENTATION_PROBABILITY:
             drawn.append((operation, 1 if _uniform() < 0.5 else -1))
-    return [(operation, sign) for operation, sign in drawn if operation is not _identity]
-
-
-def _identity(image: Image.Image, sign: int) -> Image.Image:
-    return image
-
-
-def _auto_contrast(image: Image.Image, sign: int) -> Image.Image:
-    return ImageOps.autocontrast(image)
-
-
-def _equalize(image: Image.Image, sign: int) -> Image.Image:
-    return ImageOps.equalize(image)
-
-
-def _shear_x(image: Image.Image, sign: int) -> Image.Image:
-    return _warp(image, (1, sign * SHEAR, 0, 0, 1, 0))
-
-
-def _shear_y(image: Image.Image, sign: int) -> Image.Image:
-    return _warp(image, (1, 0, 0, sign * SHEAR, 1, 0))
-
-
-def _translate_x(image: Image.Image, sign: int) -> Image.Image:
-    return _moved(image, sign * TRANSLATE, 0)
-
-
-def _translate_y(image: Image.Image, sign: int) -> Image.Image:
-    return _moved(image, 0, sign * TRANSLATE)
-
-
-def _rotate(image: Image.Image, sign: int) -> Image.Image:
-    return image.rotate(sign * ROTATE, Image.Resampling.BILINEAR, fillcolor=FILL)
+    return [(operation, sign) for operation, sign in drawn if operation is not None]
 
 
 def _warp(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
@@ -249,18 +275,19 @@ def _moved(image: Image.Image, right: int, down: int) -> Image.Image:
     return canvas
 
 
-# name -> operation(image, sign); sign is +1 or -1 and gives the direction, where an operation has one.
-OPERATIONS: dict[str, Operation] = {
-    "Identity": _identity,
-    "AutoContrast": _auto_contrast,
-    "Equalize": _equalize,
-    "Brightness": _identity,  # M = 5 is an enhancement factor of exactly 1.0: nothing changes,
-    "Sharpness": _identity,  # but each still takes its tenth of the draws
-    "ShearX": _shear_x,
-    "ShearY": _shear_y,
-    "TranslateX": _translate_x,
-    "TranslateY": _translate_y,
-    "Rotate": _rotate,
+# name -> operation(image, sign); sign is +1 or -1 and gives the direction, where an operation has one. None changes
+# nothing, but still takes its tenth of the draws: M = 5 is an enhancement factor of exactly 1.0.
+OPERATIONS: dict[str, Operation | None] = {
+    "Identity": None,
+    "AutoContrast": lambda image, sign: ImageOps.autocontrast(image),
+    "Equalize": lambda image, sign: ImageOps.equalize(image),
+    "Brightness": None,
+    "Sharpness": None,
+    "ShearX": lambda image, sign: _warp(image, (1, sign * SHEAR, 0, 0, 1, 0)),
+    "ShearY": lambda image, sign: _warp(image, (1, 0, 0, sign * SHEAR, 1, 0)),
+    "TranslateX": lambda image, sign: _moved(image, sign * TRANSLATE, 0),
+    "TranslateY": lambda image, sign: _moved(image, 0, sign * TRANSLATE),
+    "Rotate": lambda image, sign: image.rotate(sign * ROTATE, Image.Resampling.BILINEAR, fillcolor=FILL),
 }
 OPERATION_NAMES = tuple(OPERATIONS)
 
@@ -283,8 +310,11 @@ class BlipCaptionProcessor:
 
     def clean(self, caption: str) -> str:
         """Lower case, some punctuation to spaces, single spaces, at most `max_words` words; commas and hyphens stay."""
-        words = caption.lower().translate(_PUNCTUATION_TO_SPACE).split()
-        return " ".join(words[: self.max_words])
+        return " ".join(self.words(caption)[: self.max_words])
+
+    def words(self, caption: str) -> list[str]:
+        """All of a caption's words, clean."""
+        return caption.lower().translate(_PUNCTUATION_TO_SPACE).split()
 
 
 # --- randomness ------------------------------------------------------------------------------------------------------

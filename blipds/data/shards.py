@@ -1,7 +1,8 @@
 """WebDataset's tar shards, indexed once, so that their images shuffle, split and resume exactly as files do.
 
 A shard holds for each sample a key: `000123.jpg` beside `000123.txt` (a caption a line) or `000123.json`. Nothing is
-ever extracted. Source of the layout: https://github.com/webdataset/webdataset
+ever extracted. Source of the layout: https://github.com/webdataset/webdataset. A key ends at the first dot there; here
+an image that has captions under its whole name (`2.edit.png` beside `2.edit.txt`) is a sample of its own, too.
 """
 
 import hashlib
@@ -9,36 +10,42 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from blipds.data.sources import is_hidden, is_image
+from blipds.data.sources import is_hidden, is_image, unread_suffix
 from blipds.errors import CONTROL, UserError
 
-KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # key and extension: at the first dot of the file name, as WebDataset
+KEY = re.compile(r"((?:.*/)?[^./]+)\.[^/]*")  # up to the first dot of the file name, as WebDataset
+TEXTS = (".txt", ".caption")  # a caption a line; the first goes before the other
 SIDECAR_BYTES = 1 << 20  # a longer text is no caption
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+
+LeftOut = Callable[[str, str], None]  # is told why a member is left out, and its name
 
 
 @dataclass
-class Sample:
-    """What belongs to one key; `image` is None until its member is met."""
+class ShardSample:
+    """The image and the captions of one name; `image` is the name of its member, "" where there is none."""
 
-    key: str
-    image: str | None = None
+    image: str = ""
     offset: int = 0
     size: int = 0
     text: str | None = None
     json: Any = None
+
+    @property
+    def has_captions(self) -> bool:
+        return self.text is not None or self.json is not None
 
 
 @dataclass
 class ShardIndex:
     """`notices` say what was left aside, a line each."""
 
-    samples: list[Sample]
+    samples: list[ShardSample]
     notices: list[str] = field(default_factory=list)
 
 
@@ -59,7 +66,7 @@ def shard_index(shard: Path, cache: Path | None) -> ShardIndex:
     try:
         content = json.loads(kept.read_text(encoding="utf-8"))
         if content["stamp"] == stamp:
-            return ShardIndex([Sample(**sample) for sample in content["samples"]], content["notices"])
+            return ShardIndex([ShardSample(**sample) for sample in content["samples"]], content["notices"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there yet, or damaged
     index = index_members(shard)
@@ -79,27 +86,35 @@ def keep(path: Path, text: str) -> None:
 
 
 def index_members(shard: Path) -> ShardIndex:
-    index = ShardIndex([])
-    samples: dict[str, Sample] = {}
+    keys: dict[str, dict[str, ShardSample]] = {}
     left_out: dict[str, list[str]] = {}
+
+    def note(reason: str, name: str) -> None:
+        left_out.setdefault(reason, []).append(name)
+
     try:
         with tarfile.open(shard, "r:") as tar:  # uncompressed: the members of a compressed one have no place
-            for member in members_of(tar):
-                if reason := why_left_out(member):
-                    left_out.setdefault(reason, []).append(member.name)
-                elif (found := KEY.fullmatch(member.name)) and not is_hidden(member.name):
-                    sample = samples.setdefault(found[1], Sample(found[1]))
-                    if reason := take_member(tar, member, found[2].lower(), sample):
-                        left_out.setdefault(reason, []).append(member.name)
+            for key, member in keyed_members(tar, note):
+                take_member(tar, member, keys.setdefault(key, {}), note)
             check_end(shard, tar)
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         raise UserError(f"shard {shard} is damaged or no tar file: {' '.join(str(error).split())}") from error
-    index.samples = [sample for sample in samples.values() if sample.image is not None]
+    found = [samples_of(key, names, note) for key, names in keys.items()]
+    index = ShardIndex([sample for samples in found for sample in samples])
     for reason, names in left_out.items():
         index.notices.append(f"{shard}: {len(names)} members left out, {reason}; the first is {names[0]!r}")
-    if lonely := len(samples) - len(index.samples):
+    if lonely := found.count([]):
         index.notices.append(f"{shard}: {lonely} keys have no image")
     return index
+
+
+def keyed_members(tar: tarfile.TarFile, left_out: LeftOut) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """(key, member) of what may be read."""
+    for member in members_of(tar):
+        if reason := why_left_out(member):
+            left_out(reason, member.name)
+        elif (found := KEY.fullmatch(member.name)) and not is_hidden(member.name):
+            yield found[1], member
 
 
 def members_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -123,26 +138,57 @@ def why_left_out(member: tarfile.TarInfo) -> str | None:
     return None
 
 
-def take_member(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, sample: Sample) -> str | None:
-    """Notes a member in its sample; why not, where it cannot be."""
+def take_member(
+    tar: tarfile.TarFile, member: tarfile.TarInfo, names: dict[str, ShardSample], left_out: LeftOut
+) -> None:
+    """Notes a member in the sample of its name; `names` are those of its key."""
+    name, extension = os.path.splitext(member.name)  # noqa: PTH122
+    extension = extension.lower()
     if is_image(member.name):
-        if sample.image is not None:
-            return "a second image under one key"
-        sample.image, sample.offset, sample.size = member.name, member.offset_data, member.size
-    elif extension in ("txt", "json"):
+        sample = names.setdefault(name, ShardSample())
+        if sample.image:
+            left_out("a second image under one key", member.name)
+        else:
+            sample.image, sample.offset, sample.size = member.name, member.offset_data, member.size
+    elif extension in TEXTS or extension == ".json":
         if member.size > SIDECAR_BYTES:
-            return f"texts longer than {SIDECAR_BYTES} bytes"
+            left_out(f"texts longer than {SIDECAR_BYTES} bytes", member.name)
+            return
         file = tar.extractfile(member)
         assert file is not None
+        sample = names.setdefault(name, ShardSample())
         try:
             text = file.read().decode("utf-8-sig")
-            if extension == "txt":
-                sample.text = text
-            else:
+            if extension == ".json":
                 sample.json = json.loads(text)
+            elif extension == TEXTS[0] or sample.text is None:
+                sample.text = text
         except (ValueError, RecursionError):
-            return "texts that are no UTF-8 or no JSON"
-    return None
+            left_out("texts that are no UTF-8 or no JSON", member.name)
+    elif suffix := unread_suffix(member.name):
+        left_out(f"images of a format that is not read ({suffix})", member.name)
+
+
+def samples_of(key: str, names: dict[str, ShardSample], left_out: LeftOut) -> list[ShardSample]:
+    """The samples of a key that have an image: its own, and those with captions under their whole name.
+
+    An image without such captions has those of `<image>.txt`, else the key's, which only one image can have.
+    """
+    whole = names.get(key, ShardSample())
+    free = not whole.image
+    samples = []
+    for name, sample in names.items():
+        if not sample.image:
+            continue
+        if not sample.has_captions:
+            other = names.get(sample.image, whole)
+            if other is whole and name != key and not free:
+                left_out("a second image under one key", sample.image)
+                continue
+            free = False
+            sample.text, sample.json = other.text, other.json
+        samples.append(sample)
+    return samples
 
 
 def check_end(shard: Path, tar: tarfile.TarFile) -> None:

@@ -2,22 +2,31 @@
 
 import io
 import os
-from collections.abc import Callable
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import unquote
 
 from PIL import Image
 
-from blipds.data.processors import Shrink, load_image
+from blipds.data.processors import FORMATS, Shrink, load_image
 from blipds.errors import CONTROL, UserError
 
-# by which the images of a folder and of a shard are known
+# by which the images of a folder and of a shard are known; those that need a format that this Pillow may lack
+OPTIONAL_SUFFIXES = {".avif": "AVIF", ".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF"}
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2"),
+    *(suffix for suffix, form in OPTIONAL_SUFFIXES.items() if form in FORMATS),
 }
+OTHER_IMAGES = {  # that people keep, and nothing here reads
+    *(".jxl", ".svg", ".psd", ".xcf", ".tga", ".ico", ".eps", ".exr", ".hdr", ".dcm", ".fits", ".raw"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
+    *OPTIONAL_SUFFIXES,
+} - SUFFIXES
 
 
 class ImageSource(Protocol):
@@ -61,12 +70,81 @@ class ShardImage:
         return f"{self.shard}/{self.member}"
 
 
-def files_below(folder: Path) -> Callable[[str], ImageFile]:
-    """name -> image; the same name gives the same object. Raises UserError for names that lead out of the folder."""
-    if not folder.is_dir():
-        raise UserError(f"no such image folder: {folder} (datasets.<name>.images, or below env.cache_root)")
-    root = os.path.abspath(folder)  # noqa: PTH100 (the root may be a link)
-    return cache(lambda name: ImageFile(inside(root, name)))
+class ImageFolder:
+    """Gives the images of a folder by their names in an annotation file. UserError for names that lead out of it.
+
+    A name that no file has is looked for by `loose_key`. Which files are there, a listing of each folder says: one
+    call a folder, not one an image.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise UserError(f"no such image folder: {folder} (datasets.<name>.images, or below env.cache_root)")
+        self.root = os.path.abspath(folder)  # noqa: PTH100 (the root may be a link)
+        self.images: dict[str, ImageFile] = {}
+        self.listings: dict[str, set[str]] = {}
+        self.by_loose_key: dict[str, str | None] | None = None
+        self.mended: list[tuple[str, str]] = []
+        self.unread: Counter[str] = Counter()
+
+    def __call__(self, name: str) -> ImageFile:
+        if name not in self.images:
+            path = inside(self.root, name)
+            if not self.exists(path) and (found := self.look_for(name)):
+                self.mended.append((name, found))
+                path = inside(self.root, found)
+            if suffix := unread_suffix(name):
+                self.unread[suffix] += 1
+            self.images[name] = ImageFile(path)
+        return self.images[name]
+
+    def exists(self, path: Path) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in self.listings:
+            try:
+                self.listings[folder] = set(os.listdir(folder))  # noqa: PTH208
+            except OSError:
+                self.listings[folder] = set()
+        return name in self.listings[folder]
+
+    def look_for(self, name: str) -> str | None:
+        """The one file that has this name but for its spelling. The first call looks through the whole folder."""
+        if self.by_loose_key is None:
+            self.by_loose_key = {}
+            for found in files_in(self.root):
+                key = loose_key(found)
+                self.by_loose_key[key] = None if key in self.by_loose_key else found
+        path = os.path.normpath(name.replace("\\", "/"))
+        return self.by_loose_key.get(loose_key(path.removeprefix(f"{self.root}/")))
+
+    def notices(self) -> list[str]:
+        lines = []
+        if self.mended:
+            name, found = self.mended[0]
+            lines.append(
+                f"{len(self.mended)} image names differ from the file that is there by letter case, Unicode form, "
+                f"backslashes or URL quoting, and are read; the first: {name!r} is {found!r}"
+            )
+        return [*lines, *passed_over(self.unread)]
+
+
+def loose_key(name: str) -> str:
+    """Equal for names that differ by Unicode form, letter case, backslashes or URL quoting."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", unquote(name.replace("\\", "/"))).casefold())
+
+
+def files_in(folder: str | Path) -> list[str]:
+    """Names below a folder, in order, links followed but not in circles; hidden ones left out."""
+    names: list[str] = []
+    seen = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        folders[:] = [] if real in seen else sorted(folders)
+        if real not in seen:
+            below = os.path.relpath(here, folder)
+            names += [name if below == "." else f"{below}/{name}" for name in files]
+        seen.add(real)
+    return sorted(name for name in names if not is_hidden(name))
 
 
 def inside(root: str, image: str) -> Path:
@@ -90,6 +168,25 @@ def inside(root: str, image: str) -> Path:
 
 def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122
+
+
+def unread_suffix(name: str) -> str | None:
+    """The suffix of an image whose format is not read here; None for any other file."""
+    suffix = os.path.splitext(name)[1]  # noqa: PTH122
+    return suffix if suffix.lower() in OTHER_IMAGES else None
+
+
+def passed_over(unread: Mapping[str, int]) -> list[str]:
+    """A line about the images whose format is not read, from their number by suffix; no line where there are none."""
+    if not unread:
+        return []
+    remedies = {"HEIF": "pip install pillow-heif reads HEIC", "AVIF": "Pillow 11.3 or later reads AVIF"}
+    lacking = {OPTIONAL_SUFFIXES.get(suffix.lower()) for suffix in unread}
+    hints = [remedy for form, remedy in remedies.items() if form in lacking] or ["convert them to JPEG or PNG"]
+    count = sum(unread.values())
+    counts = ", ".join(f"{suffix} ({number:,})" for suffix, number in sorted(unread.items()))
+    files = "1 file" if count == 1 else f"{count:,} files"
+    return [f"{files} passed over, of formats that are not read: {counts}; {'; '.join(hints)}"]
 
 
 def is_hidden(name: str) -> bool:

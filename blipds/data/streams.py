@@ -17,25 +17,24 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
+from itertools import groupby, islice
 from math import gcd
+from operator import itemgetter
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from PIL import Image
-from torch import Tensor
 
 from blipds.config.run import Config
-from blipds.data.annotations import Gathered, Record, expand_braces
+from blipds.data.annotations import Record, RecordBuilder, expand_braces
 from blipds.data.datasets import Sample, build_processors, caption_groups, is_stream, read_image
-from blipds.data.images import Images, PixelReader
 from blipds.data.layouts import Entry, sample_captions
 from blipds.data.loader import Collator, Key, RankShare, TrainLoader, derive_seed
 from blipds.data.processors import ImageProcessor, Shrink, load_image
-from blipds.data.shards import KEY, members_of, take_member, why_left_out
-from blipds.data.shards import Sample as Members
-from blipds.data.sources import is_hidden
+from blipds.data.shards import ShardSample, keyed_members, samples_of, take_member
+from blipds.data.sources import is_image
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
 from blipds.files import download
@@ -62,7 +61,7 @@ class StreamedImage:
 
 
 @dataclass(frozen=True)
-class Streamed:
+class StreamSample:
     """One sample: an image, and which of its captions."""
 
     record: Record
@@ -89,13 +88,14 @@ class CaptionStream:
         self.name = name
         self.shards = [shard for storage in storages for shard in shards_of(storage)]
         self.image_processor = image_processor
+        self.features = None  # a stream gives pixels
         self.text_processor = text_processor
         self.captions_per_image = captions_per_image
         self.shuffle_buffer = shuffle_buffer
         self.say = say
         self.said: set[str] = set()
 
-    def share(self, rank: int, world_size: int) -> Iterator[Streamed]:
+    def share(self, rank: int, world_size: int) -> Iterator[StreamSample]:
         """One pass of a rank, in order: whole shards where there are enough of them, else every n-th image of all.
 
         The ranks' turns go round all shards, so that none is read more often than another, whatever their number.
@@ -106,75 +106,61 @@ class CaptionStream:
         turns = len(self.shards) // gcd(len(self.shards), world_size)
         yield from self.samples(self.shards[(rank + turn * world_size) % len(self.shards)] for turn in range(turns))
 
-    def samples(self, shards: Iterable[str]) -> Iterator[Streamed]:
+    def samples(self, shards: Iterable[str]) -> Iterator[StreamSample]:
         for shard in shards:
             for record in self.records(shard):
                 for captions in caption_groups(record, self.captions_per_image):
-                    yield Streamed(record, captions)
+                    yield StreamSample(record, captions)
 
     def records(self, shard: str) -> Iterator[Record]:
         """The images of a shard that have captions."""
-        for members, data in self.members(shard):
-            place = f"{shard}/{members.image}"
-            gathered = Gathered()
+        for sample, data in self.read(shard):
+            place = f"{shard}/{sample.image}"
             try:
-                captions, image_id = sample_captions(members, place)
+                captions, image_id = sample_captions(sample, place)
             except UserError as error:
                 self.note(shard, "captions that cannot be read", str(error))
                 continue
-            gathered.add(Entry(StreamedImage(place, data), image_id, captions, place))
-            (record,) = gathered.annotations().records
-            if gathered.blank:
+            builder = RecordBuilder()
+            builder.add(Entry(StreamedImage(place, data), image_id, captions, place))
+            (record,) = builder.annotations().records
+            if builder.blank:
                 self.note(shard, "captions without a word", place)
             if record.captions:
                 yield record
             else:
                 self.note(shard, "images without a caption", place)
 
-    def members(self, shard: str) -> Iterator[tuple[Members, bytes]]:
-        """What belongs to each key, and the bytes of its image. Members of one key stand together, as WebDataset's."""
-        members, data = Members(""), b""
+    def read(self, shard: str) -> Iterator[tuple[ShardSample, bytes]]:
+        """The samples of a shard with the bytes of their images. Members of one key stand together, as WebDataset's."""
+        left_out = partial(self.note, shard)
         try:
             with closing(pieces_of(shard)) as pieces, open_tar(pieces) as tar:
-                for member in members_of(tar):
-                    if reason := why_left_out(member):
-                        self.note(shard, reason, member.name)
-                        continue
-                    found = KEY.fullmatch(member.name)
-                    if found is None or is_hidden(member.name):
-                        continue
-                    if found[1] != members.key:
-                        if members.image is not None:
-                            yield members, data
-                        members = Members(found[1])
-                    if reason := take_member(tar, member, found[2].lower(), members):
-                        self.note(shard, reason, member.name)
-                    elif members.image == member.name:
-                        file = tar.extractfile(member)
-                        assert file is not None
-                        data = file.read()
+                for key, members in groupby(keyed_members(tar, left_out), key=itemgetter(0)):
+                    names: dict[str, ShardSample] = {}
+                    data: dict[str, bytes] = {}
+                    for _, member in members:
+                        take_member(tar, member, names, left_out)
+                        if is_image(member.name) and (file := tar.extractfile(member)):
+                            data[member.name] = file.read()
+                    for sample in samples_of(key, names, left_out):
+                        yield sample, data[sample.image]
         except UserError:  # of the pieces
             raise
         except (tarfile.TarError, OSError, ValueError, EOFError) as error:
             raise UserError(f"{shard} is damaged or no tar file: {' '.join(str(error).split())}") from error
-        if members.image is not None:
-            yield members, data
 
     def note(self, shard: str, what: str, first: str) -> None:
         if what not in self.said:
             self.said.add(what)
             self.say(f"{self.name}: {what} are left out; the first: {first} (of {shard})")
 
-    def sample(self, streamed: Streamed, seed: int) -> Sample:
+    def sample(self, streamed: StreamSample, seed: int) -> Sample:
         """What a worker makes of a sample: the image augmented by a random state that `seed` alone decides."""
         source, processor = streamed.record.image, self.image_processor
         image, error = read_image(lambda: processor(source.open(processor.shrink)), source, seed)
         texts = [] if image is None else [self.text_processor(streamed.record.captions[k]) for k in streamed.captions]
         return Sample(image, texts, error, str(source))
-
-    def image_batch(self, images: Sequence[Tensor | None]) -> Images:
-        """Images stacked; None becomes a blank."""
-        return PixelReader([], self.image_processor).batch(images)
 
 
 class StreamBatches:
@@ -265,7 +251,7 @@ def stream_loader(
             f"and keeps every {share.world_size}th image; with as many shards as ranks it would read its own only"
         )
     batches = StreamBatches(stream, share, seed)
-    return TrainLoader([stream], batches, Collator(tokenizer, stream.image_batch), num_workers=num_workers)
+    return TrainLoader([stream], batches, Collator(tokenizer, stream), num_workers=num_workers)
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------
@@ -306,25 +292,18 @@ def piped(command: str) -> Generator[bytes, None, None]:
         raise UserError(f"pipe:{command} ended with exit status {process.returncode}")
 
 
-class Pieces(io.RawIOBase):
-    """Pieces of bytes as a file."""
+class Pieces:
+    """Pieces of bytes as what tarfile reads a stream from."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self.pieces = pieces
-        self.rest = memoryview(b"")
+        self.rest = b""
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.rest:
-            piece = next(self.pieces, None)
-            if piece is None:
-                return 0
-            self.rest = memoryview(piece)
-        count = min(len(buffer), len(self.rest))
-        buffer[:count], self.rest = self.rest[:count], self.rest[count:]
-        return count
+    def read(self, size: int) -> bytes:
+        while len(self.rest) < size and (piece := next(self.pieces, b"")):
+            self.rest += piece
+        taken, self.rest = self.rest[:size], self.rest[size:]
+        return taken
 
 
 class StrictTarInfo(tarfile.TarInfo):
@@ -340,8 +319,8 @@ class StrictTarInfo(tarfile.TarInfo):
 
 def open_tar(pieces: Iterator[bytes]) -> tarfile.TarFile:
     """Compressed or not; several archives one after the other, as `cat` joins them, are read as one."""
-    file = io.BufferedReader(Pieces(pieces), PIECE)
-    return tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo, ignore_zeros=True)
+    file: Any = Pieces(pieces)  # all that tarfile calls of a stream is read()
+    return tarfile.open(fileobj=file, mode="r|*", bufsize=PIECE, tarinfo=StrictTarInfo, ignore_zeros=True)
 
 
 # --- order -----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blipds.config.run import Config
+from blipds.data.images import stack
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.evaluation.evaluator import Evaluator
 from blipds.models import build_model
@@ -35,7 +36,7 @@ def heat_maps(
     for image_id, caption in tqdm(captions.items(), desc=f"attention {evaluator.split}", unit="image", disable=None):
         image, _ = evaluator.dataset.image(places[image_id])
         if image is not None:
-            pixel_values = evaluator.dataset.image_batch([image]).model_inputs(device, torch.float32)["pixel_values"]
+            pixel_values = stack([image], evaluator.dataset.image_processor).to(device, torch.float32)
             found[image_id] = word_maps(model, tokenizer, pixel_values, caption)
     return found
 

@@ -24,6 +24,7 @@ from blipds.config.deepspeed import (
     zero_stage,
 )
 from blipds.config.run import Config, RunConfig
+from blipds.data.caption_checks import cut_lines, spelling_lines
 from blipds.data.datasets import CaptionDataset, build_dataset, splits_of
 from blipds.data.loader import RankShare, TrainLoader, epoch_loader
 from blipds.data.streams import build_stream, stream_loader, streams_of
@@ -88,7 +89,7 @@ def build_trainer(
     monitor.start(state.global_step, run_facts(engine, plan, trained_on))
     for line in start_block(config, ds_config, engine.model, plan, trained_on, loader, run_dir, state):
         monitor.say(line)
-    for line in data_notices(trained_on, evaluators):
+    for line in data_notices(trained_on, evaluators, captioner.tokenizer):
         monitor.say(f"data       {line}")
     checkpoints = CheckpointFolder(run_dir / "checkpoints", run.keep_last, background=run.async_save)
     shared = (checkpoints, monitor, plan, state)
@@ -345,9 +346,19 @@ def rewrite_report(config: Config, run_dir: Path, say: Callable[[str], None]) ->
     write_report(run_dir, splits, say)
 
 
-def data_notices(trained_on: Sequence[CaptionDataset], evaluators: list[Evaluator]) -> list[str]:
-    """What was left out of the training data, and which images are trained on and evaluated."""
-    lines = [f"{dataset.name}: {notice}" for dataset in trained_on for notice in dataset.notices]
+def data_notices(
+    trained_on: Sequence[CaptionDataset], evaluators: list[Evaluator], tokenizer: CaptionTokenizer
+) -> list[str]:
+    """What is left out of the data, cut and misspelt; and which images are trained on and evaluated."""
+    lines = []
+    for dataset in trained_on:
+        captions = [caption for record in dataset.records for caption in record.captions]
+        notices = [*dataset.notices, *cut_lines(captions, dataset.text_processor, tokenizer)]
+        lines += [f"{dataset.name}: {notice}" for notice in notices]
+    for evaluator in evaluators:
+        references = evaluator.references.captions.values() if evaluator.references is not None else ()
+        notices = [*evaluator.dataset.notices, *spelling_lines(references, tokenizer)]
+        lines += [f"{evaluator.split}: {notice}" for notice in notices]
     trained = {str(record.image) for dataset in trained_on for record in dataset.records}
     for evaluator in evaluators:
         if shared := [record.image for record in evaluator.dataset.records if str(record.image) in trained]:

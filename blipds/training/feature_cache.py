@@ -48,7 +48,7 @@ def cache_image_embeds(
                 say(f"features   {dataset.name}: {len(missing):,} images a rank to compute, of {size}")
             fill(store, dataset, missing, encoder, engine, batch_size, num_workers)
             say(f"features   {dataset.name}: {size}, in {store.rows_path}")
-            dataset.reader = store
+            dataset.features = store
 
 
 def refuse_random_processors(datasets: Sequence[CaptionDataset]) -> None:

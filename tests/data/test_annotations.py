@@ -65,7 +65,9 @@ def test_several_files(read):
         ({"image": "a.jpg", "image_id": 0}, 0),
         ({"image": "val/0013ea2087020901.jpg", "img_id": 0}, 0),  # nocaps
         ({"image": "cats/1.b.jpg"}, "cats/1.b"),  # the folder keeps cats/1.b and dogs/1.b apart
-        ({"image": "000000391895.jpg"}, "000000391895"),
+        ({"image": "000000391895.jpg"}, 391895),
+        ({"image": "coco/val2017/000000001000.jpg"}, 1000),
+        ({"image": "mine/000000001000.jpg"}, "mine/000000001000"),  # twelve digits may be anybody's
     ],
 )
 def test_image_ids(read, entry, image_id):

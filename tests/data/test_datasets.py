@@ -19,6 +19,7 @@ from blipds.config.run import (
     TextProcessorConfig,
     TextProcessors,
 )
+from blipds.data import datasets
 from blipds.data.annotations import Annotations, ImageFile, Record
 from blipds.data.datasets import CaptionDataset, build_dataset, build_image_processor, has_split
 from blipds.data.processors import CLIP_MEAN, BlipImageEval, BlipImageTrain
@@ -133,6 +134,35 @@ def test_an_unreadable_image_is_an_error_sample(tmp_path):
 # --- building ---
 
 
+@pytest.mark.parametrize(("split", "training"), [("train", True), ("val", False)])
+def test_a_split_without_a_readable_image(folder, split, training):
+    images = folder / "my" / "images"
+    for name in "abc":
+        (images / f"{name}.png").write_bytes(b"no image")
+    (images / "a.png").unlink()
+    count = 2 if training else 3
+    with pytest.raises(UserError) as caught:
+        build_dataset("custom_caption", config(folder), split, training)
+    assert str(caught.value).startswith(
+        f"datasets.custom_caption: split '{split}': none of its {count} images can be read: {images}/a.png: no such "
+        f"file; cannot read the image {images}/b.png: cannot identify image file"
+    )
+    Image.new("RGB", (3, 2)).save(images / "b.png")  # the last of train's, and not the first of val's
+    assert len(build_dataset("custom_caption", config(folder), split, training).records) == count
+
+
+def test_it_is_given_up_after_some_unreadable_images(folder, monkeypatch):
+    """Missing ones do not count: looking for a file costs little."""
+    entries = [{"image": f"{name}.png", "caption": "x"} for name in (*map(str, range(200)), *["c"] * 3, "d", "e", "a")]
+    (folder / "my" / "train.json").write_text(json.dumps(entries))
+    assert len(train_set(folder).records) == 204
+    for name in "de":
+        (folder / "my" / "images" / f"{name}.png").write_bytes(b"no image")
+    monkeypatch.setattr(datasets, "PROBED", 3)
+    with pytest.raises(UserError, match="split 'train': none of the first 3 images can be read"):
+        train_set(folder)
+
+
 def test_paths_start_at_the_cache_root_unless_absolute(folder):
     given = config(folder)
     dataset = given.datasets["custom_caption"]
@@ -191,6 +221,7 @@ def test_unknown_dataset(folder):
 def test_without_an_image_folder_names_start_beside_the_file(folder):
     given = config(folder)
     given.datasets["custom_caption"].images = None
+    (folder / "my" / "images" / "a.png").rename(folder / "my" / "a.png")
     dataset = build_dataset("custom_caption", given, "train", training=True)
     assert str(dataset.records[0].image) == str(folder / "my" / "a.png")
 

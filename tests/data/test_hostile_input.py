@@ -148,7 +148,7 @@ def to_a_batch(path, tokenizer, cache=None):
     dataset = CaptionDataset(
         "hostile", annotations, processor, BlipCaptionProcessor(prompt="a picture of "), "all", training=True
     )
-    batch = Collator(tokenizer, dataset.image_batch)([dataset[index] for index in range(len(dataset))])
+    batch = Collator(tokenizer, dataset)([dataset[index] for index in range(len(dataset))])
     assert batch.captions.position_ids.max() < 39 and bool(torch.isfinite(batch.images.pixels.float()).all())
     with contextlib.suppress(UserError):
         read_annotations([path], None, captions_needed=False, index_cache=cache)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from blipds.data.annotations import ImageFile, Record
-from blipds.data.images import EmbedStore, embeds_key
+from blipds.data.images import EmbedStore, embeds_key, stack
 from blipds.data.processors import BlipImageEval
 from blipds.errors import UserError
 
@@ -45,8 +45,17 @@ def test_an_image_without_features_is_an_unreadable_image(store):
         store.read(0)
 
 
+def test_pixels_are_stacked_with_blanks_for_fillers():
+    processor = BlipImageEval(4, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    white = torch.full((3, 4, 4), 255, dtype=torch.uint8)
+    batch = stack([white, None], processor)
+    pixels = batch.model_inputs(torch.device("cpu"), torch.float32)["pixel_values"]
+    assert torch.equal(pixels, torch.stack([torch.ones(3, 4, 4), -torch.ones(3, 4, 4)]))
+    assert stack([], processor).pixels.shape == (0, 3, 4, 4)
+
+
 def test_a_batch_has_blanks_for_fillers(store):
-    batch = store.batch([EMBEDS[0], None])
+    batch = stack([EMBEDS[0], None], BlipImageEval(8), store)
     inputs = batch.model_inputs(torch.device("cpu"), torch.float32)
     assert list(inputs) == ["image_embeds"]
     assert torch.equal(inputs["image_embeds"], torch.stack([EMBEDS[0].float(), torch.zeros(5, 4)]))

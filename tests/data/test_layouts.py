@@ -1,6 +1,7 @@
 """Twelve ways to write down the captions of the same 200 photographs, and how each is recognised."""
 
 import json
+import re
 import tarfile
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,8 @@ from blipds.data.annotations import expand_braces, read_annotations, read_splits
 from blipds.data.datasets import build_dataset
 from blipds.data.layouts import KINDS, read_layout
 from blipds.data.loader import RankShare, epoch_loader
+from blipds.data.processors import BlipCaptionProcessor, BlipImageTrain
+from blipds.data.streams import CaptionStream
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
 from blipds.scoring.metrics import score_held_out_reference
@@ -165,6 +168,44 @@ def test_tables(tmp_path, text, records):
     assert read(written(tmp_path, "captions.csv", text))[0] == records
 
 
+@pytest.mark.parametrize(
+    ("text", "records"),
+    [
+        ("caption,image\na dog, running,a.jpg\n", [("a.jpg", "a", ("a dog, running",))]),
+        ("image,caption,image_id\na.jpg,one, two, three,7\n", [("a.jpg", 7, ("one, two, three",))]),
+        ("image\tcaption\tsplit\na.jpg\tone\ttwo\ttrain\n", [("a.jpg", "a", ("one\ttwo".replace("\t", " "),))]),
+        ("image,caption\na.jpg,one,,,\n", [("a.jpg", "a", ("one",))]),  # a spreadsheet's empty columns
+        ("image,caption,\na.jpg,one, two,\n", [("a.jpg", "a", ("one, two",))]),
+        (",image,caption\n0,a.jpg,one, two\n", [("a.jpg", "a", ("one, two",))]),  # pandas' index
+    ],
+)
+def test_cells_beyond_the_columns_are_the_captions(tmp_path, text, records):
+    assert read(written(tmp_path, "captions.csv", text))[0] == records
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("image,caption\n1,a.jpg,one\n", "line 2: 3 cells for the 2 columns image, caption: put captions in quotes"),
+        ("image,caption_1,caption_2\na.jpg,one,two,three\n", "line 2: 4 cells for the 3 columns"),
+        ("image,split\na.jpg,train,x\n", "line 2: 3 cells for the 2 columns"),
+    ],
+)
+def test_cells_that_fit_no_column_are_named(tmp_path, text, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        read(written(tmp_path, "captions.csv", text))
+
+
+@pytest.mark.parametrize("ids", [(7, "7"), ("7", 7), ("a", "a")])
+def test_cocos_ids_are_text_or_numbers(tmp_path, ids):
+    first, second = ids
+    content = {
+        "images": [{"id": first, "file_name": "a.jpg"}],
+        "annotations": [{"id": 1, "image_id": second, "caption": "one"}],
+    }
+    assert read(written(tmp_path, "coco.json", json.dumps(content)))[0] == [("a.jpg", first, ("one",))]
+
+
 def test_flickrs_token_file(tmp_path):
     """Flickr8k's own has captions of an image that does not exist, under a name like this one."""
     path = written(tmp_path, "tokens", "a.jpg#0\tA dog # 1 .\na.jpg#1\ttwo\n2258277193_586949ec62.jpg.1#0\tthree\n")
@@ -201,6 +242,33 @@ def test_a_folder_without_some_captions(tmp_path, photographs):
         f"2 captions without a word left out; the first: {tmp_path / second.name}",
         f"1 images without a caption left out; the first: {tmp_path / first.name}",
     )
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".TXT", ".caption", "{image}.txt", "{image}.caption"])
+def test_sidecars_that_tools_write(tmp_path, photographs, suffix):
+    """kohya's scripts write a.caption, others a.jpg.txt."""
+    link_images(photographs[:1], tmp_path)
+    image = photographs[0][0]
+    name = f"{image.stem}{suffix}" if "{" not in suffix else suffix.format(image=image.name)
+    (tmp_path / name).write_text("one\ntwo\n")
+    assert read(tmp_path) == ([(image.name, image.stem, ("one", "two"))], ())
+
+
+def test_files_beside_the_images_that_are_not_read(tmp_path, photographs):
+    link_images(photographs[:2], tmp_path)
+    first, second = (path for path, _ in photographs[:2])
+    for name in (f"{first.stem}.txt", f"{first.stem}.caption", f"{second.stem}.npz", f"{second.stem}.tags"):
+        (tmp_path / name).write_text("one")
+    records, notices = read(tmp_path)
+    assert records == [(first.name, first.stem, ("one",))]
+    assert notices[0] == (
+        f"{tmp_path}: other files, which are not read: .caption (1), .npz (1), .tags (1); an image's captions are "
+        "in one file"
+    )
+    (tmp_path / f"{first.stem}.txt").unlink()
+    (tmp_path / f"{first.stem}.caption").unlink()
+    with pytest.raises(UserError, match=r"no image has a caption .*which are not read: \.npz \(1\), \.tags \(1\)"):
+        read(tmp_path)
 
 
 def test_a_metadata_file_that_misses_images(tmp_path, photographs):
@@ -323,6 +391,41 @@ def test_members_are_read_in_place(tmp_path, photographs):
     whole = [LAYOUTS["list"](photographs[:1], tmp_path / "list")]
     (record,) = read_annotations(whole, None, True).records
     assert [r.image.open().tobytes() for r in found.records] == [record.image.open().tobytes()] * 2
+
+
+def test_dots_in_the_names_of_members(tmp_path, photographs):
+    """The key of `2.edit.jpg` is `2`; an image with captions under its whole name is a sample of its own."""
+    members = {
+        "1.jpg": b"", "1.txt": b"one", "1.mask.jpg": b"", "1.cls": b"3",
+        "2.edit.jpg": b"", "2.edit.txt": b"two",
+        "3.jpg": b"", "3.txt": b"three", "3.v1.5.jpg": b"", "3.v1.5.json": b'{"caption": "three and a half"}',
+        "v1.0/4.right.jpg": b"", "v1.0/4.txt": b"four",
+        "5.jpg": b"", "5.jpg.txt": b"five",
+        "6.a.jpg": b"", "6.b.jpg": b"", "6.caption": b"six",
+        "7.jpg": b"", "7.caption": b"seven", "7.txt": b"seven, again",
+    }  # fmt: skip
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in members.items():
+            add(tar, name, content)
+    expected = [
+        ("1.jpg", "1", ("one",)),
+        ("2.edit.jpg", "2.edit", ("two",)),
+        ("3.jpg", "3", ("three",)),
+        ("3.v1.5.jpg", "3.v1.5", ("three and a half",)),
+        ("4.right.jpg", "v1.0/4.right", ("four",)),
+        ("5.jpg", "5", ("five",)),
+        ("6.a.jpg", "6.a", ("six",)),
+        ("7.jpg", "7", ("seven, again",)),
+    ]
+    line = f"{tmp_path / 'a.tar'}: 2 members left out, a second image under one key; the first is '1.mask.jpg'"
+    assert read(tmp_path / "a.tar") == (expected, (line,))
+
+    said: list[str] = []
+    processors = BlipImageTrain(8), BlipCaptionProcessor()
+    streamed = CaptionStream("s", [f"pipe:cat {tmp_path}/a.tar"], *processors, "all", 1, said.append)
+    records = [found.record for found in streamed.share(0, 1)]
+    assert [(Path(str(r.image)).name, r.image_id, r.captions) for r in records] == expected
+    assert [line.partition(";")[0] for line in said] == ["s: a second image under one key are left out"]
 
 
 def test_what_a_shard_should_not_hold(tmp_path, photographs):

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torchvision import transforms
 
 from blipds.data.annotations import annotations_of, read_annotations
 from blipds.data.datasets import CaptionDataset, Sample
-from blipds.data.images import Images, PixelReader
+from blipds.data.images import Images
 from blipds.data.loader import Collator, EpochOrder, EvalLoader, RankShare, derive_seed, epoch_loader
 from blipds.data.processors import CLIP_MEAN, CLIP_STD, BlipImageEval, BlipImageTrain
 from blipds.data.tokenizer import CaptionTokenizer
@@ -102,7 +103,7 @@ def blank(*captions):
 
 def test_a_batch_of_captions(tokenizer):
     """How they are packed is test_caption_rows.py's."""
-    collate = Collator(tokenizer, PixelReader([], BlipImageEval(4)).batch)
+    collate = Collator(tokenizer, SimpleNamespace(image_processor=BlipImageEval(4), features=None))
     batch = collate([blank("a picture of a dog", "a picture of dogs"), blank("a picture of cat")])
     assert batch.captions.input_ids.tolist() == [[*PROMPT, A, DOG, DOGS], [*PROMPT, CAT, PAD, PAD]]
     assert batch.captions.labels.tolist() == [A, DOG, SEP, DOGS, SEP, CAT, SEP]
@@ -110,7 +111,7 @@ def test_a_batch_of_captions(tokenizer):
 
 
 def test_fillers_and_unreadable_images_have_no_labels(tokenizer):
-    collate = Collator(tokenizer, PixelReader([], BlipImageEval(4)).batch)
+    collate = Collator(tokenizer, SimpleNamespace(image_processor=BlipImageEval(4), features=None))
     broken = Sample(None, [], "x.jpg: broken")
     batch = collate([blank("a picture of dogs"), Sample(None, []), broken])
     assert batch.images.pixels.shape == (3, 3, 4, 4)

@@ -1,6 +1,8 @@
 """This project's whole path (annotations, processors, tokenizer, collator, checkpoint, model, search) against the
 original BLIP code's numbers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,7 +10,6 @@ from safetensors.torch import load_file
 from blipds.captioning.captioner import Captioner
 from blipds.config.run import load_run_config
 from blipds.data.datasets import Sample, build_dataset
-from blipds.data.images import PixelReader
 from blipds.data.loader import Collator, EvalLoader
 from blipds.data.processors import BlipImageEval, load_image
 from blipds.data.tokenizer import CaptionTokenizer
@@ -56,7 +57,7 @@ def batch(photographs, tokenizer):
     """The first 16 photographs, the first caption of each."""
     samples = [photographs[index] for index in range(16)]
     first = [Sample(sample.image, sample.captions[:1]) for sample in samples]
-    return Collator(tokenizer, photographs.image_batch)(first)
+    return Collator(tokenizer, photographs)(first)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_eight_training_steps(build_oracle, tokenizer, golden, shared, decay_on,
         eps=recipe["eps"],
     )
     processor = BlipImageEval(96)
-    collate = Collator(tokenizer, PixelReader([], processor).batch)
+    collate = Collator(tokenizer, SimpleNamespace(image_processor=processor, features=None))
     losses = []
     for start in range(0, len(recipe["pairs"]), recipe["batch_size"]):
         pairs = recipe["pairs"][start : start + recipe["batch_size"]]
