@@ -9,6 +9,11 @@ import pytest
 import yaml
 from launching import REPOSITORY, environment, launch
 
+from blipds.catalogue import catalogue
+from blipds.cli import import_plugins
+from blipds.config.run import load_run_config
+from blipds.errors import UserError
+
 PLUGINS = ["--plugin", "tests.plugin_captioner", "--plugin", "tests.faulty"]
 
 
@@ -70,8 +75,21 @@ def test_a_plugin_s_captioner_is_a_first_class_one(cfg_path, tmp_path):
 
 
 def test_another_arch_s_key_is_told_as_that(cfg_path):
-    wrong = run(
-        "launch/plan.py", "--cfg-path", cfg_path, "--gpus", 2, "--gpu-memory", "24GB", "--options", "model.vit_type=b"
-    )
-    assert wrong.returncode == 1
-    assert "error: model.vit_type is a key of blip_caption, and model.arch is conv_gru" in wrong.stderr
+    import_plugins(["tests.plugin_captioner"])
+    with pytest.raises(UserError, match=r"^model\.vit_type is a key of blip_caption, and model\.arch is conv_gru$"):
+        load_run_config(cfg_path, ["model.vit_type=base"])
+    with pytest.raises(UserError, match=r"^model\.model_type is 'big', but conv_gru has no model types: remove it$"):
+        load_run_config(cfg_path, ["model.model_type=big"])
+
+
+def test_the_documentation_shows_this_plugin():
+    assert (REPOSITORY / "tests" / "plugin_captioner.py").read_text() in (
+        REPOSITORY / "run_configs" / "README.md"
+    ).read_text()
+
+
+def test_list_names_what_the_plugin_registers():
+    import_plugins(["tests.plugin_captioner"])
+    listed = {line.split()[0] for line in catalogue() if line.startswith("  ")}
+    assert {"blip_caption", "large_coco", "coco_caption", "cosine_step_lr", "cross_entropy", "CIDEr"} <= listed
+    assert {"conv_gru", "few_shapes", "upside_down", "half", "doubled"} <= listed
