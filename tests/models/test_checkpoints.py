@@ -1,5 +1,6 @@
 """Checkpoints of every kind are read. Reference values: the oracle (the original BLIP code) and transformers."""
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,37 @@ def test_files_without_checksums(tmp_path: Path) -> None:
     finally:
         torch.serialization.set_crc32_options(True)
     assert_same(load(tmp_path / "unchecked.pth", shapes_of(tensors)), tensors)
+
+
+def wrapped(tensors: dict[str, Tensor], before: str = "", after: str = "") -> dict[str, Tensor]:
+    return {before + name.replace("blocks.0.", f"blocks.0.{after}"): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tensors: {"state_dict": wrapped(tensors, "module.")},  # DDP, saved as torchvision's scripts do
+        lambda tensors: {"state_dict": wrapped(tensors, "model."), "epoch": 3, "pytorch-lightning_version": "2.6"},
+        lambda tensors: {"model": wrapped(tensors, "_orig_mod.")},  # torch.compile of the whole
+        lambda tensors: wrapped(tensors, "module._orig_mod."),  # compiled, then DDP
+        lambda tensors: {"model": wrapped(tensors, after="_orig_mod.")},  # torch.compile of layers
+        lambda tensors: wrapped(tensors, "_fsdp_wrapped_module.", "_fsdp_wrapped_module."),
+        lambda tensors: {"module": tensors, "global_steps": 7, "dp_world_size": 2},  # DeepSpeed's stages 0 to 2
+        lambda tensors: {"model_state_dict": wrapped(tensors, "module."), "loss": 2.5},
+    ],
+)
+def test_what_trainers_wrap_around_weights_is_taken_off(wrap: Any, tmp_path: Path) -> None:
+    tensors = tiny_tensors()
+    torch.save(wrap(tensors), tmp_path / "wrapped.pth")
+    assert_same(load(tmp_path / "wrapped.pth", shapes_of(tensors)), tensors)
+    assert open_checkpoint(tmp_path / "wrapped.pth").kind == "blip"
+
+
+def test_a_pickle_with_other_objects_is_refused_with_the_line_that_unwraps_it(tmp_path: Path) -> None:
+    torch.save({"module": tiny_tensors(), "args": Namespace(lr=1e-5)}, tmp_path / "mp_rank_00_model_states.pt")
+    message = r"never allowed .*; if you trust it, save its state dict alone: torch\.save\(.*'module'\]"
+    with pytest.raises(UserError, match=message):
+        open_checkpoint(tmp_path / "mp_rank_00_model_states.pt")
 
 
 # Strictness: the whole check comes before the first write
