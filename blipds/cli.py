@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from blipds import distributed
 from blipds.config.run import Config, load_run_config
 from blipds.errors import UserError
+from blipds.models.weights import fill_image_statistics
 from blipds.signals import REQUEUE, Stopped
 
 
@@ -70,6 +71,17 @@ def add_config_arguments(
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
 
+class ListEverything(argparse.Action):
+    """`--list`: prints what there is to choose from, with what the plugins before it on the command line add."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        from blipds.catalogue import catalogue
+
+        import_plugins(namespace.plugin)
+        print("\n".join(catalogue()))
+        parser.exit()
+
+
 def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--options",
@@ -83,7 +95,7 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE",
-        help="import a module that registers models, datasets, processors or schedules of your own",
+        help="import a module that registers models, datasets, processors, schedules or objectives of your own",
     )
 
 
@@ -105,12 +117,9 @@ def load_config(args: argparse.Namespace) -> Config:
     if distributed.is_main():
         for notice in notices:
             print(f"not used: {notice}")
-    if config.model.vit_pretrained:
-        from blipds.models.weights import fill_image_statistics
-
-        for line in fill_image_statistics(config):
-            if distributed.is_main():
-                print(line)
+    for line in fill_image_statistics(config):
+        if distributed.is_main():
+            print(line)
     return config
 
 
@@ -132,7 +141,7 @@ def as_json(section: dict[str, Any]) -> str:
 def open_run_dir(config: Config, resumed: Path | None = None, restart: bool = False) -> Path:
     """`run.output_dir`/<job id>, the same on every rank; the monitor makes it. Collective.
 
-    An existing run is gone on with only if asked. `restart`: one that came to no checkpoint may begin anew.
+    Never continues an existing run unless asked to. `restart`: a run without any checkpoint may start again.
     """
     if resumed is not None:
         return resumed.parent.parent  # RUN/checkpoints/step_N

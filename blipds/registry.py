@@ -1,5 +1,6 @@
-"""Names that a config may use, and what they stand for."""
+"""Names that a config may use, and what they stand for. Plugins add theirs."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,10 +10,14 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 class Registry:
-    """Maps names to classes or functions; `kind` is what the error line calls them."""
+    """Maps names to classes or functions; `kind` is what the error line calls them.
 
-    def __init__(self, kind: str) -> None:
+    builtin: the module that registers this project's own entries, imported when a name is first looked up.
+    """
+
+    def __init__(self, kind: str, builtin: str | None = None) -> None:
         self.kind = kind
+        self.builtin = builtin
         self._entries: dict[str, Callable[..., Any]] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -27,15 +32,22 @@ class Registry:
         return enter
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        if name not in self._entries:
+        if name not in self.names():
             raise UserError(f"unknown {self.kind} '{name}'; {nearest(name, self._entries)}")
         return self._entries[name]
 
     def names(self) -> list[str]:
+        if self.builtin is not None:
+            importlib.import_module(self.builtin)
         return sorted(self._entries)
 
+    def descriptions(self) -> dict[str, str]:
+        """{name: the first line of the entry's docstring}"""
+        return {name: (self._entries[name].__doc__ or "").strip().partition("\n")[0] for name in self.names()}
 
-MODELS = Registry("model arch")
-DATASETS = Registry("dataset")
-PROCESSORS = Registry("processor")
-SCHEDULES = Registry("lr_sched")
+
+ARCHS = Registry("model.arch", "blipds.models")
+DATASETS = Registry("dataset", "blipds.data")
+PROCESSORS = Registry("processor", "blipds.data")
+SCHEDULES = Registry("run.lr_sched", "blipds.training.schedules")
+OBJECTIVES = Registry("run.objective", "blipds.training.objectives")

@@ -6,9 +6,9 @@
     find . -name '*.jpg' | python launch/caption.py - --checkpoint FOLDER --sidecar
     deepspeed launch/caption.py folder --checkpoint output/RUN --output captions.jsonl      all GPUs share the work
 
-Folders are gone through with all below them. The captions go to standard output as JSON Lines, or, with --output, into
-one file in the order of the images (continued where it stopped, on any number of GPUs), or, with --sidecar, into a .txt
-for each image. Images that cannot be read are skipped by name.
+A folder stands for all images in it and below. The captions go to standard output as JSON Lines; with --output, to one
+file in the order of the images (the same command continues it, on any number of GPUs); with --sidecar, to a .txt for
+each image. Images that cannot be read are skipped and named; a command that captions none fails.
 
 The checkpoint is a run directory (its best) or one of its checkpoints, whose config.yaml says how the model is built
 and how captions are generated; a transformers folder or hub name; or a .pth of BLIP or LAVIS. What the checkpoint does
@@ -18,6 +18,7 @@ not say is as in the paper (3 beams, 5 to 20 tokens with the prompt's 4) unless 
 import argparse
 import os
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,28 +32,33 @@ DECODING = (
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="file, folder, http(s) address, or -: one of them a line of stdin"
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="file, folder, http(s) address, or - for one of them on each line of stdin",
     )
     parser.add_argument(
         "--checkpoint", required=True, metavar="PATH", help="run directory, file, folder, URL, hub name"
     )
 
     output = parser.add_argument_group("where the captions go").add_mutually_exclusive_group()
-    output.add_argument("--output", type=Path, metavar="FILE", help="FILE.jsonl or FILE.csv; one that is there goes on")
+    output.add_argument(
+        "--output", type=Path, metavar="FILE", help="FILE.jsonl or FILE.csv; an existing one is continued"
+    )
     output.add_argument(
         "--sidecar",
         nargs="?",
         const="",
         metavar="FOLDER",
-        help="a .txt beside each image, or below FOLDER; one that is there stays. With - or several images: before "
+        help="a .txt beside each image, or below FOLDER; existing ones are kept. Give it behind the images, before "
         "another option, or as --sidecar=FOLDER",
     )
-    parser.add_argument("--force", action="store_true", help="begin --output anew; what it holds is lost")
+    parser.add_argument("--force", action="store_true", help="overwrite --output; the captions in it are lost")
 
     decoding = parser.add_argument_group("how captions are generated (default: as the checkpoint's run, or the paper)")
-    decoding.add_argument("--prompt", metavar="TEXT", help='what captions go on from, and do not show: "a picture of"')
+    decoding.add_argument("--prompt", metavar="TEXT", help='what captions continue, and do not show: "a picture of"')
     decoding.add_argument(
-        "--num-captions", type=int, default=1, metavar="N", help="of each image: best beams, or draws"
+        "--num-captions", type=int, default=1, metavar="N", help="for each image: the best beams, or draws"
     )
     decoding.add_argument("--num-beams", type=int, metavar="N", help="1: greedy search")
     decoding.add_argument("--max-len", type=int, metavar="N", help="tokens at most, the prompt's included")
@@ -64,21 +70,21 @@ def parse_arguments() -> argparse.Namespace:
     decoding.add_argument("--temperature", type=float, metavar="X", help="below 1 draws likely words more often")
     decoding.add_argument("--seed", type=int, metavar="N", help="of the draws; each image has its own from it")
 
-    work = parser.add_argument_group("how the work is done")
-    work.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once on each GPU (32)")
+    work = parser.add_argument_group("speed")
+    work.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time on each GPU (32)")
     work.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of weights (fp32)")
     work.add_argument(
-        "--num-workers", type=int, metavar="N", help="processes that decode images, for each GPU (cores/GPUs)"
+        "--num-workers", type=int, metavar="N", help="processes that decode images for each GPU (cores/GPUs)"
     )
 
-    model = parser.add_argument_group("where nothing says how the model is built")
+    model = parser.add_argument_group("how the model is built, where the checkpoint does not say")
     model.add_argument("--cfg-path", type=Path, metavar="YAML", help="run config (run_configs/)")
     model.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the run config")
     model.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import a module of your own")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     args = parser.parse_args()
     if args.force and args.output is None:
-        parser.error("--force begins an --output anew; without one there is nothing to replace")
+        parser.error("--force overwrites --output, which is not given")
     for name in ("num_captions", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is 1 or more")
@@ -91,41 +97,52 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     from blipds import cli, distributed
-    from blipds.captioning.captioner import load_caption_model, plan_captions
-    from blipds.captioning.inputs import check_named, count_images, named_images
+    from blipds.captioning.captioner import caption_recipe, load_caption_model
+    from blipds.captioning.inputs import check_named, named_images
     from blipds.captioning.stream import caption_images
+    from blipds.errors import UserError
     from blipds.models.weights import find_checkpoint
 
     check_named(args.images)
     cli.import_plugins(args.plugin)
     device = distributed.initialise()
-    plan = plan_captions(find_checkpoint(args.checkpoint, "best"), args.cfg_path, args.options)
-    plan = plan.with_decoding(**{name: getattr(args, name) for name in DECODING})
-    model = load_caption_model(plan, args.num_captions, device, args.precision, say)
-    sink = open_sink(args, model.settings()) if distributed.is_main() else None
+    recipe = caption_recipe(find_checkpoint(args.checkpoint, "best"), args.cfg_path, args.options)
+    recipe = recipe.with_decoding(**{name: getattr(args, name) for name in DECODING})
+    model = load_caption_model(recipe, args.num_captions, device, args.precision, say)
+    shows_progress = distributed.is_main() and sys.stderr.isatty() and "-" not in args.images
+    other_files: Counter[str] = Counter()
     counts = caption_images(
         model,
-        named_images(args.images),
-        sink,
+        named_images(args.images, other_files),
+        open_output(args, model.settings()) if distributed.is_main() else None,
         batch_size=args.batch_size,
         num_workers=workers(args.num_workers),
-        total=count_images(args.images) if distributed.is_main() and sys.stderr.isatty() else None,
+        total=sum(1 for _ in named_images(args.images, Counter())) if shows_progress else None,
     )
-    say(str(counts))
+    others = f"; not read, by suffix: {most_common(other_files)}" if other_files else ""
+    empty_stdin = args.images == ["-"] and not (counts.unreadable or others)
+    if distributed.is_main() and not (counts.captioned or counts.already or empty_stdin):
+        raise UserError(f"no image was captioned ({counts.unreadable:,} cannot be read{others})")
+    say(f"{counts}{others}")
 
 
-def open_sink(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
-    from blipds.captioning.outputs import CaptionFile, Sidecars, StandardOutput
+def most_common(suffixes: Counter[str]) -> str:
+    shown = [f"{count:,} {suffix or 'without one'}" for suffix, count in suffixes.most_common(5)]
+    return ", ".join([*shown, "..."] if len(suffixes) > 5 else shown)
+
+
+def open_output(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
+    from blipds.captioning.outputs import CaptionFile, CaptionLines, Sidecars
 
     if args.output is not None:
         return CaptionFile(args.output.expanduser(), settings, args.num_captions, args.force)
     if args.sidecar is not None:
         return Sidecars(Path(args.sidecar).expanduser() if args.sidecar else None, settings)
-    return StandardOutput()
+    return CaptionLines()
 
 
 def workers(given: int | None) -> int:
-    """This rank's share of the cores, where nothing is given."""
+    """By default this rank's share of the cores."""
     from blipds import distributed
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -133,7 +150,7 @@ def workers(given: int | None) -> int:
 
 
 def say(line: str) -> None:
-    """On stderr: standard output may be what the captions go to."""
+    """On stderr, since captions may go to standard output."""
     from blipds import distributed
 
     if distributed.is_main():

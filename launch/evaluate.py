@@ -23,7 +23,7 @@ from blipds import cli, distributed
 from blipds.config.deepspeed import load_ds_config, precision
 from blipds.config.run import Config
 from blipds.engine import DTYPES
-from blipds.evaluation.evaluator import Evaluation, evaluate_checkpoint, read_cider_corpus
+from blipds.evaluation.evaluator import SplitScores, evaluate_checkpoint, read_cider_corpus
 from blipds.models.weights import find_checkpoint, initial_weights
 from blipds.monitor import Monitor, NullMonitor
 from blipds.report import machine_facts
@@ -90,16 +90,15 @@ def main() -> None:
     monitor.close()
 
 
-def summary(evaluations: list[Evaluation], checkpoint: str | None) -> list[str]:
+def summary(evaluations: list[SplitScores], checkpoint: str | None) -> list[str]:
     """The table of all splits (and domains), a released checkpoint's published scores below its own."""
     rows, remarks = [], []
     for evaluation in evaluations:
-        dataset = evaluation.evaluator.dataset.name
         for name, scores in evaluation.scores.items():
             if not scores.values:
                 continue
             rows.append((name, scores.images, {metric: 100 * value for metric, value in scores.values.items()}))
-            theirs = published(checkpoint, dataset, name.removeprefix(f"{dataset}_"))
+            theirs = published(checkpoint, evaluation.dataset, name.removeprefix(f"{evaluation.dataset}_"))
             if theirs is not None and theirs.images == scores.images:
                 rows.append(("  published", theirs.images, theirs.values))
                 remarks.append(f"published: {theirs.source}")

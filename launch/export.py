@@ -21,7 +21,6 @@ Weights are written in fp32. No GPU is needed, and no optimizer state is read.
 """
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,10 @@ from blipds.captioning.captioner import Captioner, image_processor_of, run_direc
 from blipds.config.run import Config
 from blipds.engine.checkpoints import STATE, read_state
 from blipds.errors import UserError
-from blipds.models import BlipCaption, build_model
-from blipds.models.blip.export import save_blip, save_transformers
-from blipds.models.blip.geometry import ORIGINAL_VISION_EPS, constants_of, geometry_of
-from blipds.models.weights import find_checkpoint, load_weights
+from blipds.models import build_model
+from blipds.models.protocol import CaptioningModel, Export, keep_activations
+from blipds.models.weights import find_checkpoint, load_weights, open_weights
+from blipds.registry import ARCHS
 from blipds.report.run_files import of_kind, read_lines
 
 SHOWN_METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE")
@@ -45,7 +44,7 @@ SHOWN_METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE")
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="what to export: a path, URL or hub name")
-    parser.add_argument("--format", required=True, choices=["hf", "blip"], help="transformers folder, or BLIP .pth")
+    parser.add_argument("--format", required=True, metavar="NAME", help="hf: transformers folder; blip: BLIP .pth")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR|FILE.pth", help="where to write it")
     parser.add_argument("--force", action="store_true", help="replace an earlier export at --output")
     cli.add_config_arguments(parser, False, "run config; default: the config.yaml of the run that the checkpoint is of")
@@ -60,12 +59,25 @@ def main() -> None:
     if args.print_config:
         print(cli.as_yaml(config), end="")
         return
+    formats = ARCHS[config.model.arch]().exports
+    if args.format not in formats:
+        allowed = ", ".join(formats) or "none: its checkpoints are safetensors under its own names"
+        raise UserError(f"--format {args.format}: {config.model.arch} has the formats {allowed}")
     model, tensors = read(config, location)
     output = args.output.expanduser()
-    if args.format == "blip":
-        write_blip(output, model, tensors, config, args.force)
-    else:
-        write_transformers(output, model, tensors, config, card_text(config, run_dir, location), args.force)
+    processor = image_processor_of(config)
+    export = Export(
+        model,
+        tensors,
+        config.model,
+        Captioner.from_config(config).tokenizer.tokenizer,
+        processor.mean,
+        processor.std,
+        generation_arguments(config),
+        card_text(config, run_dir, location),
+        args.force,
+    )
+    formats[args.format](output, export)
     print(f"{output}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers, from {location}")
 
 
@@ -80,47 +92,14 @@ def load_config(args: argparse.Namespace, run_dir: Path | None) -> Config:
     return cli.load_config(args)
 
 
-def read(config: Config, location: str) -> tuple[BlipCaption, dict[str, Tensor]]:
+def read(config: Config, location: str) -> tuple[CaptioningModel, dict[str, Tensor]]:
     """The model without memory for its weights (its geometry is what counts), and the checkpoint's tensors in fp32."""
     with torch.device("meta"):
-        model = build_model(config.model, checkpoint_fn=lambda function, *inputs: function(*inputs))
+        model = build_model(config.model, keep_activations)
     tensors: dict[str, Tensor] = {}
-    cache_root = Path(config.env.cache_root).expanduser()
-    load_weights(model, location, cache_root, print, write=lambda name, tensor: tensors.update({name: tensor.float()}))
+    stored = open_weights(location, Path(config.env.cache_root).expanduser())
+    load_weights(model, stored, print, write=lambda name, tensor: tensors.update({name: tensor.float()}))
     return model, tensors
-
-
-def write_blip(path: Path, model: BlipCaption, tensors: dict[str, Tensor], config: Config, force: bool) -> None:
-    if path.is_dir() or path.suffix != ".pth":
-        raise UserError(f"--output {path}: --format blip writes one file, FILE.pth")
-    if path.exists() and not force:
-        raise UserError(f"{path} exists already; choose another output, or replace it with --force")
-    constants = constants_of(model)
-    if any(eps != ORIGINAL_VISION_EPS for eps in constants.values()):
-        print(
-            f"careful: {constants}; the original code and LAVIS compute with {ORIGINAL_VISION_EPS:g} whatever it says"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_blip(path, tensors, asdict(config.model) | constants)
-
-
-def write_transformers(
-    folder: Path, model: BlipCaption, tensors: dict[str, Tensor], config: Config, card: str, force: bool
-) -> None:
-    captioner = Captioner.from_config(config)
-    processor = image_processor_of(config)
-    save_transformers(
-        folder,
-        tensors,
-        geometry_of(model),
-        captioner.tokenizer.tokenizer,
-        image_mean=processor.mean,
-        image_std=processor.std,
-        prompt=config.model.prompt,
-        generation=generation_arguments(config),
-        card_text=card,
-        overwrite=force,
-    )
 
 
 def generation_arguments(config: Config) -> dict[str, Any]:

@@ -33,6 +33,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_config_arguments(parser)
     parser.add_argument(
+        "--list",
+        action=cli.ListEverything,
+        nargs=0,
+        help="print what there is to choose from (archs, datasets, processors, schedules, objectives, metrics; after "
+        "--plugin the plugin's too), and stop",
+    )
+    parser.add_argument(
         "--ds-config",
         type=Path,
         default=DEFAULT_DS_CONFIG,
@@ -42,9 +49,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         metavar="auto|PATH",
-        help="go on after a checkpoint: auto (that of run.job_id, else the newest run below run.output_dir, or a fresh "
-        "start), a run directory (its newest whole checkpoint), or a checkpoint; on any number of ranks and under any "
-        "ZeRO stage, with the same global batch",
+        help="resume from a checkpoint: auto (that of run.job_id, else of the newest run below run.output_dir, else a "
+        "fresh start), a run directory (its newest whole checkpoint), or a checkpoint; any number of ranks, any "
+        "ZeRO stage, the same global batch",
     )
     return parser.parse_args()
 

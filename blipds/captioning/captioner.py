@@ -1,8 +1,8 @@
 """A captioner: model, tokenizer, image processor and decoding together, and what a checkpoint says about them."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from blipds import distributed
-from blipds.config.run import Config, ModelConfig, RunConfig, load_run_config
+from blipds.config.run import Config, RunConfig, load_run_config
 from blipds.data.datasets import build_image_processor
 from blipds.data.images import Images
 from blipds.data.loader import derive_seed
@@ -18,24 +18,13 @@ from blipds.data.processors import BlipImageEval, ImageProcessor
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.engine import DTYPES
 from blipds.errors import UserError
-from blipds.models import BlipCaption, build_from_geometry, build_model
-from blipds.models.blip.geometry import BlipGeometry, geometry_from_transformers_config, geometry_of, published_geometry
-from blipds.models.checkpoints import Checkpoint, open_checkpoint
+from blipds.models import build_model
+from blipds.models.checkpoints import StoredTensors
 from blipds.models.generation import GenerationConfig
 from blipds.models.parameters import fingerprint
-from blipds.models.weights import fill_image_statistics, load_weights, locate
-
-# What a transformers folder's generation_config.json calls the run config's keys.
-DECODING_KEYS = {
-    "num_beams": "num_beams",
-    "max_length": "max_len",
-    "min_length": "min_len",
-    "length_penalty": "length_penalty",
-    "repetition_penalty": "repetition_penalty",
-    "do_sample": "use_nucleus_sampling",
-    "top_p": "top_p",
-    "temperature": "temperature",
-}
+from blipds.models.protocol import CaptioningModel, CheckpointFn, keep_activations
+from blipds.models.weights import fill_image_statistics, load_weights, open_weights
+from blipds.registry import ARCHS
 
 
 class Captioner:
@@ -50,6 +39,19 @@ class Captioner:
         self.tokenizer = tokenizer
         self.generation = generation
         self.seed = seed
+
+    def check_model(self, model: CaptioningModel) -> None:
+        """UserError where the model cannot hold the captions that are asked for, or the tokenizer's words."""
+        longest, beams = self.generation.max_len, self.generation.num_beams
+        if model.max_positions is not None and longest > model.max_positions:
+            raise UserError(f"run.max_len is {longest}, but the text decoder has {model.max_positions} positions")
+        if model.vocab_size is not None and len(self.tokenizer) > model.vocab_size:
+            raise UserError(
+                f"model.tokenizer knows {len(self.tokenizer):,} tokens, but the text decoder has embeddings for "
+                f"{model.vocab_size:,}"
+            )
+        if model.vocab_size is not None and 2 * beams > model.vocab_size:
+            raise UserError(f"run.num_beams is {beams}, more than half of the vocabulary ({model.vocab_size:,} tokens)")
 
     @classmethod
     def from_config(cls, config: Config, num_captions: int = 1) -> "Captioner":
@@ -69,7 +71,7 @@ class Captioner:
         return cls(tokenizer, generation, run.seed)
 
     def caption(
-        self, model: BlipCaption, images: dict[str, Tensor], names: Sequence[object], lockstep: bool = False
+        self, model: CaptioningModel, images: dict[str, Tensor], names: Sequence[object], lockstep: bool = False
     ) -> list[str]:
         """The best caption of each image. `images`: {"pixel_values": (I, 3, H, W)} or {"image_embeds": (I, N, width)}.
 
@@ -80,7 +82,7 @@ class Captioner:
 
     @torch.no_grad()
     def captions(
-        self, model: BlipCaption, images: dict[str, Tensor], names: Sequence[object], lockstep: bool = False
+        self, model: CaptioningModel, images: dict[str, Tensor], names: Sequence[object], lockstep: bool = False
     ) -> list[list[str]]:
         """`generation.num_captions` captions of each image, best first where they are beams. Arguments as `caption`."""
         device = next(iter(images.values())).device
@@ -92,7 +94,7 @@ class Captioner:
             texts = [self.tokenizer.decode(sequence) for sequence in sequences]
             return [texts[first : first + count] for first in range(0, len(texts), count)]
         if "pixel_values" in images:
-            images = {"image_embeds": model.visual_encoder(images["pixel_values"])}  # once for all draws
+            images = {"image_embeds": model.image_encoder(images["pixel_values"])}  # once for all draws
         draws = []
         for draw in range(count):
             uniform = self.uniform(names if draw == 0 else [(name, draw) for name in names]).to(device)
@@ -114,7 +116,7 @@ class Captioner:
 class CaptionModel:
     """A model with its weights, on its device, and all that turns image files into captions."""
 
-    model: BlipCaption
+    model: CaptioningModel
     captioner: Captioner
     image_processor: ImageProcessor
     device: torch.device
@@ -138,52 +140,45 @@ class CaptionModel:
         }
 
 
-def load_caption_model(
-    plan: "CaptionPlan", num_captions: int, device: torch.device, precision: str, say: Callable[[str], None]
-) -> CaptionModel:
-    """Builds what `plan` describes and loads its checkpoint. `say(line)` tells what was loaded."""
-    config = plan.config
-    captioner = Captioner.from_config(config, num_captions)
-    if plan.geometry is not None:
-        model = build_from_geometry(plan.geometry)
-    else:
-        model = build_model(config.model, checkpoint_fn=lambda function, *inputs: function(*inputs))
-    load_weights(model, plan.location, Path(config.env.cache_root).expanduser(), say)
-    model.eval()
-    weights = fingerprint(model, f"{geometry_of(model)}")
-    dtype = DTYPES[precision]
-    return CaptionModel(model.to(device, dtype), captioner, plan.image_processor, device, dtype, weights)
-
-
 @dataclass
-class CaptionPlan:
-    """What is to be loaded and how: `geometry` where the checkpoint states it, else it is `config.model`'s."""
+class CaptionRecipe:
+    """An opened checkpoint, and how its captioner is built."""
 
-    location: str
+    stored: StoredTensors
     config: Config
     image_processor: ImageProcessor
-    geometry: BlipGeometry | None = None
+    build: Callable[[CheckpointFn], CaptioningModel]
 
-    def with_decoding(self, **given: Any) -> "CaptionPlan":
+    def with_decoding(self, **given: Any) -> "CaptionRecipe":
         """The same with values of `run` and `model` keys that are not None; UserError as in a run config."""
         names = {field.name for field in fields(RunConfig)}
         wanted = {key: value for key, value in given.items() if value is not None}
         run = replace(self.config.run, **{key: value for key, value in wanted.items() if key in names})
         model = replace(self.config.model, **{key: value for key, value in wanted.items() if key not in names})
-        return replace(self, config=replace_sections(self.config, model, run))
+        # datasets are left out: what they say about prompts is about their training
+        return replace(self, config=Config(model=model, run=run, env=self.config.env))
 
 
-def replace_sections(config: Config, model: ModelConfig, run: RunConfig) -> Config:
-    """Datasets are left out: what they say about prompts is about their training."""
-    return Config(model=model, run=run, env=config.env)
+def load_caption_model(
+    recipe: CaptionRecipe, num_captions: int, device: torch.device, precision: str, say: Callable[[str], None]
+) -> CaptionModel:
+    """Builds what `recipe` describes and loads its checkpoint. `say(line)` tells what was loaded."""
+    captioner = Captioner.from_config(recipe.config, num_captions)
+    model = recipe.build(keep_activations)
+    captioner.check_model(model)
+    load_weights(model, recipe.stored, say)
+    model.eval()
+    weights = fingerprint(model, model.identity(), model.constants())
+    dtype = DTYPES[precision]
+    return CaptionModel(model.to(device, dtype), captioner, recipe.image_processor, device, dtype, weights)
 
 
-def plan_captions(location: str, cfg_path: Path | None, options: Sequence[str]) -> CaptionPlan:
-    """How the checkpoint's captioner is built: by the run config given, else by what lies beside or in the checkpoint.
+def caption_recipe(location: str, cfg_path: Path | None, options: Sequence[str]) -> CaptionRecipe:
+    """How a checkpoint's captioner is built: by the run config given, else by what lies beside or in the checkpoint.
 
-    A checkpoint of a run: <run>/config.yaml. A transformers folder or hub name: its config.json, processor, tokenizer
-    and generation_config.json. A .pth of `launch/export.py`: the model section that it carries. BLIP's and LAVIS's own
-    base and large: known by their shapes. UserError where nothing states the geometry.
+    A checkpoint of a run: <run>/config.yaml. Others: what an arch knows them by (`Arch.describe`), such as a
+    transformers folder or hub name, a .pth of `launch/export.py`, BLIP's and LAVIS's own base and large. UserError
+    where nothing states the geometry.
     """
     run_dir = run_directory(Path(location).expanduser())
     if cfg_path is None and run_dir is not None:
@@ -191,50 +186,25 @@ def plan_captions(location: str, cfg_path: Path | None, options: Sequence[str]) 
     if cfg_path is not None:
         config, _ = load_run_config(cfg_path, options)
         fill_image_statistics(config)
-        return CaptionPlan(location, config, image_processor_of(config))
+        stored = open_weights(location, Path(config.env.cache_root).expanduser())
+        return CaptionRecipe(stored, config, image_processor_of(config), partial(build_model, config.model))
     if options:
         raise UserError("--options change a run config, and there is none: give --cfg-path too")
     config = Config()
-    path = locate(location, Path(config.env.cache_root).expanduser())
-    checkpoint = open_checkpoint(path)
-    if checkpoint.kind == "transformers" and checkpoint.config:
-        return plan_of_transformers(location, path, checkpoint)
-    if "vit_type" in checkpoint.config and not checkpoint.config.get("vit_pretrained"):
-        names = {field.name for field in fields(ModelConfig)}
-        try:
-            model = ModelConfig(**{key: value for key, value in checkpoint.config.items() if key in names})
-        except TypeError as error:
-            raise UserError(f"--checkpoint {location}: the config in it is none of a model ({error})") from error
-        return CaptionPlan(location, replace_sections(config, model, config.run), BlipImageEval(model.image_size))
-    geometry = published_geometry({name: checkpoint.shape(name) for name in checkpoint.names()})
-    if geometry is None:
+    stored = open_weights(location, Path(config.env.cache_root).expanduser())
+    found = next((found for name in ARCHS.names() if (found := ARCHS[name]().describe(stored)) is not None), None)
+    if found is None:
         raise UserError(
             f"--checkpoint {location}: nothing beside it or in it says how its model is built, and it is neither BLIP "
             "base nor large; give the run config with --cfg-path"
         )
-    return CaptionPlan(location, config, BlipImageEval(geometry.image_size), geometry)
-
-
-def plan_of_transformers(location: str, folder: Path, checkpoint: Checkpoint) -> CaptionPlan:
-    from transformers import BlipImageProcessor
-
-    geometry = geometry_from_transformers_config(checkpoint.config)
-    statistics: dict[str, Any] = {}
-    if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        processor = BlipImageProcessor.from_pretrained(folder)
-        statistics = {"mean": tuple(processor.image_mean), "std": tuple(processor.image_std)}
-    tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
-    config = Config(model=ModelConfig(tokenizer=tokenizer, image_size=geometry.image_size))
-    plan = CaptionPlan(location, config, BlipImageEval(geometry.image_size, **statistics), geometry)
-    generation = folder / "generation_config.json"
-    if not generation.is_file():
-        return plan
+    statistics = {key: value for key, value in (("mean", found.mean), ("std", found.std)) if value is not None}
+    processor = BlipImageEval(found.config.image_size, **statistics)
+    recipe = CaptionRecipe(stored, Config(model=found.config), processor, found.build)
     try:
-        stated = json.loads(generation.read_text(encoding="utf-8"))
-        decoding = {ours: stated[theirs] for theirs, ours in DECODING_KEYS.items() if theirs in stated}
-        return plan.with_decoding(**decoding)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{generation}: {error}") from error
+        return recipe.with_decoding(**(found.decoding or {}))
+    except TypeError as error:
+        raise UserError(f"{location}: its decoding settings cannot be used ({error})") from error
 
 
 def image_processor_of(config: Config) -> ImageProcessor:

@@ -1,211 +1,133 @@
-"""Images that somebody names: files, folders, addresses, and names on standard input, as an endless stream if need be.
+"""The images that somebody names: files, folders, addresses, and names on standard input, which need not end.
 
-Nothing here grows with the number of images: a folder's names are sorted in a temporary file.
+Memory does not grow with their number: the names in a folder are sorted in a temporary file.
 """
 
-import hashlib
 import io
 import os
 import sqlite3
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from blipds.data.images import Images, stack
-from blipds.data.processors import ImageProcessor, Shrink, load_image
-from blipds.data.sources import ImageSource, is_hidden, is_image
+from blipds.data.processors import ImageProcessor, load_image
+from blipds.data.sources import is_hidden, is_image
 from blipds.errors import UserError
 from blipds.files.download import read
-from blipds.signals import leave_signals_alone
 
-MAX_IMAGE_BYTES = 200 << 20  # of an address: it is held in memory
+MAX_IMAGE_BYTES = 200 << 20  # behind an address: they are held in memory
 
 
-@dataclass(frozen=True)
-class NamedImage:
-    """`name` is a path or an address; `below` is the folder that was named, where it was found by looking into it."""
+class NamedImage(NamedTuple):
+    """`name`: a path or an address. `folder`: the named folder that holds it, "" for an image named itself."""
 
     name: str
-    below: str = ""
+    folder: str = ""
 
 
-@dataclass(frozen=True)
-class PathImage:
-    path: str
-
-    def open(self, shrink: Shrink | None = None) -> Image.Image:
-        return load_image(self.path, shrink)
-
-
-@dataclass(frozen=True)
-class AddressImage:
-    address: str
-
-    def open(self, shrink: Shrink | None = None) -> Image.Image:
-        try:
-            data = read(self.address, max_bytes=MAX_IMAGE_BYTES)
-        except UserError as error:
-            raise OSError(str(error).removeprefix(f"{self.address}: ")) from error
-        return load_image(self.address, shrink, data=io.BytesIO(data))
+def check_named(given: Sequence[str]) -> None:
+    """UserError for a path that does not exist: most likely a typing error."""
+    for name in given:
+        if name != "-" and not is_address(name) and not os.path.lexists(name):
+            raise UserError(f"{name}: no such file or folder")
 
 
-def source_of(name: str) -> ImageSource:
-    return AddressImage(name) if is_address(name) else PathImage(name)
+def named_images(given: Iterable[str], other_files: Counter[str]) -> Iterator[NamedImage]:
+    """The images of files, folders, addresses and, for -, of a name on each line of standard input.
+
+    A folder stands for the images in it and below, in the order of their paths. They are known by their suffix; the
+    suffixes of its other files are counted in `other_files`, and hidden files ignored.
+    """
+    for name in given:
+        if name == "-":
+            lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
+            yield from named_images(filter(None, lines), other_files)
+        elif is_address(name) or not os.path.isdir(name):  # noqa: PTH112 (a Path for each name is slow)
+            yield NamedImage(name)
+        else:
+            folder = os.path.normpath(name)
+            yield from (NamedImage(path, folder) for path in Names(images_below(folder, other_files)))
 
 
 def is_address(name: str) -> bool:
     return "://" in name
 
 
-# --- the stream of names ---------------------------------------------------------------------------------------------
+def images_below(folder: str, other_files: Counter[str], above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Paths in no particular order. A folder that cannot be read is one of them: opening it says why.
 
-
-def check_named(given: Sequence[str]) -> None:
-    """UserError for a path of the command line that does not exist: most likely a typing error."""
-    if given.count("-") > 1:
-        raise UserError("standard input (-) can be named once")
-    for name in given:
-        if name != "-" and not is_address(name) and not os.path.lexists(name):
-            raise UserError(f"{name}: no such file or folder")
-
-
-def named_images(given: Iterable[str]) -> Iterator[NamedImage]:
-    """The images of files, folders (in the order of their names, those below too), addresses and, for -, of a name a
-    line of standard input. In a folder that is what has an image's suffix; what is hidden is left out."""
-    for name in given:
-        if name == "-":
-            yield from named_images(names_on_stdin())
-        elif not is_address(name) and os.path.isdir(name):  # noqa: PTH112 (a Path for each name is slow)
-            folder = os.path.normpath(name)
-            yield from images_in(folder, folder, ())
-        else:
-            yield NamedImage(name)
-
-
-def names_on_stdin() -> Iterator[str]:
-    for line in sys.stdin.buffer:
-        if name := os.fsdecode(line.rstrip(b"\r\n")):
-            yield name
-
-
-def images_in(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[NamedImage]:
-    """`above`: the folders on the way here, as (device, inode), so that a link into one of them is no circle."""
-    try:
-        status = os.stat(folder)  # noqa: PTH116
-        here = (status.st_dev, status.st_ino)
-        entries = iter(()) if here in above else sorted_entries(folder)
-    except OSError:
-        yield NamedImage(folder, below)  # to be named among what cannot be read
-        return
-    for name, is_folder in entries:
-        path = os.path.join(folder, name)  # noqa: PTH118
-        if is_folder:
-            yield from images_in(path, below, (*above, here))
-        else:
-            yield NamedImage(path, below)
-
-
-def sorted_entries(folder: str) -> Iterator[tuple[str, bool]]:
-    """(name, whether it is a folder) of folders and images, by name. Raises OSError at once, not in the middle.
-
-    They are sorted in a temporary file, which sqlite removes, in 2 MB of memory.
+    `above`: the real paths of the folders on the way here; a link back to one of them is not followed.
     """
-    database = sqlite3.connect("")
-    database.execute("CREATE TABLE entry (name BLOB PRIMARY KEY, is_folder INTEGER) WITHOUT ROWID")
-    with os.scandir(folder) as entries:
-        found = ((os.fsencode(entry.name), entry.is_dir()) for entry in entries if is_wanted(entry))
-        database.executemany("INSERT INTO entry VALUES (?, ?)", found)
-    return read_sorted(database)
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # noqa: PTH112
+                    yield from images_below(entry.path, other_files, (*above, real))
+                elif not is_image(entry.name):
+                    other_files[os.path.splitext(entry.name)[1]] += 1  # noqa: PTH122
+                elif not is_pipe_or_device(entry):
+                    yield entry.path
+    except OSError:
+        yield folder
 
 
-def read_sorted(database: sqlite3.Connection) -> Iterator[tuple[str, bool]]:
-    with closing(database):
-        for name, is_folder in database.execute("SELECT name, is_folder FROM entry ORDER BY name"):
-            yield os.fsdecode(name), bool(is_folder)
-
-
-def is_wanted(entry: os.DirEntry[str]) -> bool:
-    """Folders and images; of images, pipes and devices not (opening one might wait for ever), broken links do count."""
-    if is_hidden(entry.name):
-        return False
-    if entry.is_dir():
-        return True
-    return is_image(entry.name) and (entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)))  # noqa: PTH110
-
-
-def count_images(given: Sequence[str]) -> int | None:
-    """How many there are, for a progress bar; None where standard input is among them. About 2 s a million."""
-    if "-" in given:
-        return None
-    return sum(1 for _ in named_images(given))
+def is_pipe_or_device(entry: os.DirEntry[str]) -> bool:
+    """Opening one may wait for ever. Broken links are none: they are named among what cannot be read."""
+    if entry.is_symlink():
+        return os.path.exists(entry.path) and not os.path.isfile(entry.path)  # noqa: PTH110, PTH113
+    return not entry.is_file()
 
 
 class Names:
-    """A set of names in a temporary file, which sqlite removes: 16 bytes of hash a name there, 2 MB in memory."""
+    """A set of names that gives them in order. It lies in a temporary file that sqlite removes: about 100 bytes a name
+    there, 2 MB of memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Iterable[str] = ()) -> None:
         self._database = sqlite3.connect("", isolation_level=None)
-        self._database.execute("CREATE TABLE name (hash BLOB PRIMARY KEY) WITHOUT ROWID")
-        self._database.execute("BEGIN")  # and no end: nothing is to last
+        self._database.execute("CREATE TABLE name (name BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._database.execute("BEGIN")  # never committed: nothing is to last
+        for name in names:
+            self.add(name)
 
     def add(self, name: str) -> bool:
         """Whether it is new."""
-        digest = hashlib.blake2b(os.fsencode(name), digest_size=16).digest()
-        return self._database.execute("INSERT OR IGNORE INTO name VALUES (?)", (digest,)).rowcount == 1
+        return self._database.execute("INSERT OR IGNORE INTO name VALUES (?)", (os.fsencode(name),)).rowcount == 1
+
+    def __iter__(self) -> Iterator[str]:
+        for (name,) in self._database.execute("SELECT name FROM name ORDER BY name"):
+            yield os.fsdecode(name)
 
 
-# --- batches ---------------------------------------------------------------------------------------------------------
+Sample = tuple[NamedImage, Tensor | str]  # its pixels, or why it cannot be read
 
 
-@dataclass
-class NamedBatch:
-    """Images that could be read, and their names; `errors` is {name: why} of the others."""
-
-    images: Images
-    names: list[str]
-    errors: dict[str, str]
-
-    def pin_memory(self) -> "NamedBatch":
-        return NamedBatch(self.images.pin_memory(), self.names, self.errors)
-
-
-class _Reader(Dataset[tuple[str, Tensor | None, str]]):
-    """Addressed by name."""
+class ImageReader(Dataset[Sample]):
+    """Samples by named image."""
 
     def __init__(self, processor: ImageProcessor) -> None:
         self.processor = processor
 
-    def __getitem__(self, name: str) -> tuple[str, Tensor | None, str]:
+    def __getitem__(self, image: NamedImage) -> Sample:
         try:
-            return name, self.processor(source_of(name).open(self.processor.shrink)), ""
-        except OSError as error:
-            return name, None, error.strerror or str(error).removeprefix(f"cannot read the image {name}: ")
+            content = io.BytesIO(read(image.name, max_bytes=MAX_IMAGE_BYTES)) if is_address(image.name) else None
+            return image, self.processor(load_image(image.name, self.processor.shrink, content))
+        except (OSError, UserError) as error:
+            reason = str(getattr(error, "strerror", None) or error)
+            return image, reason.removeprefix("cannot read the image ").removeprefix(f"{image.name}: ")
 
-    def collate(self, found: Sequence[tuple[str, Tensor | None, str]]) -> NamedBatch:
-        readable = [(name, pixels) for name, pixels, _ in found if pixels is not None]
-        images = stack([pixels for _, pixels in readable], self.processor)
-        errors = {name: error for name, pixels, error in found if pixels is None}
-        return NamedBatch(images, [name for name, _ in readable], errors)
-
-
-def named_batches(
-    names: Iterable[list[str]], processor: ImageProcessor, num_workers: int, pin_memory: bool
-) -> Iterator[NamedBatch]:
-    """A batch for each list of names, decoded in `num_workers` processes. Lists are asked for by this thread, two for
-    each worker ahead."""
-    reader = _Reader(processor)
-    return iter(
-        DataLoader(
-            reader,
-            batch_sampler=names,
-            collate_fn=reader.collate,
-            num_workers=num_workers,
-            worker_init_fn=leave_signals_alone,
-            pin_memory=pin_memory,
-        )
-    )
+    def collate(self, samples: Sequence[Sample]) -> tuple[Images, list[NamedImage], list[tuple[str, str]]]:
+        """The images that can be read, stacked; the same by name; and (name, why it cannot be read) of the others."""
+        readable = [(image, found) for image, found in samples if isinstance(found, Tensor)]
+        errors = [(image.name, found) for image, found in samples if isinstance(found, str)]
+        pixels = stack([found for _, found in readable], self.processor)
+        return pixels, [image for image, _ in readable], errors

@@ -1,4 +1,4 @@
-"""Where captions go: JSON Lines, CSV, or a .txt beside each image; each can be gone on with after a break."""
+"""Where captions go: JSON Lines, CSV, or a .txt beside each image. All but standard output can be continued later."""
 
 import csv
 import fcntl
@@ -6,228 +6,166 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from blipds.captioning.inputs import NamedImage, Names, is_address
 from blipds.errors import UserError
 from blipds.files.download import cache_name
-
-Settings = Mapping[str, Any]
-
-
-class CaptionSink(Protocol):
-    def take(self, image: NamedImage) -> bool:
-        """Whether the image is still to be captioned; asked once for each image, in order."""
-
-    def write(self, image: NamedImage, captions: list[str]) -> None: ...
-
-    def flush(self) -> None:
-        """Hands what was written over to the system: a later SIGKILL takes nothing of it."""
+from blipds.files.replacing import replace_text
 
 
-class StandardOutput:
-    """JSON Lines on standard output, each image once."""
+@contextmanager
+def naming_errors() -> Iterator[None]:
+    """UserError for an OSError: a full disk, somebody else's folder, a closed pipe."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the captions cannot be written: {error}") from error
 
-    def __init__(self) -> None:
+
+class CaptionLines:
+    """A line for each image, once: JSON on standard output."""
+
+    def __init__(self, file: BinaryIO | None = None, is_csv: bool = False) -> None:
+        self.file, self.is_csv = file or sys.stdout.buffer, is_csv
         self.names = Names()
 
-    def take(self, image: NamedImage) -> bool:
+    def needs(self, image: NamedImage) -> bool:
+        """Whether the image is still to be captioned; asked once for each, in order."""
         return self.names.add(image.name)
 
-    def write(self, image: NamedImage, captions: list[str]) -> None:
-        sys.stdout.buffer.write(json_line(image.name, captions).encode())
+    @naming_errors()
+    def write(self, captions: Iterable[tuple[NamedImage, list[str]]]) -> None:
+        """What is written survives a SIGKILL. UserError for a full disk."""
+        line = csv_line if self.is_csv else json_line
+        self.file.writelines(line(image.name, texts) for image, texts in captions)
+        self.file.flush()
 
-    def flush(self) -> None:
-        sys.stdout.buffer.flush()
 
+class CaptionFile(CaptionLines):
+    """One file, .jsonl or .csv, in the order of the images; `<file>.settings.json` keeps how they were captioned.
 
-class CaptionFile:
-    """One file, .jsonl or .csv, in the order of the images; `<file>.settings.json` says what wrote it.
-
-    One that is there is gone on with: a last line that a kill tore is cut off, and the images that it holds are not
-    captioned again. They are known by a hash in a temporary file, so that memory does not grow with them. UserError
-    where the file was written with other settings, by something else, or is being written by another process.
+    An existing file is continued: a last line that a kill tore is cut off, and images that the file names are not
+    captioned again. UserError where it was written with other settings, by another program, or is being written now.
     """
 
-    def __init__(self, path: Path, settings: Settings, num_captions: int, force: bool = False) -> None:
-        self.path = path
-        self.is_csv = path.suffix.lower() == ".csv"
-        if not self.is_csv and path.suffix.lower() != ".jsonl":
+    @naming_errors()
+    def __init__(self, path: Path, settings: Mapping[str, Any], num_captions: int, force: bool = False) -> None:
+        suffix = path.suffix.lower()
+        if suffix not in (".csv", ".jsonl"):
             raise UserError(f"--output {path}: captions are written as .jsonl or .csv")
-        stated = path.with_name(path.name + ".settings.json")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file: BinaryIO = path.open("a+b")
-            self._lock()
-            if force:
-                self.file.truncate(0)
-            if path.stat().st_size:
-                check_settings(stated, settings, path)
-            else:
-                write_settings(stated, settings)
-            self.names = Names()
-            self._go_on()
-            if self.is_csv and not path.stat().st_size:
-                captions = [f"caption_{k + 1}" for k in range(num_captions)] if num_captions > 1 else ["caption"]
-                self.file.write(csv_line(["image", *captions]))
-        except OSError as error:
-            raise UserError(f"--output {path}: cannot be written ({error.strerror or error})") from error
-
-    def _lock(self) -> None:
+        kept = path.with_name(path.name + ".settings.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        super().__init__(path.open("a+b"), is_csv=suffix == ".csv")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--output {self.path}: another process is writing it") from None
+            raise UserError(f"--output {path}: another process is writing it") from None
+        if force or path.stat().st_size == 0:
+            self.file.truncate(0)
+            kept.unlink(missing_ok=True)
+        elif not kept.exists():
+            raise UserError(f"{path} was not written by this command ({kept.name} is missing); give another file")
+        keep_settings(kept, settings, path)
+        self._continue(path)
+        if self.is_csv and self.file.tell() == 0:
+            texts = [f"caption_{k + 1}" for k in range(num_captions)] if num_captions > 1 else ["caption"]
+            self.file.write(csv_line("image", texts))
 
-    def _go_on(self) -> None:
-        """Notes the images that the file holds and cuts off what is no whole line."""
+    def _continue(self, path: Path) -> None:
+        """Notes the images that the file names, cuts off an incomplete last line and goes to the end."""
         self.file.seek(0)
-        whole = 0
-        for number, record in enumerate(records(self.file, self.is_csv), start=1):
-            name = record_name(record, self.is_csv)
-            if name is None:
-                raise UserError(f"--output {self.path}: line {number} is none of this command's; give another file")
-            if not (self.is_csv and number == 1):
-                self.names.add(name)
-            whole += len(record)
-        self.file.truncate(whole)
-        self.file.seek(0, os.SEEK_END)
-
-    def take(self, image: NamedImage) -> bool:
-        return self.names.add(image.name)
-
-    def write(self, image: NamedImage, captions: list[str]) -> None:
-        line = csv_line([image.name, *captions]) if self.is_csv else json_line(image.name, captions).encode()
-        try:
-            self.file.write(line)
-        except OSError as error:
-            raise self._full(error) from error
-
-    def flush(self) -> None:
-        try:
-            self.file.flush()
-        except OSError as error:
-            raise self._full(error) from error
-
-    def _full(self, error: OSError) -> UserError:
-        return UserError(f"--output {self.path}: {error.strerror}; the same command goes on from here later")
+        end = 0
+        for number, line in enumerate(complete_lines(self.file, self.is_csv), start=1):
+            try:
+                name = next(csv.reader([os.fsdecode(line)]))[0] if self.is_csv else json.loads(line)["image"]
+                if not (self.is_csv and number == 1):
+                    self.names.add(name)
+            except (ValueError, LookupError, TypeError, csv.Error):
+                raise UserError(f"--output {path}: line {number} is not this command's; give another file") from None
+            end += len(line)
+        self.file.truncate(end)
+        self.file.seek(end)
 
 
 class Sidecars:
-    """A .txt with a caption a line for each image: beside it, or below `folder` as the image lies below what was named.
+    """A .txt with a caption a line for each image: beside it, or in `folder` where the image is in the named folder.
 
-    A .txt that is there stays as it is, whoever wrote it. `.captions.json`, in `folder` or in each folder that was
-    named, says with which settings; UserError where they are others.
+    An existing .txt stays as it is, whoever wrote it. `.captions.json`, in `folder` or in each named folder, keeps the
+    settings; UserError where they differ.
     """
 
-    def __init__(self, folder: Path | None, settings: Settings) -> None:
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
         self.folder, self.settings = folder, settings
-        self.targets = Names()  # a.jpg and a.png have the same one
-        self.checked = lru_cache(maxsize=10_000)(self._check)
+        self.paths, self.folders = Names(), Names()
 
-    def take(self, image: NamedImage) -> bool:
-        target = self.path(image)
-        self.checked(self.folder or Path(image.below or target.parent))
-        there = target.is_file() and target.stat().st_size > 0  # one without a byte is of a power cut
-        return self.targets.add(str(target)) and not there
+    @naming_errors()
+    def needs(self, image: NamedImage) -> bool:
+        path = self.path(image)
+        folder = self.folder or Path(image.folder or path.parent)
+        if self.folders.add(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+            keep_settings(folder / ".captions.json", self.settings, folder)
+        exists = path.is_file() and path.stat().st_size > 0  # a power cut leaves empty files
+        return self.paths.add(str(path)) and not exists  # a.jpg and a.png have the same path
 
     def path(self, image: NamedImage) -> Path:
-        name = Path(image.name)
-        if self.folder is None:
-            if is_address(image.name):
-                raise UserError(f"{image.name}: nothing lies beside an address; give --sidecar FOLDER")
-            return name.with_suffix(".txt")
         if is_address(image.name):
+            if self.folder is None:
+                raise UserError(f"{image.name}: nothing lies beside an address; give --sidecar FOLDER")
             return (self.folder / cache_name(image.name)).with_suffix(".txt")
-        below = os.path.relpath(image.name, image.below) if image.below else name.name
-        return (self.folder / below).with_suffix(".txt")
+        if self.folder is None:
+            return Path(image.name).with_suffix(".txt")
+        return (self.folder / os.path.relpath(image.name, image.folder or Path(image.name).parent)).with_suffix(".txt")
 
-    def _check(self, folder: Path) -> None:
-        stated = folder / ".captions.json"
-        try:
-            if stated.exists():
-                check_settings(stated, self.settings, folder)
-            else:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_settings(stated, self.settings)
-        except OSError as error:
-            raise UserError(f"--sidecar: {folder} cannot be written ({error.strerror or error})") from error
-
-    def write(self, image: NamedImage, captions: list[str]) -> None:
-        path = self.path(image)
-        partial = path.with_name(f".{path.name}.tmp")
-        try:
+    @naming_errors()
+    def write(self, captions: Iterable[tuple[NamedImage, list[str]]]) -> None:
+        for image, texts in captions:
+            path = self.path(image)
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")
-            partial.replace(path)
-        except OSError as error:
-            raise UserError(f"--sidecar: {path} cannot be written ({error.strerror or error})") from error
-
-    def flush(self) -> None:
-        """Each file is whole when it is there."""
+            replace_text(path, "".join(f"{text}\n" for text in texts))
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
+CaptionOutput = CaptionLines | Sidecars
 
 
-def write_settings(path: Path, settings: Settings) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def check_settings(path: Path, settings: Settings, output: Path) -> None:
-    """UserError where what `path` states differs from `settings`."""
+def keep_settings(path: Path, settings: Mapping[str, Any], output: Path) -> None:
+    """Writes `path` or, where it exists, compares: UserError unless it holds the same. Raises OSError."""
     if not path.exists():
-        raise UserError(f"{output} is there already, and not by this command ({path.name} is missing); give another")
+        replace_text(path, json.dumps(settings, indent=2) + "\n")
+        return
     try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
-        names = sorted(stated.keys() | settings.keys())
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not the settings of captions ({error})") from error
-    others = [f"{name} {stated.get(name)!r}, now {settings.get(name)!r}" for name in names
-              if stated.get(name) != settings.get(name)]  # fmt: skip
-    if others:
-        raise UserError(f"{output} holds captions with other settings ({'; '.join(others)}); give another output")
+        kept = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: does not hold the settings of captions ({error})") from error
+    names = sorted(name for name in kept.keys() | settings.keys() if kept.get(name) != settings.get(name))
+    if names:
+        changed = "; ".join(f"{name} {kept.get(name)!r}, now {settings.get(name)!r}" for name in names)
+        raise UserError(f"{output} holds captions with other settings ({changed}); give another output")
 
 
-# --- lines -----------------------------------------------------------------------------------------------------------
-
-
-def json_line(name: str, captions: list[str]) -> str:
+def json_line(name: str, captions: list[str]) -> bytes:
     value = {"image": name, "caption": captions[0]} if len(captions) == 1 else {"image": name, "captions": captions}
-    line = json.dumps(value, ensure_ascii=False)
-    if any("\ud800" <= character <= "\udfff" for character in name):  # a file name that is no UTF-8
-        line = json.dumps(value)
-    return line + "\n"
+    try:
+        return f"{json.dumps(value, ensure_ascii=False)}\n".encode()
+    except UnicodeEncodeError:  # a file name that is not UTF-8
+        return f"{json.dumps(value)}\n".encode()
 
 
-def csv_line(cells: list[str]) -> bytes:
+def csv_line(name: str, captions: list[str]) -> bytes:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
+    csv.writer(text, lineterminator="\n").writerow([name, *captions])
     return os.fsencode(text.getvalue())
 
 
-def records(file: BinaryIO, is_csv: bool) -> Iterator[bytes]:
-    """Whole lines; of CSV, with the line ends that a quoted name holds. What a kill tore is left out."""
-    record = b""
-    for line in file:
-        record += line
-        if record.endswith(b"\n") and not (is_csv and record.count(b'"') % 2):
-            yield record
-            record = b""
-
-
-def record_name(record: bytes, is_csv: bool) -> str | None:
-    """The image of a line; None where it is no line of `CaptionFile`'s."""
-    try:
-        if is_csv:
-            cells = next(csv.reader(io.StringIO(os.fsdecode(record), newline="")))
-            return cells[0] if len(cells) > 1 else None
-        name = json.loads(record)["image"]
-    except (ValueError, KeyError, TypeError, StopIteration, csv.Error):
-        return None
-    return name if isinstance(name, str) else None
+def complete_lines(file: BinaryIO, is_csv: bool) -> Iterator[bytes]:
+    """Lines that end; a line of CSV may hold line ends within quotes."""
+    line = b""
+    for piece in file:
+        line += piece
+        if line.endswith(b"\n") and not (is_csv and line.count(b'"') % 2):
+            yield line
+            line = b""

@@ -1,23 +1,24 @@
 """The run config: dataclasses are the schema, and one function merges and checks everything.
 
-Precedence, lowest first: the dataclass defaults below, the packaged defaults of the model (`arch` + `model_type`) and
-of each dataset (`blipds/configs`), the run config, `--options`. Names and meanings are LAVIS's where LAVIS has them;
-run_configs/README.md explains every key.
+Precedence, lowest first: the dataclass defaults (those below, and the arch's own), the packaged defaults of the model
+(`arch` + `model_type`) and of each dataset, the run config, `--options`. Names and meanings are LAVIS's where LAVIS has
+them; run_configs/README.md explains every key.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from blipds.errors import UserError, nearest
+from blipds.registry import ARCHS
 
-PACKAGED = Path(__file__).parents[1] / "configs"
+PACKAGED_DATASETS = Path(__file__).parents[1] / "data" / "configs"
 
 # LAVIS's run keys that something else decides now, and the line that says so.
 REPLACED_RUN_KEYS = {
@@ -32,29 +33,46 @@ REPLACED_RUN_KEYS = {
 
 @dataclass
 class ModelConfig:
-    """`model:`"""
+    """`model:`, the keys that every arch has. An arch adds its own in a subclass (models/protocol.py)."""
+
+    # Values of keys that switch activation checkpointing on, those that recompute least first; the first: off.
+    CHECKPOINTING: ClassVar[tuple[dict[str, Any], ...]] = ({},)
 
     arch: str = "blip_caption"
-    model_type: str = "base_coco"
+    model_type: str | None = None
     load_pretrained: bool = True
     load_finetuned: bool = True
     pretrained: str | None = None
     finetuned: str | None = None
-    vit_pretrained: bool | str | None = None
-    text_pretrained: str | None = None
-    vit_type: str = "base"
-    vit_kwargs: dict[str, Any] = field(default_factory=dict)
-    vit_grad_ckpt: bool = False
-    vit_ckpt_layer: int | None = None
-    text_grad_ckpt: bool = False
     freeze_vit: bool = False
     cache_image_embeds: bool | str = False
     image_size: int = 384
-    med_config_path: str | None = None
     tokenizer: str | None = None
     prompt: str = "a picture of "
     max_txt_len: int = 40
-    label_smoothing: float = 0.1
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are checkpointed."""
+        return any(getattr(self, key) != off for key, off in self.CHECKPOINTING[0].items())
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the text decoder: "auto" sizes in the DeepSpeed JSON follow from it."""
+        return 768
+
+    def facts(self) -> list[tuple[str, str]]:
+        """(name, value) of what the report's table of the model shows beside the common keys."""
+        return []
+
+    def parts(self) -> dict[str, str]:
+        """{part of the model: where its first weights come from}, where no whole checkpoint is asked for."""
+        return {}
+
+    @property
+    def encoder_name(self) -> str:
+        """What tells image encoders apart whose weights alone do not (the number of heads), for the feature cache."""
+        return self.arch
 
     def __post_init__(self) -> None:
         check("model.image_size", self.image_size, self.image_size > 0, "a positive number of pixels")
@@ -66,13 +84,10 @@ class ModelConfig:
             "a text that ends in a space (in --options: 'model.prompt=\"a photo of \"')",
         )
         check("model.max_txt_len", self.max_txt_len, self.max_txt_len > 1, "at least 2 tokens")
-        check("model.label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "0 or more, below 1")
         if self.cache_image_embeds and not self.freeze_vit:
             raise UserError(
                 "model.cache_image_embeds needs model.freeze_vit: features of an encoder that learns change"
             )
-        if self.vit_ckpt_layer is not None:
-            check("model.vit_ckpt_layer", self.vit_ckpt_layer, self.vit_ckpt_layer >= 0, "0 or more blocks")
 
 
 @dataclass
@@ -186,6 +201,7 @@ class RunConfig:
     runner: str = "runner_base"
 
     # optimisation
+    objective: str = "cross_entropy"
     lr_sched: str = "cosine_step_lr"
     init_lr: float = 1e-5
     min_lr: float = 0.0
@@ -300,7 +316,7 @@ class EnvConfig:
 
 @dataclass
 class Config:
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=lambda: ARCHS[ModelConfig.arch]().config())
     datasets: dict[str, DatasetConfig] = field(default_factory=dict)
     run: RunConfig = field(default_factory=RunConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -351,16 +367,45 @@ def load_run_config(cfg_path: Path, options: Sequence[str] = ()) -> tuple[Config
     """
     given = with_options(read_yaml(cfg_path), options)
     notices = drop_replaced_keys(given)
-    check_schema(given, Config, "")
+    check_schema({name: section for name, section in given.items() if name != "model"}, Config, "")
+    model = model_config_class(given)
+    check_model_keys(given.get("model"), model)
+    schema = OmegaConf.structured(Config)
+    schema.model = OmegaConf.structured(model)
     layers = [packaged_model(given), packaged_datasets(given), given]
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), *(conform(layer, Config) for layer in layers))
+        merged = OmegaConf.merge(schema, *(conform(layer, Config, {"model": model}) for layer in layers))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         message = str(error).splitlines()[0]
         raise UserError(f"{cfg_path}: {error.full_key or 'config'}: {message}") from error
     assert isinstance(config, Config)
     return config, notices
+
+
+def arch_of(given: dict[Any, Any]) -> Any:
+    """The arch (models/protocol.py) that a run config asks for."""
+    model = given.get("model")
+    name = model.get("arch", ModelConfig.arch) if isinstance(model, dict) else ModelConfig.arch
+    return ARCHS[str(name)]()
+
+
+def model_config_class(given: dict[Any, Any]) -> type[ModelConfig]:
+    """The dataclass of the model section: `model.arch` decides which keys exist."""
+    found: type[ModelConfig] = arch_of(given).config
+    return found
+
+
+def check_model_keys(section: Any, schema: type[ModelConfig]) -> None:
+    """As `check_schema`; a key that another arch has is told as that."""
+    known = type_hints(schema)
+    for key in section if isinstance(section, dict) else ():
+        if key not in known:
+            owners = [name for name in ARCHS.names() if key in type_hints(ARCHS[name]().config)]
+            if owners:
+                arch = section.get("arch", ModelConfig.arch)
+                raise UserError(f"model.{key} is a key of {', '.join(owners)}, and model.arch is {arch}")
+    check_schema(section, schema, "model")
 
 
 def drop_replaced_keys(given: dict[Any, Any]) -> list[str]:
@@ -399,22 +444,22 @@ def with_options(given: DictConfig, options: Sequence[str]) -> dict[Any, Any]:
 
 
 def packaged_model(given: dict[Any, Any]) -> dict[Any, Any]:
-    model = given.get("model") or {}
-    arch = model.get("arch", ModelConfig.arch)
-    model_type = model.get("model_type", ModelConfig.model_type)
-    packaged = {path.stem for path in (PACKAGED / "models" / str(arch)).glob("*.yaml")}
-    if not packaged:
-        arches = [path.name for path in (PACKAGED / "models").iterdir() if path.is_dir()]
-        one_of("model.arch", str(arch), arches)
-    one_of("model.model_type", str(model_type), sorted(packaged))
-    return container(read_yaml(PACKAGED / "models" / arch / f"{model_type}.yaml"))
+    """The packaged defaults of `model.model_type`; none where the arch has no model types."""
+    arch, section = arch_of(given), given.get("model") or {}
+    model_type = section.get("model_type", arch.config.model_type)
+    if model_type is None and not arch.model_types:
+        return {}
+    if not arch.model_types:
+        raise UserError(f"model.model_type is '{model_type}', but {section.get('arch')} has no model types: remove it")
+    one_of("model.model_type", str(model_type), sorted(arch.model_types))
+    return container(read_yaml(arch.model_types[model_type]))
 
 
 def packaged_datasets(given: dict[Any, Any]) -> dict[Any, Any]:
     """Packaged defaults of the datasets that the run config names; a dataset of a plugin may have none."""
     found = {}
     for name in given.get("datasets") or {}:
-        path = PACKAGED / "datasets" / f"{name}.yaml"
+        path = PACKAGED_DATASETS / f"{name}.yaml"
         if path.exists():
             found[name] = container(read_yaml(path))["datasets"][name]
     return {"datasets": found}
@@ -435,6 +480,12 @@ def container(config: Container) -> dict[Any, Any]:
     return plain
 
 
+def type_hints(schema: Any) -> dict[str, Any]:
+    """{key: its type} of a dataclass."""
+    hints = get_type_hints(schema)
+    return {field.name: hints[field.name] for field in fields(schema)}
+
+
 def check_schema(value: Any, schema: Any, key: str) -> None:
     """Names the first key that the schema lacks, with the nearest spelling. Types are OmegaConf's to check."""
     if get_origin(schema) is dict and value is not None:
@@ -451,7 +502,7 @@ def check_schema(value: Any, schema: Any, key: str) -> None:
     elif is_dataclass(schema) and value is not None and not is_storage(value, schema):
         if not isinstance(value, dict):
             raise UserError(f"{key} is {value!r}; expected a section with {', '.join(f.name for f in fields(schema))}")
-        hints = get_type_hints(schema)
+        hints = type_hints(schema)
         for name, inner in value.items():
             here = f"{key}.{name}" if key else str(name)
             if name not in hints:
@@ -464,14 +515,17 @@ def is_storage(value: Any, schema: Any) -> bool:
     return schema is AnnotationConfig and isinstance(value, str | list)
 
 
-def conform(value: Any, schema: Any) -> Any:
-    """LAVIS writes one file name for a list of one, whole floats for integers, and empty sections."""
+def conform(value: Any, schema: Any, subclasses: Mapping[str, Any] | None = None) -> Any:
+    """LAVIS writes one file name for a list of one, whole floats for integers, and empty sections.
+
+    subclasses: of fields whose values are of another class than the schema says.
+    """
     if is_dataclass(schema):
         if value is None:
             return {}
         if is_storage(value, schema):
             value = {"storage": value}
-        hints = get_type_hints(schema)
+        hints = type_hints(schema) | dict(subclasses or {})
         return {name: conform(inner, hints[name]) for name, inner in value.items()}
     if get_origin(schema) is dict:
         return {str(name): conform(inner, get_args(schema)[1]) for name, inner in (value or {}).items()}

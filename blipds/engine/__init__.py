@@ -13,7 +13,7 @@ from blipds.engine.engine import (
     parameter_groups,
 )
 from blipds.engine.ops import prepare_nvme, prepare_ops
-from blipds.engine.partitions import partitioned_init, write_parameter
+from blipds.engine.partitions import partitioned_init
 
 __all__ = [
     "DTYPES",
@@ -26,5 +26,4 @@ __all__ = [
     "partitioned_init",
     "prepare_nvme",
     "prepare_ops",
-    "write_parameter",
 ]

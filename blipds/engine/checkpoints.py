@@ -24,7 +24,6 @@ from blipds.engine.files import (
     write_text,
 )
 from blipds.errors import UserError
-from blipds.models.blip.geometry import constants_of
 
 STATE = "state.json"
 WEIGHTS = "model.safetensors"  # fp32, whole, whatever the ZeRO stage: what evaluation and export read
@@ -32,7 +31,7 @@ SLACK = 16 << 20  # bytes beside the tensors: headers, JSON, the file system's o
 
 
 @dataclass
-class Begun:
+class BegunCheckpoint:
     """A checkpoint that is being written: what only rank 0 can complete once the files of all ranks are there."""
 
     partial: Path
@@ -57,7 +56,7 @@ class CheckpointFolder:
         self.folder = folder
         self.keep_last = keep_last
         self.background = background
-        self.begun: Begun | None = None
+        self.begun: BegunCheckpoint | None = None
         self.candidate: int | None = None  # step
 
     def begin(self, engine: Engine, run: dict[str, Any], shape: dict[str, Any], best: bool) -> str | None:
@@ -72,8 +71,8 @@ class CheckpointFolder:
         failure = self.prepare(partial, engine.checkpoint_bytes) if distributed.is_main() else None
         failure = distributed.broadcast(failure)
         if failure is None:
-            state = {"run": run, "shape": shape, "engine": engine.counters()}
-            self.begun = Begun(partial, name, state, best, self.write_files(engine, partial))
+            state = {"run": run, "shape": shape, "engine": engine.state.counters()}
+            self.begun = BegunCheckpoint(partial, name, state, best, self.write_files(engine, partial))
         return failure
 
     @property
@@ -122,22 +121,22 @@ class CheckpointFolder:
 
     def write_files(self, engine: Engine, partial: Path) -> Future[list[FileRecord]]:
         """Every rank its moments; rank 0 the weights, too. Collective."""
-        writers = [engine.moments_writer(partial, self.background)]
+        writers = [engine.state.writer(partial, self.background)]
         weights = (weight for _, weight in engine.weights())  # collective: to be exhausted by every rank
         if distributed.is_main():
-            metadata = {"format": "blipds", "config": json.dumps(constants_of(engine.model))}  # type: ignore[arg-type]
+            metadata = {"format": "blipds", "config": json.dumps(engine.model.constants())}
             tensors = host_copies(weights) if self.background else weights
             writers.append(lambda: write_tensors(partial / WEIGHTS, engine.weight_shapes(), tensors, metadata))
         files: Future[list[FileRecord]] = Future()
         if self.background:
-            Thread(target=fulfil, args=(files, writers), name="checkpoint").start()
+            Thread(target=resolve, args=(files, writers), name="checkpoint").start()
         else:
-            fulfil(files, writers)
+            resolve(files, writers)
         for _ in weights:
             pass
         return files
 
-    def complete(self, begun: Begun, records: list[FileRecord]) -> str | None:
+    def complete(self, begun: BegunCheckpoint, records: list[FileRecord]) -> str | None:
         """Adds what makes the folder a checkpoint and gives it its name; else why not. Rank 0 only."""
         partial, target = begun.partial, self.folder / begun.name
         try:
@@ -183,14 +182,14 @@ class CheckpointFolder:
 
         Damaged ones count for nothing.
         """
-        kept = [folder.name for _, folder in by_age(self.folder)[:keep_last]]
+        kept = [folder.name for _, folder in newest_first(self.folder)[:keep_last]]
         spared = (*kept, (self.folder / "best").resolve().name, name_of(self.candidate or 0))
         for folder in step_folders(self.folder):
             if kept and folder.name not in spared:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def fulfil(files: Future[list[FileRecord]], writers: list[Callable[[], FileRecord]]) -> None:
+def resolve(files: Future[list[FileRecord]], writers: list[Callable[[], FileRecord]]) -> None:
     """Calls the writers one after the other; `files` has what they gave, or the first exception."""
     try:
         files.set_result([write() for write in writers])
@@ -207,7 +206,7 @@ def step_folders(checkpoints: Path) -> list[Path]:
     return [path for path in sorted(checkpoints.glob("step_*")) if path.name.removeprefix("step_").isdecimal()]
 
 
-def by_age(checkpoints: Path) -> list[tuple[float, Path]]:
+def newest_first(checkpoints: Path) -> list[tuple[float, Path]]:
     """(time of writing, checkpoint) of those with a manifest, newest first. No tensor is looked at."""
     found = []
     for folder in step_folders(checkpoints):
@@ -216,12 +215,12 @@ def by_age(checkpoints: Path) -> list[tuple[float, Path]]:
     return sorted(found, reverse=True)
 
 
-def newest_good(checkpoints: Path) -> tuple[Path | None, list[str]]:
+def newest_intact(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is as it was written, and a line for each one passed over. Reads all of it.
 
     Links are not asked: a crash may have come before they were moved.
     """
-    complete = [folder for _, folder in by_age(checkpoints)]
+    complete = [folder for _, folder in newest_first(checkpoints)]
     lines = [f"damaged: {path}: {damage(path)}" for path in step_folders(checkpoints) if path not in complete]
     for folder in complete:
         problem = damage(folder)
@@ -251,9 +250,12 @@ def read_state(checkpoint: Path) -> dict[str, dict[str, Any]]:
 
 
 def load_engine(engine: Engine, checkpoint: Path) -> None:
-    """Brings the engine to where a checkpoint stands, whatever ranks and ZeRO stage wrote it. Collective."""
+    """Takes up the optimizer's state of a checkpoint, whatever ranks and ZeRO stage wrote it. Collective.
+
+    The weights are there already (`Engine.filling`).
+    """
     state = read_state(checkpoint)
-    engine.load(checkpoint, checkpoint / WEIGHTS, state["engine"], state["shape"]["precision"] == engine.precision)
+    engine.state.read(checkpoint, state["engine"], state["shape"]["precision"] == engine.precision)
 
 
 def resume_point(where: str, run_dirs: Iterable[Path]) -> tuple[Path | None, list[str]]:
@@ -275,7 +277,7 @@ def resume_point(where: str, run_dirs: Iterable[Path]) -> tuple[Path | None, lis
         if problem is not None:
             raise UserError(f"--resume {where}: no whole checkpoint of a run: {problem}")
         return checkpoint, []
-    found, lines = newest_good(folder)
+    found, lines = newest_intact(folder)
     if found is None:
         raise UserError(f"none of the checkpoints in {folder} is whole; {'; '.join(lines)}")
     return found, [*lines, *([f"going on from {found}, the newest that is whole"] if lines else [])]
@@ -283,8 +285,9 @@ def resume_point(where: str, run_dirs: Iterable[Path]) -> tuple[Path | None, lis
 
 def newest_run(run_dirs: Iterable[Path]) -> Path | None:
     """The run directory with the newest checkpoint; where no manifest can be read, one with something like it."""
-    found = [
-        (by_age(run_dir / "checkpoints"), run_dir) for run_dir in run_dirs if step_folders(run_dir / "checkpoints")
-    ]
-    ages = [(ages[0][0] if ages else 0.0, run_dir) for ages, run_dir in found]
+    ages = []
+    for run_dir in run_dirs:
+        if step_folders(run_dir / "checkpoints"):
+            found = newest_first(run_dir / "checkpoints")
+            ages.append((found[0][0] if found else 0.0, run_dir))
     return max(ages)[1] if ages else None

@@ -7,7 +7,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,10 +17,10 @@ from blipds import distributed
 from blipds.config.deepspeed import Section, offload_folders, uses_torch_adam, zero_stage
 from blipds.engine.communication import join_deepspeed
 from blipds.engine.diagnosis import first_non_finite
-from blipds.engine.files import FileRecord
-from blipds.engine.partitions import gathered
+from blipds.engine.partitions import gathered, is_partitioned
 from blipds.engine.state import TrainingState
-from blipds.models.parameters import whole_shape
+from blipds.models.parameters import Write, whole_shape
+from blipds.models.protocol import CaptioningModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -100,9 +99,9 @@ class Engine:
         self.offload_folders = offload_folders(config)
         # Without ZeRO in fp32 DeepSpeed neither measures gradients nor looks whether they are finite: done here, and
         # clipping with it.
-        self.plain = self.stage == 0 and precision == "fp32"
+        self.checks_gradients = self.stage == 0 and precision == "fp32"
         self.max_grad_norm: Any = config.get("gradient_clipping", 0.0)
-        if self.plain:
+        if self.checks_gradients:
             config = {**config, "gradient_clipping": 0.0}
         if uses_torch_adam(config):
             groups = [{**group, "fused": True} for group in groups]
@@ -111,8 +110,10 @@ class Engine:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints one line a rank for each op
             self._deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
         self.state = TrainingState(self._deepspeed)
+        if hasattr(self.state.scaler, "raise_error_at_min_scale"):  # fp16: run.max_bad_steps ends the run instead
+            self.state.scaler.raise_error_at_min_scale = False
+        self.frozen: dict[str, Tensor] = {}  # rank 0: fp32 numbers that the model's precision cannot hold, on the host
         self._dropped = False
-        self.scale_exhausted = False  # fp16: gradients overflow at the smallest loss scale, too
 
     @property
     def device(self) -> torch.device:
@@ -135,14 +136,9 @@ class Engine:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
         norm: Any = None
-        if self.plain and self._deepspeed.is_gradient_accumulation_boundary():
+        if self.checks_gradients and self._deepspeed.is_gradient_accumulation_boundary():
             norm = self.clip_or_drop()  # one device sync a step, as DeepSpeed's own look elsewhere
-        try:
-            self._deepspeed.step()
-        except Exception as error:
-            if "loss scale already at minimum" not in str(error):
-                raise
-            self.scale_exhausted = True
+        self._deepspeed.step()
         if measure and norm is None:
             norm = self._deepspeed.get_global_grad_norm()
         return float(norm) if measure and norm is not None else None
@@ -162,18 +158,21 @@ class Engine:
     @property
     def skipped(self) -> bool:
         """After the last micro-batch of a window: whether the weights stayed as they were. The same on every rank."""
-        return self._dropped or self.scale_exhausted or not self._deepspeed.was_step_applied()
+        return self._dropped or not self._deepspeed.was_step_applied()
 
-    def find_non_finite(self, batches: Iterable[dict[str, Tensor]]) -> str | None:
-        """Where numbers stop being finite: in a weight, or in a pass over `batches`. Ends the run's use. Collective."""
+    def find_non_finite(self, losses: Iterable[Tensor]) -> str | None:
+        """Where numbers stop being finite: in a weight, or on the way to `losses` and back. Collective.
+
+        The losses are computed while they are iterated over. The engine cannot train any more afterwards.
+        """
         bad = [name for name, weight in self.weights() if not bool(torch.isfinite(weight).all())]
         with first_non_finite(self.model) as found:
-            for inputs in batches:
-                self.backward(self.loss(inputs))
+            for loss in losses:
+                self.backward(loss)
         return f"the weights {bad[0]}" if bad else next(iter(found), None)
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> CaptioningModel:
         """The bare model, for names and shapes; under ZeRO-3 its weights are there only inside `evaluating()`."""
         return self._deepspeed.module
 
@@ -191,7 +190,7 @@ class Engine:
         self._deepspeed.train()
 
     @contextmanager
-    def evaluating(self, gather: bool = True) -> Iterator[nn.Module]:
+    def evaluating(self, gather: bool = True) -> Iterator[CaptioningModel]:
         """The model in evaluation mode. Collective.
 
         Under ZeRO-3 its weights are gathered once for all that happens inside, so that ranks may do different amounts
@@ -212,14 +211,49 @@ class Engine:
             torch.backends.cuda.enable_flash_sdp(self.flash_in_training)
             self._deepspeed.train()
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, weight in fp32 on the CPU), one after the other: the optimizer's fp32 copy where there is one.
+    @contextmanager
+    def filling(self) -> Iterator[Write]:
+        """Gives a `write(name, tensor)` that puts rank 0's tensor into a parameter, or into its first rows, unrounded.
 
-        Collective: every rank must exhaust it, and gets every weight.
+        What learns goes into the optimizer's fp32 copies. What is frozen goes into the model, and where its precision
+        rounds it rank 0 keeps the fp32 tensor on the host: 4 bytes a frozen weight, on one machine, for `weights`.
+        Collective, as each `write` is: all ranks give tensors of the same shapes in the same order.
+        """
+        with torch.no_grad(), self.state.filling() as write_masters:
+
+            def write(name: str, tensor: Tensor) -> None:
+                parameter = self.model.get_parameter(name)
+                name = self.state.names[id(parameter)]  # the first of tied ones
+                tensor = tensor.to(self.device, torch.float32).contiguous()
+                if distributed.world_size() > 1:
+                    torch.distributed.broadcast(tensor, src=0)
+                if parameter.requires_grad:
+                    write_masters(name, tensor)
+                else:
+                    self.write_frozen(name, parameter, tensor)
+
+            yield write
+
+    def write_frozen(self, name: str, parameter: nn.Parameter, tensor: Tensor) -> None:
+        """Collective where the parameter is partitioned."""
+        with gathered([parameter], modifier_rank=0):
+            if is_partitioned(parameter) and not distributed.is_main():
+                return
+            whole = self.frozen.pop(name, parameter.detach().to("cpu", torch.float32, copy=True))
+            whole.view(-1)[: tensor.numel()].copy_(tensor.view(-1))
+            parameter.copy_(whole)
+            if distributed.is_main() and not torch.equal(parameter.float().cpu(), whole):
+                self.frozen[name] = whole
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, weight in fp32 on the CPU), one after the other: never rounded where it was filled in fp32.
+
+        Collective: every rank must exhaust it, and gets every weight; the frozen ones, other ranks than 0 as the model
+        has them.
         """
         from deepspeed.utils import safe_get_full_fp32_param
 
-        held = self.state.whole_masters()  # ZeRO-0: every rank has them all
+        held = self.state.whole_weights()  # ZeRO-0: every rank has them all
         for name, parameter in self.model.named_parameters():
             weight = held.get(name)
             if weight is None and parameter.requires_grad:
@@ -227,6 +261,7 @@ class Engine:
             if weight is None:
                 with gathered([parameter]):
                     weight = parameter.detach().float().cpu().clone()
+                weight = self.frozen.get(name, weight)
             yield name, weight.detach().float().cpu()
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -238,21 +273,6 @@ class Engine:
         """What the files of all ranks together take: 4 bytes a weight, 8 for the moments of one that learns."""
         sizes = [(whole_shape(p).numel(), p.requires_grad) for p in self.model.parameters()]
         return sum(12 * size if learns else 4 * size for size, learns in sizes)
-
-    def moments_writer(self, folder: Path, copy: bool) -> Callable[[], FileRecord]:
-        """Writes this rank's share of Adam's moments when called; with `copy` as they are now. See TrainingState."""
-        return self.state.writer(folder, copy)
-
-    def counters(self) -> dict[str, Any]:
-        """Adam's step and the loss scale, alike on every rank."""
-        return self.state.counters()
-
-    def load(self, folder: Path, weights: Path, counters: dict[str, Any], same_precision: bool) -> None:
-        """Takes up what a run of any shape wrote: fp32 weights, moments, counters. Collective.
-
-        Frozen weights are not in it; they come with the model's initial weights.
-        """
-        self.state.read(folder, weights, counters, same_precision)
 
     def peak_memory(self) -> int:
         """The device's peak memory in bytes; 0 on a CPU."""

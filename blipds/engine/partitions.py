@@ -1,15 +1,13 @@
-"""ZeRO-3 while a model is built and filled: no rank ever holds more than its share and one whole parameter."""
+"""ZeRO-3 while a model is built: no rank ever holds more than its share and one whole parameter."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from blipds import distributed
 from blipds.config.deepspeed import Section, zero_stage
 from blipds.engine.communication import join_deepspeed
-from blipds.models.parameters import copy_into
 
 
 @contextmanager
@@ -18,7 +16,7 @@ def partitioned_init(config: Section) -> Iterator[None]:
 
     `config` is a resolved DeepSpeed config: it says the precision and where the parts are kept (device, host, NVMe).
     Below stage 3 nothing happens. Code inside that looks at values of a finished module finds empty tensors, so random
-    weights come afterwards (models/initialisation.py), parameter by parameter.
+    weights come afterwards (`Engine.filling`), parameter by parameter.
     """
     if zero_stage(config) < 3:
         yield
@@ -28,17 +26,6 @@ def partitioned_init(config: Section) -> Iterator[None]:
     join_deepspeed()  # otherwise Init takes this rank for the only one
     with Init(config_dict_or_path=config):
         yield
-
-
-def write_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Copies rank 0's `tensor` into a parameter, or into the first rows of it. Collective where it is partitioned.
-
-    A whole parameter takes each rank's own tensor, without communication.
-    """
-    parameter = model.get_parameter(name)
-    with gathered([parameter], modifier_rank=0):
-        if distributed.is_main() or not is_partitioned(parameter):
-            copy_into(model, name, tensor)
 
 
 def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = None) -> Any:

@@ -8,10 +8,11 @@ On disk, `adam_<rank>.safetensors` of every rank holds the moments of its pieces
 and `exp_avg_sq:...`; the weights are those of `model.safetensors`, which evaluation and export read too.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,52 @@ from torch import Tensor, nn
 from blipds import distributed
 from blipds.engine.files import FileRecord, host_copies, write_tensors
 from blipds.errors import UserError
+from blipds.models.parameters import Write
 
+READ_VERSION = "0.19.8"  # of DeepSpeed: the one whose private fields are read here
+# By the name of the wrapper around the inner optimizer, and of that one itself. A wrapper's first two fields are groups
+# of the model's parameters, and the masters that belong to them.
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "DeepSpeedZeroOptimizer": ("bit16_groups", "single_partition_of_fp32_groups", "update_lp_params"),  # stages 1 and 2
+    "BF16_Optimizer": ("bf16_groups", "fp32_groups_flat_partition", "update_lp_params"),  # stage 1, fp32 gradients
+    "DeepSpeedZeroOptimizer_Stage3": (
+        *("fp16_groups", "fp32_partitioned_groups_flat", "grad_position", "get_param_id"),
+        *("_get_param_partition_rank", "_swappable_optimizer_subgroup", "_release_swap_buffers"),
+        *("_optimizer_states_and_gradient_swap_in", "_optimizer_states_and_gradient_swap_out"),
+        *("_reassign_or_swap_out_partitioned_parameters", "checkpoint_event_prologue", "checkpoint_event_epilogue"),
+    ),
+    "FP16_Optimizer": ("fp16_groups", "fp32_groups_flat"),  # stage 0 in bf16 or fp16
+    "FP16_UnfusedOptimizer": ("fp16_groups", "fp32_groups"),  # the same with torch's Adam
+    "DeepSpeedCPUAdam": ("ds_opt_adam", "opt_id"),
+    "FusedAdam": ("multi_tensor_adam", "_dummy_overflow_buf", "adam_w_mode"),
+    **dict.fromkeys(("AdamW", "Adam"), ("param_groups",)),  # torch's
+}
+# What DeepSpeed notes on each parameter.
+PARAMETER_FIELDS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("DeepSpeedZeroOptimizer", "BF16_Optimizer"), ("_hp_mapping",)),
+    "DeepSpeedZeroOptimizer_Stage3": ("ds_id", "ds_numel", "ds_shape", "ds_tensor"),
+}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def check_fields(optimizer: Any, inner: Any, parameters: Iterable[nn.Parameter]) -> None:
+    """UserError where the installed DeepSpeed lacks a private field that is read here; it names both versions."""
+    problems = []
+    for found in (optimizer, inner):
+        kind = type(found).__name__
+        if kind not in FIELDS:
+            problems.append(f"{kind} is unknown")
+        problems += [f"{kind} has no {field}" for field in FIELDS.get(kind, ()) if not hasattr(found, field)]
+    noted, parameters = PARAMETER_FIELDS.get(type(optimizer).__name__, ()), list(parameters)
+    problems += [f"parameters have no {field}" for field in noted if not all(hasattr(p, field) for p in parameters)]
+    if problems:
+        from deepspeed import __version__
+
+        raise UserError(
+            f"deepspeed {__version__} is installed, and blipds knows the optimizers of {READ_VERSION} "
+            f"({'; '.join(problems)}): pip install deepspeed=={READ_VERSION}"
+        )
 
 
 @dataclass(frozen=True)
@@ -36,6 +80,10 @@ class Piece:
     offset: int
     numel: int
 
+    def of(self, master: Tensor) -> Tensor:
+        """Its elements in a flat tensor that is laid out as the master."""
+        return master.narrow(0, self.offset, self.numel)
+
 
 @dataclass(frozen=True)
 class Master:
@@ -43,7 +91,11 @@ class Master:
 
     tensor: Tensor
     pieces: list[Piece]
-    group: int = 0
+    group: int
+
+    @property
+    def flat(self) -> Tensor:
+        return self.tensor.detach().view(-1)
 
 
 class TrainingState:
@@ -55,86 +107,74 @@ class TrainingState:
         self.parameters = dict(engine.module.named_parameters())
         self.names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.wrapper = type(self.optimizer).__name__
+        check_fields(self.optimizer, self.inner, (p for p in self.parameters.values() if p.requires_grad))
         self.masters = self.find_masters()
 
-    # --- where DeepSpeed keeps it (0.19)
+    # --- where DeepSpeed keeps it
 
     @property
     def replicated(self) -> bool:
         """Whether every rank holds everything (ZeRO-0)."""
-        return self.wrapper not in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
+        return self.wrapper not in PARAMETER_FIELDS
 
     def find_masters(self) -> list[Master]:
-        optimizer = self.optimizer
-        if self.wrapper == "DeepSpeedZeroOptimizer":  # stages 1 and 2
-            return self.linked(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups)
-        if self.wrapper == "BF16_Optimizer":  # stage 1 in bf16 with fp32 gradients
-            return self.linked(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition)
-        if self.wrapper == "DeepSpeedZeroOptimizer_Stage3":
-            return self.sharded()
-        if self.wrapper == "FP16_Optimizer":  # stage 0 in bf16 or fp16
-            return [
-                Master(flat, self.in_a_row(group))
-                for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True)
-            ]
-        pairs: list[tuple[nn.Parameter, Tensor]]
-        if self.wrapper == "FP16_UnfusedOptimizer":  # the same with torch's Adam
-            groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-            pairs = [pair for low, high in groups for pair in zip(low, high, strict=True)]
+        groups: Iterable[Any]
+        masters: Iterable[Tensor]
+        if self.optimizer is self.inner:
+            groups = masters = [parameter for group in self.inner.param_groups for parameter in group["params"]]
         else:
-            pairs = [(parameter, parameter) for group in optimizer.param_groups for parameter in group["params"]]
-        return [Master(tensor, self.in_a_row([parameter])) for parameter, tensor in pairs]
+            groups, masters = (getattr(self.optimizer, field) for field in FIELDS[self.wrapper][:2])
+        if self.wrapper == "FP16_UnfusedOptimizer":  # a master for each parameter
+            groups, masters = chain.from_iterable(groups), chain.from_iterable(masters)
+        pieces = self.fragments
+        if self.wrapper == "DeepSpeedZeroOptimizer_Stage3":
+            pieces = self.equal_shares
+        elif self.replicated:
+            pieces = self.one_after_the_other
+        return [
+            Master(flat, pieces([group] if isinstance(group, nn.Parameter) else group), number)
+            for number, (group, flat) in enumerate(zip(groups, masters, strict=True))
+        ]
 
-    def in_a_row(self, parameters: list[nn.Parameter]) -> list[Piece]:
-        pieces, offset = [], 0
+    def one_after_the_other(self, parameters: list[nn.Parameter]) -> list[Piece]:
+        """ZeRO-0: all of every parameter."""
+        offsets = accumulate((parameter.numel() for parameter in parameters), initial=0)
+        return [Piece(self.names[id(p)], 0, offset, p.numel()) for p, offset in zip(parameters, offsets, strict=False)]
+
+    def fragments(self, parameters: list[nn.Parameter]) -> list[Piece]:
+        """ZeRO-1 and 2: DeepSpeed has noted on each parameter which stretch of it this rank holds, and where."""
+        pieces = []
         for parameter in parameters:
-            pieces.append(Piece(self.names[id(parameter)], 0, offset, parameter.numel()))
-            offset += parameter.numel()
+            mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is not None:
+                low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+                pieces.append(Piece(self.names[id(parameter)], low.start, high.start, high.numel))
         return pieces
 
-    def linked(self, groups: list[list[nn.Parameter]], flats: list[Tensor]) -> list[Master]:
-        """DeepSpeed has noted on each parameter which stretch of it this rank holds, and where."""
-        masters = []
-        for group, flat in zip(groups, flats, strict=True):
-            pieces = []
-            for parameter in group:
-                mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
-                if mapping is not None:
-                    low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    pieces.append(Piece(self.names[id(parameter)], low.start, high.start, high.numel))
-            masters.append(Master(flat, pieces))
-        return masters
-
-    def sharded(self) -> list[Master]:
+    def equal_shares(self, parameters: list[nn.Parameter]) -> list[Piece]:
         """ZeRO-3: of each parameter every rank holds as many elements, the last ones padding."""
-        optimizer, masters = self.optimizer, []
-        groups = zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
-        for number, (parameters, flat) in enumerate(groups):
-            pieces = []
-            for parameter in parameters:
-                _, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
-                start = share * optimizer._get_param_partition_rank(parameter)
-                numel = min(share, parameter.ds_numel - start)
-                if numel > 0:
-                    pieces.append(Piece(self.names[id(parameter)], start, offset, numel))
-            masters.append(Master(flat, pieces, number))
-        return masters
+        optimizer, pieces = self.optimizer, []
+        for parameter in parameters:
+            _, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = share * optimizer._get_param_partition_rank(parameter)
+            numel = min(share, parameter.ds_numel - start)  # type: ignore[attr-defined]
+            if numel > 0:
+                pieces.append(Piece(self.names[id(parameter)], start, offset, numel))
+        return pieces
 
-    def whole_masters(self) -> dict[str, Tensor]:
+    def whole_weights(self) -> dict[str, Tensor]:
         """{name: fp32 weight} where every rank holds everything, else nothing."""
-        if not self.replicated:
-            return {}
-        found = {}
-        for master in self.masters:
-            for piece in master.pieces:
-                flat = master.tensor.detach().view(-1).narrow(0, piece.offset, piece.numel)
-                found[piece.name] = flat.view(self.parameters[piece.name].shape)
-        return found
+        held = [(piece, master) for master in self.masters for piece in master.pieces if self.replicated]
+        return {piece.name: piece.of(master.flat).view_as(self.parameters[piece.name]) for piece, master in held}
+
+    def on_nvme(self, master: Master) -> bool:
+        stage_3 = self.wrapper == "DeepSpeedZeroOptimizer_Stage3"
+        return stage_3 and self.optimizer._swappable_optimizer_subgroup(master.group)
 
     @contextmanager
-    def at_hand(self, master: Master, writing: bool) -> Iterator[None]:
-        """Brings a master and its moments in from NVMe where they are there; with `writing` back, too."""
-        if not (self.wrapper.endswith("Stage3") and self.optimizer._swappable_optimizer_subgroup(master.group)):
+    def swapped_in(self, master: Master, writing: bool) -> Iterator[None]:
+        """Reads a master and its moments from NVMe where they are there; with `writing` writes them back, too."""
+        if not self.on_nvme(master):
             yield
             return
         self.optimizer._optimizer_states_and_gradient_swap_in(master.group)
@@ -197,32 +237,55 @@ class TrainingState:
 
     def own_moments(self) -> Iterator[Tensor]:
         for master in self.masters:
-            with self.at_hand(master, writing=False):
+            with self.swapped_in(master, writing=False):
                 state = self.adam_of(master).state[master.tensor]
                 for piece in self.own_pieces(master):
                     for moment in MOMENTS:
                         if moment in state:
-                            yield state[moment].view(-1).narrow(0, piece.offset, piece.numel)
+                            yield piece.of(state[moment].view(-1))
                         else:  # saved before the first step
                             yield torch.zeros(piece.numel)
 
-    def read(self, folder: Path, weights: Path, counters: Mapping[str, Any], same_precision: bool) -> None:
-        """Fills the masters and their moments from a checkpoint of any shape, by memory map. Collective."""
+    def read(self, folder: Path, counters: Mapping[str, Any], same_precision: bool) -> None:
+        """Fills the moments from a checkpoint of any shape, by memory map; the masters are there. Collective."""
         moments, step = StoredMoments(folder), int(counters["adam_step"])
-        with safe_open(weights, framework="pt") as whole, torch.no_grad():
-            for master in self.masters:
-                with self.at_hand(master, writing=True):
-                    state = self.fresh_state(self.adam_of(master), master.tensor, step)
-                    for piece in master.pieces:
-                        into = master.tensor.view(-1).narrow(0, piece.offset, piece.numel)
-                        into.copy_(whole.get_tensor(piece.name).view(-1)[piece.start : piece.start + piece.numel])
-                        for moment in MOMENTS:
-                            moments.copy(moment, piece, state[moment].view(-1).narrow(0, piece.offset, piece.numel))
-        self.refresh_model()
-        wind_adam(self.inner, step)
+        for master in self.masters:
+            with self.swapped_in(master, writing=True):
+                state = self.fresh_state(self.adam_of(master), master.tensor, step)
+                for piece in master.pieces:
+                    for moment in MOMENTS:
+                        moments.copy(moment, piece, piece.of(state[moment].view(-1)))
+        advance_adam(self.inner, step)
         if same_precision and self.scaler is not None:
             for key, value in counters["loss_scale"].items():
                 setattr(self.scaler, key, value)
+
+    @contextmanager
+    def filling(self) -> Iterator[Write]:
+        """Gives a `write(name, tensor)` for the masters; the model takes them over, rounded, at the end. Collective.
+
+        Masters on NVMe are written there at the end: until then this rank's share is on the host, 4 bytes an element.
+        """
+        targets = []
+        for master in self.masters:
+            with self.swapped_in(master, writing=False):
+                targets.append(master.flat.clone() if self.on_nvme(master) else master.flat)
+        places: dict[str, list[tuple[Piece, Tensor]]] = {}
+        for master, target in zip(self.masters, targets, strict=True):
+            for piece in master.pieces:
+                places.setdefault(piece.name, []).append((piece, piece.of(target)))
+
+        def write(name: str, tensor: Tensor) -> None:
+            for piece, target in places.get(name, []):
+                stretch = tensor.reshape(-1)[piece.start : piece.start + piece.numel]
+                target[: len(stretch)].copy_(stretch)
+
+        yield write
+        for master, target in zip(self.masters, targets, strict=True):
+            if self.on_nvme(master):
+                with self.swapped_in(master, writing=True):
+                    master.flat.copy_(target)
+        self.refresh_model()
 
     def fresh_state(self, adam: torch.optim.Optimizer, tensor: Tensor, step: int) -> dict[str, Any]:
         """Adam's state of a master; optimizers make theirs in the first step only."""
@@ -240,22 +303,17 @@ class TrainingState:
     def refresh_model(self) -> None:
         """Takes the masters over into the weights that the model computes with. Collective."""
         optimizer = self.optimizer
-        if self.wrapper in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+        if self.replicated:
+            for name, weight in self.whole_weights().items():
+                self.parameters[name].data.copy_(weight)
+        elif self.wrapper != "DeepSpeedZeroOptimizer_Stage3":
             optimizer.update_lp_params()
-        elif self.wrapper == "DeepSpeedZeroOptimizer_Stage3":
+        else:
             optimizer.checkpoint_event_prologue()  # partitions what is gathered
             for master in self.masters:
-                with self.at_hand(master, writing=False):
+                with self.swapped_in(master, writing=False):
                     optimizer._reassign_or_swap_out_partitioned_parameters(master.group)
             optimizer.checkpoint_event_epilogue()  # gathers what stays gathered
-        elif self.wrapper == "FP16_Optimizer":
-            for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
-                for parameter, piece in zip(group, self.in_a_row(group), strict=True):
-                    parameter.data.copy_(flat.data.narrow(0, piece.offset, piece.numel).view_as(parameter))
-        elif self.wrapper == "FP16_UnfusedOptimizer":
-            for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-                for parameter, master_weight in zip(low, high, strict=True):
-                    parameter.data.copy_(master_weight.data)
 
 
 def file_of(rank: int) -> str:
@@ -288,12 +346,12 @@ class StoredMoments:
             )
 
 
-def wind_adam(adam: Any, step: int) -> None:
+def advance_adam(adam: Any, step: int) -> None:
     """Brings DeepSpeed's Adam on CPUs to where it stood after `step` steps.
 
     It keeps running products of the betas (cpu_adam.h, IncrementStep) and, started in the middle, computes them as
-    powers, a rounding away: winding it through all steps with one zero makes a resumed run equal to the bit. It costs
-    some microseconds a step. On GPUs there is nothing to wind.
+    powers, a rounding away: taking all steps anew with one zero makes a resumed run equal to the bit. It costs
+    some microseconds a step. On GPUs it keeps nothing.
     """
     zeros = [torch.zeros(1) for _ in range(4)]  # gradient, parameter, exp_avg, exp_avg_sq
     beta1, beta2 = adam.param_groups[0]["betas"]

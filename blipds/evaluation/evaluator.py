@@ -14,18 +14,20 @@ from tqdm import tqdm
 
 from blipds import distributed
 from blipds.captioning.captioner import Captioner
-from blipds.config.run import Config
+from blipds.config.run import Config, RunConfig
 from blipds.data.annotations import read_splits
 from blipds.data.datasets import CaptionDataset, build_dataset, has_split
 from blipds.data.loader import EvalBatch, EvalLoader
 from blipds.engine import DTYPES
 from blipds.errors import UserError
-from blipds.models import BlipCaption, build_model
+from blipds.models import build_model
 from blipds.models.initialisation import initialise
 from blipds.models.parameters import copy_into
-from blipds.models.weights import load_weights
+from blipds.models.protocol import CaptioningModel, keep_activations
+from blipds.models.weights import load_weights, open_weights
 from blipds.monitor import NullMonitor
 from blipds.report import Shown, write_cider
+from blipds.report.run_files import replace_text
 from blipds.scoring.metrics import METRICS, Captions, Scores
 from blipds.scoring.process import Scoring, ScoringTask
 
@@ -33,7 +35,7 @@ SHOWN_IMAGES = 8  # on the contact sheet of each evaluation
 
 
 @dataclass
-class Captioned:
+class GeneratedCaptions:
     """What the ranks generated together; `captions` by index in the dataset, unreadable images left out."""
 
     captions: dict[int, str]
@@ -50,20 +52,13 @@ class References:
 
 
 class Evaluator:
-    """Captions one split of one dataset, and knows what its captions are scored against; without references nothing.
+    """Captions one split of a dataset. Without references its captions are not scored.
 
     Raises UserError where an image has no reference.
     """
 
     def __init__(
-        self,
-        split: str,
-        dataset: CaptionDataset,
-        captioner: Captioner,
-        references: References | None,
-        *,
-        batch_size: int,
-        num_workers: int,
+        self, split: str, dataset: CaptionDataset, captioner: Captioner, references: References | None, run: RunConfig
     ) -> None:
         self.split = split
         self.dataset = dataset
@@ -76,28 +71,22 @@ class Evaluator:
                 raise UserError(f"{split}: no reference for {len(unknown)} images; the first is {unknown[0]}")
         # each image once, without fillers: the shares of the ranks may differ by one
         mine = range(distributed.rank(), len(dataset.records), distributed.world_size())
-        self.loader = EvalLoader(dataset, mine, batch_size=batch_size, num_workers=num_workers)
+        self.loader = EvalLoader(dataset, mine, batch_size=run.batch_size_eval, num_workers=run.num_workers)
 
     def caption(
-        self, model: BlipCaption, device: torch.device, dtype: torch.dtype, results: Path, lockstep: bool = False
-    ) -> Captioned:
+        self, model: CaptioningModel, device: torch.device, dtype: torch.dtype, results: Path, lockstep: bool = False
+    ) -> GeneratedCaptions:
         """Captions every image; rank 0 writes [{image_id, caption}] to `results`. Collective.
 
         Ranks may do different amounts of work: nothing here is collective until all captions are there. With `lockstep`
-        (a model whose parameters are partitioned) they step together, and who has fewer images captions fillers.
+        (a model whose parameters are partitioned) they step together, and ranks with fewer images caption fillers.
+        Raises UserError, on every rank, where no image can be read.
         """
         started = time.perf_counter()
         mine: dict[int, str] = {}
         errors: list[str] = []
-        progress = tqdm(
-            self.batches(lockstep),
-            total=len(self.loader),
-            desc=f"caption {self.split}",
-            unit="batch",
-            leave=False,
-            disable=None if distributed.is_main() else True,
-        )
-        for batch in progress:
+        shown = {"desc": f"caption {self.split}", "disable": None if distributed.is_main() else True}
+        for batch in tqdm(self.batches(lockstep), total=len(self.loader), unit="batch", leave=False, **shown):
             errors += batch.errors
             if batch.indices or lockstep:
                 names = [self.dataset.records[index].image_id for index in batch.indices] or ["filler"]
@@ -106,10 +95,13 @@ class Evaluator:
                 mine.update(zip(batch.indices, texts, strict=bool(batch.indices)))
         shares = distributed.gather((mine, errors))
         captions = dict(sorted(item for share, _ in shares for item in share.items()))
+        errors = sorted(error for _, share in shares for error in share)
+        if not captions:
+            raise UserError(f"{self.split}: none of {len(errors)} images can be read; {'; '.join(errors[:3])}")
         if distributed.is_main():
             self.write_results(captions, results)
         seconds = time.perf_counter() - started
-        return Captioned(captions, [error for _, share in shares for error in share], seconds)
+        return GeneratedCaptions(captions, errors, seconds)
 
     def batches(self, lockstep: bool) -> Iterator[EvalBatch]:
         """This rank's batches; with `lockstep` as many as any rank has, and then it is collective."""
@@ -149,9 +141,7 @@ class Evaluator:
             for index, caption in captions.items()
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(entries, ensure_ascii=False, indent=0), encoding="utf-8")
-        partial.replace(path)
+        replace_text(path, json.dumps(entries, ensure_ascii=False, indent=0))
 
     def shown(self) -> Shown:
         """What the report needs of this split."""
@@ -218,17 +208,15 @@ def build_evaluators(config: Config, splits: Sequence[str], captioner: Captioner
             dataset = build_dataset(name, config, split, training=False)
             scored = (references or dataset_references(dataset)) if config.run.report_metric else None
             label = split if len(config.datasets) == 1 else f"{name}_{split}"
-            sizes = {"batch_size": config.run.batch_size_eval, "num_workers": config.run.num_workers}
-            evaluators.append(Evaluator(label, dataset, captioner, scored, **sizes))
+            evaluators.append(Evaluator(label, dataset, captioner, scored, config.run))
     return evaluators
 
 
 @dataclass
-class Evaluation:
-    """What came out of one split, the same on every rank. `scores`: by the names of the split and of its domains."""
+class SplitScores:
+    """The scores of a split of a dataset, by the names of the split and of its domains. The same on every rank."""
 
-    evaluator: Evaluator
-    captioned: Captioned
+    dataset: str
     scores: dict[str, Scores]
 
 
@@ -244,33 +232,35 @@ def evaluate_checkpoint(
     epoch: int | None = None,
     metrics: Sequence[str] = METRICS,
     cider_corpus: Captions | None = None,
-) -> list[Evaluation]:
+) -> list[SplitScores]:
     """Builds the model on every rank, loads a checkpoint (None: random weights) and evaluates splits. Collective."""
-    evaluators = build_evaluators(config, splits, Captioner.from_config(config))  # what a user can mend comes first
-    model = build_model(config.model, checkpoint_fn=lambda function, *inputs: function(*inputs))
+    captioner = Captioner.from_config(config)
+    evaluators = build_evaluators(config, splits, captioner)  # fails fast on what a user can mend
+    model = build_model(config.model, keep_activations)
+    captioner.check_model(model)
     if checkpoint is None:
         initialise(model, config.run.seed, partial(copy_into, model))
     else:
-        load_weights(model, checkpoint, Path(config.env.cache_root).expanduser(), monitor.say)
+        load_weights(model, open_weights(checkpoint, Path(config.env.cache_root).expanduser()), monitor.say)
     model.to(device, DTYPES[precision]).eval()
     evaluations = []
     for evaluator in evaluators:
         name = evaluator.split if epoch is None else f"{evaluator.split}_epoch{epoch}"
         results = run_dir / "results" / f"{name}.json"
-        captioned = evaluator.caption(model, device, DTYPES[precision], results)
+        generated = evaluator.caption(model, device, DTYPES[precision], results)
         tasks = evaluator.scoring_tasks(results, metrics, cider_corpus) if distributed.is_main() else {}
         scores = score_together(tasks) or {evaluator.split: Scores()}
         if distributed.is_main() and (cider := scores[evaluator.split].per_image_cider):
             write_cider(results, cider)
         note = f"{checkpoint or 'random weights'}, {precision}"
         for name, found in scores.items():
-            seconds = {"generation": captioned.seconds, **found.seconds}
+            seconds = {"generation": generated.seconds, **found.seconds}
             monitor.evaluation(name, epoch, step, found.values, found.missing, note, seconds)
             for line in found.warnings:
                 monitor.say(f"  {line}")
-        for error in captioned.errors[:10]:
+        for error in generated.errors[:10]:
             monitor.say(f"  skipped: {error}")
-        evaluations.append(Evaluation(evaluator, captioned, scores))
+        evaluations.append(SplitScores(evaluator.dataset.name, scores))
     return evaluations
 
 

@@ -11,23 +11,23 @@ from blipds.config.run import Config
 from blipds.data.images import stack
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.evaluation.evaluator import Evaluator
-from blipds.models import BlipCaption, build_model
-from blipds.models.blip.cross_attention import cross_attention
-from blipds.models.weights import load_weights
+from blipds.models import build_model
+from blipds.models.protocol import CaptioningModel, keep_activations
+from blipds.models.weights import load_weights, open_weights
 from blipds.report import HeatMap
 
 PIECE = "##"  # before a wordpiece that continues a word
 
 
-def load_model(config: Config, checkpoint: str, device: torch.device) -> BlipCaption:
+def load_model(config: Config, checkpoint: str, device: torch.device) -> CaptioningModel:
     """The model of a run with the weights of a checkpoint, in fp32. Raises UserError where they do not fit."""
-    model = build_model(config.model, checkpoint_fn=lambda function, *inputs: function(*inputs))
-    load_weights(model, checkpoint, Path(config.env.cache_root).expanduser(), print)
+    model = build_model(config.model, keep_activations)
+    load_weights(model, open_weights(checkpoint, Path(config.env.cache_root).expanduser()), print)
     return model.to(device).eval()
 
 
 def heat_maps(
-    model: BlipCaption, evaluator: Evaluator, captions: Mapping[str, str], device: torch.device
+    model: CaptioningModel, evaluator: Evaluator, captions: Mapping[str, str], device: torch.device
 ) -> dict[str, list[HeatMap]]:
     """{image id: a heat map for each word} of {image id: caption}; images that cannot be read are left out."""
     places = {str(record.image_id): place for place, record in enumerate(evaluator.dataset.records)}
@@ -41,14 +41,14 @@ def heat_maps(
     return found
 
 
-def word_maps(model: BlipCaption, tokenizer: CaptionTokenizer, pixel_values: Tensor, caption: str) -> list[HeatMap]:
+def word_maps(model: CaptioningModel, tokenizer: CaptionTokenizer, pixel_values: Tensor, caption: str) -> list[HeatMap]:
     """A map for each word of a caption of one image, pixel_values (1, 3, H, W): the mean of its wordpieces.
 
     A piece's map is what the decoder looked at from the position before, where the piece was chosen. Each word is
     scaled to 0 to 1 by itself: what differs between its patches shows, not how much the image counts in all.
     """
     ids = tokenizer.encode(tokenizer.prompt + caption)[:-1]  # without the closing token
-    maps = cross_attention(model, pixel_values, torch.tensor(ids, device=pixel_values.device))
+    maps = model.cross_attention(pixel_values, torch.tensor(ids, device=pixel_values.device))
     words: list[tuple[str, list[Tensor]]] = []
     for position in range(len(tokenizer.prompt_ids), len(ids)):
         piece = tokenizer.tokenizer.convert_ids_to_tokens(ids[position])

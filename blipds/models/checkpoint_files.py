@@ -17,6 +17,12 @@ from blipds.errors import UserError
 
 # A pickle of names and shapes takes some 100 kB; the limit stops one built to fill the memory.
 MAX_PICKLE_BYTES = 256 << 20
+# Where a state dict lies in what trainers save: BLIP and LAVIS; Lightning and torchvision; DeepSpeed; tutorials.
+STATE_DICT_KEYS = ("model", "state_dict", "module", "model_state_dict")
+# What stands before every name where a wrapper's state dict was saved: of DDP and DeepSpeed, of Lightning's attribute.
+WRAPPERS = ("module.", "model.")
+# What torch.compile and FSDP put anywhere in a name.
+INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.")
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6: the pickled magic number
 
 
@@ -60,15 +66,18 @@ class PickleReader:
         except pickle.UnpicklingError as error:
             raise UserError(
                 f"{path}: refused, its pickle asks for more than tensors and plain containers, and running code out of "
-                f"a checkpoint is never allowed ({_reason(error)}); save the state dict alone and load that"
+                f"a checkpoint is never allowed ({_reason(error)}); if you trust it, save its state dict alone: "
+                "torch.save({'model': torch.load(FILE, weights_only=False)['module']}, 'weights.pth') (DeepSpeed's key "
+                "is 'module', Lightning's 'state_dict')"
             ) from error
         except Exception as error:
             raise UserError(f"{path}: not a readable torch checkpoint ({_line(error)}); download it again") from error
         if not isinstance(content, dict):
             raise UserError(f"{path}: holds a {type(content).__name__}, a checkpoint is a dict with the key 'model'")
-        tensors = content.get("model", content)
+        wrapper = next((key for key in STATE_DICT_KEYS if key in content), None)
+        tensors = content if wrapper is None else content[wrapper]
         if not isinstance(tensors, dict):
-            raise UserError(f"{path}: its 'model' is a {type(tensors).__name__}, not a dict of tensors")
+            raise UserError(f"{path}: its '{wrapper}' is a {type(tensors).__name__}, not a dict of tensors")
         for name, tensor in tensors.items():
             if not isinstance(name, str) or not _is_plain(tensor):
                 raise UserError(f"{path}: entry {str(name)[:80]!r} of its state dict is not a plain dense tensor")
@@ -167,6 +176,19 @@ def open_reader(path: Path) -> Reader:
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise UserError(f"{path}: a web page, not a checkpoint; check the address that it came from")
     raise UserError(f"{path}: neither a torch.save nor a safetensors file")
+
+
+def unwrapped(readers: Mapping[str, Reader]) -> dict[str, tuple[Reader, str]]:
+    """{name without what DDP, DeepSpeed, Lightning, torch.compile or FSDP added to it: (its reader, stored name)}"""
+    found: dict[str, tuple[Reader, str]] = {}
+    for stored, reader in readers.items():
+        name = stored
+        for inserted in INSERTED:
+            name = name.replace(inserted, "")
+        found[name] = reader, stored
+    while prefix := next((w for w in WRAPPERS if found and all(name.startswith(w) for name in found)), None):
+        found = {name.removeprefix(prefix): place for name, place in found.items()}
+    return found
 
 
 def json_object(path: Path, text: str | bytes, what: str) -> dict[str, Any]:

@@ -1,23 +1,19 @@
-"""Checkpoints in: what kind a file is, its tensors under our names, and the strict load that checks before it writes.
+"""Checkpoints in: tensors as a file or folder stores them, their names in a model, and the strict load.
 
-No engine here: `load_into` takes the shapes of a model's parameters and a function that writes one of them.
-The other direction is `hf_export.py`.
+What an arch's files look like is its `CheckpointFormat`. No engine here: `load_into` takes the shapes of a model's
+parameters and a function that writes one of them.
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isqrt
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from blipds.errors import UserError
-from blipds.models.blip import names as names_of
-from blipds.models.blip.text_decoder import TextConfig
 from blipds.models.checkpoint_files import (
     MemoryReader,
     PickleReader,
@@ -26,41 +22,168 @@ from blipds.models.checkpoint_files import (
     json_object,
     listed,
     open_reader,
+    unwrapped,
 )
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-POS_EMBED = "visual_encoder.pos_embed"
-# What is left of a checkpoint of parts: the rest of the model is not asked of it.
-PART_PREFIX = {"timm": "visual_encoder.", "bert": "text_decoder."}
-# BERT has no rows for [DEC] and [ENC], the last two of BLIP's vocabulary.
-VOCABULARY = (
-    "text_decoder.bert.embeddings.word_embeddings.weight",
-    "text_decoder.cls.predictions.bias",
-    *names_of.TIED,
-)
-EXTRA_TOKENS = 2
-TEXT_POSITIONS = "text_decoder.bert.embeddings.position_embeddings.weight"
+
+
+@dataclass
+class StoredTensors:
+    """An opened file or folder: its tensors under the names that it gives them, and the config beside them.
+
+    config: the transformers config.json, or the config that the file carries, or {}. location: where the user said it
+    is. readers: name -> what reads it.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    readers: Mapping[str, tuple[Reader, str]]
+    location: str = ""
+
+    def __post_init__(self) -> None:
+        self.location = self.location or str(self.path)
+
+    @property
+    def first(self) -> Reader:
+        return next(iter(self.readers.values()))[0]
+
+    @property
+    def is_pickle(self) -> bool:
+        return isinstance(self.first, PickleReader)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this project wrote it (`save_own`)."""
+        return isinstance(self.first, SafetensorsReader) and self.first.metadata.get("format") == "blipds"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: reader.shape(stored) for name, (reader, stored) in self.readers.items()}
+
+
+def open_stored(path: Path, location: str = "") -> StoredTensors:
+    """Opens a file or folder. UserError for whatever cannot be used."""
+    path = Path(path)
+    try:
+        readers, config = _open_folder(path) if path.is_dir() else _open_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return StoredTensors(path, config, unwrapped(readers), location)
+
+
+def stored_in_memory(name: str, tensors: Mapping[str, Tensor]) -> StoredTensors:
+    """Tensors that something else has read already (timm its own weights); `name` for messages."""
+    reader = MemoryReader(Path(name), tensors)
+    return StoredTensors(reader.path, {}, {stored: (reader, stored) for stored in reader.names})
+
+
+def _open_file(path: Path) -> tuple[dict[str, Reader], dict[str, Any]]:
+    reader = open_reader(path)
+    return dict.fromkeys(reader.names, reader), _config_in(reader)
+
+
+def _config_in(reader: Reader) -> dict[str, Any]:
+    if isinstance(reader, PickleReader):
+        return reader.config
+    return json_object(reader.path, reader.metadata.get("config", "{}"), "the config in its metadata")
+
+
+def _open_folder(folder: Path) -> tuple[dict[str, Reader], dict[str, Any]]:
+    config: dict[str, Any] = {}
+    if (folder / "config.json").is_file():
+        config = json_object(folder / "config.json", (folder / "config.json").read_bytes(), "it")
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        reader = open_reader(folder / "model.safetensors")
+        readers = dict.fromkeys(reader.names, reader)
+    elif index.is_file():
+        readers = _shards(folder, index)
+    elif (folder / "pytorch_model.bin").is_file():
+        reader = open_reader(folder / "pytorch_model.bin")
+        readers = dict.fromkeys(reader.names, reader)
+    else:
+        raise UserError(
+            f"{folder}: no model.safetensors, model.safetensors.index.json or pytorch_model.bin in this folder"
+        )
+    if not readers:
+        raise UserError(f"{folder}: holds no tensors")
+    return readers, config or _config_in(next(iter(readers.values())))
+
+
+def _shards(folder: Path, index: Path) -> dict[str, Reader]:
+    weight_map = json_object(index, index.read_bytes(), "it").get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index}: has no 'weight_map'")
+    opened: dict[str, Reader] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise UserError(f"{index}: '{listed([name])}' points to {shard!r}, which is not a file name in this folder")
+        if shard not in opened:
+            opened[shard] = open_reader(folder / shard)
+        if name not in opened[shard].names:
+            raise UserError(f"{folder / shard}: lacks '{listed([name])}', which {index.name} says is in it")
+    return {name: opened[shard] for name, shard in weight_map.items()}
+
+
+class CheckpointFormat:
+    """How files name and lay out an arch's weights. This one: under the names that the model has."""
+
+    tied: Mapping[str, str] = {}  # the name on the left holds what the name on the right does; files may have either
+
+    def kind(self, stored: StoredTensors) -> str:
+        """What wrote it, in a word for messages. UserError for what this arch cannot read."""
+        return "blipds"
+
+    def our_name(self, kind: str, name: str) -> str | None:
+        """The model's name; None: left aside. What no rule knows stays, so that the load lists it as unexpected."""
+        return name
+
+    def part(self, kind: str) -> str:
+        """What the names of the model's part begin with that such a file holds; "" for the whole."""
+        return ""
+
+    def part_key(self, kind: str) -> str:
+        """The key of the run config that names such a file."""
+        raise AssertionError(f"{kind} is no part")
+
+    def optional(self, kind: str, wanted: Sequence[str], given: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Patterns of names that the file may lack, and of names that the model may lack."""
+        return [], []
+
+    def misfit(self, kind: str, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+        """Why a tensor of one shape cannot fill a parameter of another; "" where it can."""
+        return "" if stored == wanted else f"{stored} in the file, {wanted} in the model"
+
+    def fitted(self, kind: str, name: str, tensor: Tensor, wanted: tuple[int, ...]) -> tuple[Tensor, str]:
+        """A tensor of another shape as the parameter takes it (fewer rows fill the first), and a line about it."""
+        raise AssertionError(f"{name}: misfit() allows a shape that fitted() does not know")
 
 
 class Checkpoint:
-    """An opened checkpoint: tensors under our names, read when they are asked for.
+    """Stored tensors under the model's names, read when they are asked for.
 
-    kind: 'blip' | 'transformers' | 'blipds' | 'timm' | 'bert'. config: the transformers config.json, or the config
-    that the file carries, or {}. left_aside: names in the file that the captioner does not use.
+    left_aside: names in the file that the captioner does not use.
     """
 
-    def __init__(self, path: Path, kind: str, config: dict[str, Any], readers: Mapping[str, Reader]) -> None:
-        self.path, self.kind, self.config = path, kind, config
+    def __init__(self, stored: StoredTensors, layout: CheckpointFormat) -> None:
+        self.path, self.config, self.location = stored.path, stored.config, stored.location
+        self.layout = layout
+        self.kind = layout.kind(stored)
         self.left_aside: list[str] = []
         self._readers: dict[str, tuple[Reader, str]] = {}
-        for name, reader in readers.items():
-            ours = _our_name(kind, name)
+        for name, place in stored.readers.items():
+            ours = layout.our_name(self.kind, name)
             if ours is None:
                 self.left_aside.append(name)
             elif ours in self._readers:
-                raise UserError(f"{path}: {listed([name, self._readers[ours][1]])} are the same parameter of the model")
+                both = listed([name, self._readers[ours][1]])
+                raise UserError(f"{self.path}: {both} are the same parameter of the model")
             else:
-                self._readers[ours] = (reader, name)
+                self._readers[ours] = place
+
+    @property
+    def is_part(self) -> bool:
+        return self.layout.part(self.kind) != ""
 
     def names(self) -> list[str]:
         return list(self._readers)
@@ -81,107 +204,6 @@ class Checkpoint:
         return name in self._readers
 
 
-def _our_name(kind: str, name: str) -> str | None:
-    """None: left aside. A name that no rule knows is kept, so that the strict load lists it as unexpected."""
-    if names_of.matches(name, names_of.BUFFERS):
-        return None
-    if kind == "transformers":
-        return names_of.from_transformers_name(name) or name
-    if kind == "timm":
-        return None if names_of.matches(name, names_of.VIT_ONLY) else "visual_encoder." + name
-    if kind == "bert":
-        return None if names_of.matches(name, names_of.BERT_ONLY) else names_of.from_bert_name(name)
-    return None if names_of.matches(name, names_of.PRETRAINING_ONLY) else name
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a file or folder and recognises its kind from the content. UserError for whatever cannot be used."""
-    path = Path(path)
-    try:
-        return _open_folder(path) if path.is_dir() else _open_file(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def checkpoint_of(name: str, tensors: Mapping[str, Tensor]) -> Checkpoint:
-    """A checkpoint of tensors that something else has read already (timm its own weights); `name` for messages."""
-    reader = MemoryReader(Path(name), tensors)
-    return Checkpoint(reader.path, _kind(reader.path, reader), {}, dict.fromkeys(reader.names, reader))
-
-
-def _open_file(path: Path) -> Checkpoint:
-    reader = open_reader(path)
-    kind = _kind(path, reader)
-    if isinstance(reader, PickleReader):
-        config = reader.config
-    else:
-        config = json_object(path, reader.metadata.get("config", "{}"), "the config in its metadata")
-    return Checkpoint(path, kind, config, dict.fromkeys(reader.names, reader))
-
-
-def _open_folder(folder: Path) -> Checkpoint:
-    config: dict[str, Any] = {}
-    if (folder / "config.json").is_file():
-        text = (folder / "config.json").read_bytes()
-        config = json_object(folder / "config.json", text, "it")
-        model_type = config.get("model_type")
-        if model_type not in ("blip", "bert", None):
-            raise UserError(f"{folder}: config.json says model_type '{model_type}'; 'blip' or 'bert' can be read")
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        reader = open_reader(folder / "model.safetensors")
-        readers = dict.fromkeys(reader.names, reader)
-    elif index.is_file():
-        readers = _shards(folder, index)
-    elif (folder / "pytorch_model.bin").is_file():
-        reader = open_reader(folder / "pytorch_model.bin")
-        readers = dict.fromkeys(reader.names, reader)
-    else:
-        raise UserError(
-            f"{folder}: no model.safetensors, model.safetensors.index.json or pytorch_model.bin in this folder"
-        )
-    if not readers:
-        raise UserError(f"{folder}: holds no tensors")
-    first = next(iter(readers.values()))
-    kind = _kind(folder, first, list(readers))
-    if not config and isinstance(first, SafetensorsReader):
-        config = json_object(first.path, first.metadata.get("config", "{}"), "the config in its metadata")
-    return Checkpoint(folder, kind, config, readers)
-
-
-def _shards(folder: Path, index: Path) -> dict[str, Reader]:
-    weight_map = json_object(index, index.read_bytes(), "it").get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{index}: has no 'weight_map'")
-    opened: dict[str, Reader] = {}
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise UserError(f"{index}: '{listed([name])}' points to {shard!r}, which is not a file name in this folder")
-        if shard not in opened:
-            opened[shard] = open_reader(folder / shard)
-        if name not in opened[shard].names:
-            raise UserError(f"{folder / shard}: lacks '{listed([name])}', which {index.name} says is in it")
-    return {name: opened[shard] for name, shard in weight_map.items()}
-
-
-def _kind(path: Path, reader: Reader, names: list[str] | None = None) -> str:
-    names = reader.names if names is None else names
-    if isinstance(reader, SafetensorsReader) and reader.metadata.get("format") == "blipds":
-        return "blipds"
-    if any(name.startswith("vision_model.") for name in names):
-        return "transformers"
-    if any(name.startswith(("visual_encoder.", "text_decoder.")) for name in names):
-        return "blip" if isinstance(reader, PickleReader) else "blipds"
-    if "patch_embed.proj.weight" in names:
-        return "timm"
-    if any(name.removeprefix("bert.") == "embeddings.word_embeddings.weight" for name in names):
-        return "bert"
-    raise UserError(
-        f"{path}: not a checkpoint of BLIP, LAVIS, transformers' BLIP, blipds, a timm ViT or a BERT; "
-        f"its names begin with {listed(names, 3) or 'nothing'}"
-    )
-
-
 @dataclass
 class LoadReport:
     """What `load_into` did: names written, and what was left out on either side."""
@@ -199,85 +221,71 @@ def load_into(
     checkpoint: Checkpoint,
     write: Callable[[str, Tensor], None],
     *,
-    allow_missing: Sequence[str] = (),
-    allow_unexpected: Sequence[str] = (),
-    leave_out: tuple[str, ...] | list[str] = (),
-    num_prefix_positions: int = 1,
+    leave_out: Sequence[str] = (),
 ) -> LoadReport:
     """Loads a checkpoint strictly: every name, shape, dtype and value is checked before the first `write`.
 
     model_shapes: name -> shape of each parameter (of tied ones, either name or both). write(name, tensor): copies into
-    the parameter; a tensor with fewer rows is for the parameter's first rows (only a BERT's vocabulary has fewer: [DEC]
-    and [ENC] keep the model's values). allow_*: fnmatch patterns of names that the file or the model may lack.
-    num_prefix_positions: how many positions of `pos_embed` come before the grid (timm: 0 with `no_embed_class`, else
-    `num_prefix_tokens`). A timm ViT is asked for `visual_encoder.*` only, a BERT for what it has of `text_decoder.*`
-    (never cross-attention). Reads the file twice. UserError lists all that does not fit.
+    the parameter; a tensor with fewer rows is for the parameter's first rows. leave_out: fnmatch patterns of names that
+    are not asked for. A file of one part (`CheckpointFormat.part`) is asked for that part only. Reads the file twice.
+    UserError lists all that does not fit.
     """
-    part = PART_PREFIX.get(checkpoint.kind, "")
+    layout, kind = checkpoint.layout, checkpoint.kind
     wanted = {
         name: tuple(shape)
         for name, shape in model_shapes.items()
-        if name.startswith(part) and not names_of.matches(name, leave_out)
+        if name.startswith(layout.part(kind)) and not matches(name, leave_out)
     }
     sources, tie_names = _resolve_ties(wanted, checkpoint)
-    report = LoadReport(checkpoint.kind, left_aside=list(checkpoint.left_aside))
-    may_miss, may_exceed = list(allow_missing), [*allow_unexpected, *leave_out]
-    if checkpoint.kind == "bert":
-        ours, theirs = _text_layers(wanted), _text_layers(checkpoint.names())
-        may_miss += ["*.crossattention.*", *sorted(ours - theirs)]
-        may_exceed += sorted(theirs - ours)
-        if not any(name.startswith("text_decoder.cls.") for name in checkpoint.names()):
-            may_miss.append("text_decoder.cls.*")
+    report = LoadReport(kind, left_aside=list(checkpoint.left_aside))
+    may_miss, may_exceed = layout.optional(kind, list(wanted), checkpoint.names())
 
     problems: list[str] = []
     absent = [name for name in wanted if name not in sources]
-    report.missing = [name for name in absent if names_of.matches(name, may_miss)]
+    report.missing = [name for name in absent if matches(name, may_miss)]
     if lacking := sorted(set(absent) - set(report.missing)):
         problems.append(f"missing {listed(lacking)}")
     extra = [name for name in checkpoint.names() if name not in wanted and name not in tie_names]
-    report.unexpected = [name for name in extra if names_of.matches(name, may_exceed)]
+    report.unexpected = [name for name in extra if matches(name, [*may_exceed, *leave_out])]
     if strange := sorted(set(extra) - set(report.unexpected)):
         problems.append(f"unexpected {listed(strange)}")
-    misfits = []
-    for name, source in sources.items():
-        if why := _misfit(name, checkpoint.shape(source), wanted[name], checkpoint.kind, num_prefix_positions):
-            misfits.append(f"{name} ({why})")
+    misfits = [
+        f"{name} ({why})"
+        for name, source in sources.items()
+        if (why := layout.misfit(kind, name, checkpoint.shape(source), wanted[name]))
+    ]
     if misfits:
         problems.append(f"of another shape: {listed(misfits)}")
     if problems:
         raise UserError(
-            f"{checkpoint.path} ({checkpoint.kind}) does not fit the model: {'; '.join(problems)}. "
-            "Check the model's geometry, or allow names by pattern if this is what you want"
+            f"{checkpoint.path} ({kind}) does not fit the model: {'; '.join(problems)}. Check the model's geometry"
         )
     for source in dict.fromkeys(sources.values()):
         _check_values(checkpoint, source)
-    for tied, owner in names_of.TIED.items():
-        if (
-            tied in tie_names
-            and owner in tie_names
-            and not torch.equal(checkpoint.tensor(tied), checkpoint.tensor(owner))
-        ):
+    for tied, owner in layout.tied.items():
+        both = tied in tie_names and owner in tie_names
+        if both and not torch.equal(checkpoint.tensor(tied), checkpoint.tensor(owner)):
             raise UserError(f"{checkpoint.path}: '{tied}' and '{owner}' differ, but the model has one tensor for both")
 
     for name, source in sources.items():
         tensor = checkpoint.tensor(source)
-        if name == POS_EMBED and tuple(tensor.shape) != wanted[name]:
-            report.notes.append(f"pos_embed interpolated from {tuple(tensor.shape)} to {wanted[name]}")
-            tensor = interpolate_pos_embed(tensor, wanted[name][1], num_prefix_positions)
-        elif tuple(tensor.shape) != wanted[name]:
-            tensor = tensor[: wanted[name][0]]
-            kept = wanted[name][0] - len(tensor)
-            report.notes.append(f"{name}: {len(tensor)} rows" + (f", {kept} keep the model's values" if kept else ""))
+        if tuple(tensor.shape) != wanted[name]:
+            tensor, note = layout.fitted(kind, name, tensor, wanted[name])
+            report.notes.append(note)
         write(name, tensor)
         report.written.append(name)
     return report
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _resolve_ties(wanted: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[dict[str, str], set[str]]:
     """Model name -> the checkpoint's name that holds its values, and the tied names that the checkpoint has."""
     sources = {name: name for name in wanted if name in checkpoint}
     present: set[str] = set()
-    for tied, owner in names_of.TIED.items():
+    for tied, owner in checkpoint.layout.tied.items():
         present |= {name for name in (tied, owner) if name in checkpoint}
         for name, other in ((tied, owner), (owner, tied)):
             if name in wanted and name not in checkpoint and other in checkpoint:
@@ -285,46 +293,6 @@ def _resolve_ties(wanted: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[di
         if tied not in wanted and owner not in wanted:
             present -= {tied, owner}
     return sources, present
-
-
-def _text_layers(names: Iterable[str]) -> set[str]:
-    """One pattern a layer: decoder and BERT may differ in depth, but a layer comes whole or not at all."""
-    found = (re.match(r"text_decoder\.bert\.encoder\.layer\.\d+\.", name) for name in names)
-    return {match[0] + "*" for match in found if match}
-
-
-def text_layer_differences(config: Mapping[str, Any], text: TextConfig) -> list[str]:
-    """Why a BERT of this config.json has layers that would not compute in our decoder what they do in it."""
-    ours = {
-        "num_attention_heads": text.num_attention_heads,
-        "intermediate_size": text.intermediate_size,
-        "hidden_act": "gelu",
-    }
-    return [
-        f"{key} is {config[key]} in the file, {value} in the decoder"
-        for key, value in ours.items()
-        if config.get(key, value) != value
-    ]
-
-
-def _misfit(name: str, stored: tuple[int, ...], wanted: tuple[int, ...], kind: str, prefix: int) -> str:
-    if stored == wanted:
-        return ""
-    if name == POS_EMBED and len(stored) == len(wanted) == 3 and (stored[0], stored[2]) == (wanted[0], wanted[2]):
-        for length in (stored[1] - prefix, wanted[1] - prefix):
-            if length < 1 or isqrt(length) ** 2 != length:
-                return f"{stored} in the file, {wanted} in the model: {length} grid positions are not a square"
-        return ""
-    rows_to_add = wanted[0] - stored[0] if stored and wanted and stored[1:] == wanted[1:] else 0
-    if kind == "bert" and name in VOCABULARY and rows_to_add == EXTRA_TOKENS:
-        return ""
-    if kind == "bert" and name == TEXT_POSITIONS and stored[1:] == wanted[1:]:
-        return ""
-    return f"{stored} in the file, {wanted} in the model"
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _check_values(checkpoint: Checkpoint, name: str) -> None:
@@ -335,16 +303,3 @@ def _check_values(checkpoint: Checkpoint, name: str) -> None:
         raise UserError(
             f"{checkpoint.path}: '{name}' holds NaN or infinite values; the file is damaged or the run diverged"
         )
-
-
-def interpolate_pos_embed(pos_embed: Tensor, positions: int, num_prefix_positions: int = 1) -> Tensor:
-    """Position embeddings (1, P + g*g, C) for another square grid: (1, positions, C), the first P kept.
-
-    Bicubic without antialiasing, as the original (BLIP models/vit.py, interpolate_pos_embed); in float32.
-    """
-    prefix, grid = pos_embed[:, :num_prefix_positions], pos_embed[:, num_prefix_positions:]
-    old, new = isqrt(grid.shape[1]), isqrt(positions - num_prefix_positions)
-    grid = grid.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    grid = grid.permute(0, 2, 3, 1).flatten(1, 2)
-    return torch.cat([prefix, grid.to(pos_embed.dtype)], dim=1)

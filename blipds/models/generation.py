@@ -128,6 +128,23 @@ class Hypotheses:
         return [sequence for _, (_, sequence) in ranked[:count]]
 
 
+def search(
+    decoder: StepDecoder,
+    prompt_ids: Tensor,
+    images: int,
+    eos_token_id: int,
+    config: GenerationConfig,
+    uniform: Tensor | None = None,
+) -> list[list[int]]:
+    """The search that `config` asks for; `uniform` (images, max_len): the random numbers of nucleus sampling."""
+    if config.use_nucleus_sampling:
+        assert uniform is not None
+        return single_search(decoder, prompt_ids, images, eos_token_id, config, uniform)
+    if config.num_beams == 1:
+        return single_search(decoder, prompt_ids, images, eos_token_id, config)
+    return beam_search(decoder, prompt_ids, images, eos_token_id, config)
+
+
 @torch.no_grad()
 def beam_search(
     decoder: StepDecoder, prompt_ids: Tensor, images: int, eos_token_id: int, config: GenerationConfig

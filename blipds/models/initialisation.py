@@ -5,24 +5,24 @@ So the numbers depend on seed and name alone: not on the order of building, nor 
 
 import hashlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blipds.models.blip.model import BlipCaption
 from blipds.models.parameters import Write, whole_shape
 
 Draw = Callable[[Tensor, torch.Generator], object]
+RandomWeight = tuple[str, Tensor, Draw]  # (name, parameter, how it is drawn)
 
 
-def initialise(model: BlipCaption, seed: int, write: Write) -> None:
-    """Draws every random weight anew, on the CPU in fp32, and hands it to `write(name, tensor)`.
+def initialise(model: Any, seed: int, write: Write) -> None:
+    """Draws every random weight of a CaptioningModel anew, on the CPU in fp32, and hands it to `write(name, tensor)`.
 
-    Image encoder as timm's default for VisionTransformers (models/vision_transformer.py, init_weights), text decoder as
-    BERT (normal, `initializer_range`, biases 0). What modules start as constants (LayerNorm, layer scale) stays.
+    What modules start as constants (LayerNorm, layer scale) stays.
     """
     seen: set[int] = set()
-    for name, parameter, draw in [*image_encoder_draws(model), *text_decoder_draws(model)]:
+    for name, parameter, draw in model.random_weights():
         if id(parameter) in seen:  # tied
             continue
         seen.add(id(parameter))
@@ -36,30 +36,14 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def image_encoder_draws(model: BlipCaption) -> Iterator[tuple[str, Tensor, Draw]]:
-    """(name, parameter, how it is drawn) of what timm draws at random, and of the biases that it sets to 0."""
-    for path, module in model.visual_encoder.named_modules(prefix="visual_encoder"):
-        for key, parameter in module.named_parameters(recurse=False):
-            draw: Draw | None = None
-            if isinstance(module, nn.Linear):
-                draw = truncated_normal if key == "weight" else zeros
-            elif isinstance(module, nn.Conv2d):
-                draw = uniform_by_fan_in(whole_shape(module.weight)[1:].numel())
-            elif path == "visual_encoder" and key == "pos_embed":
-                draw = truncated_normal
-            elif path == "visual_encoder" and key in ("cls_token", "reg_token"):
-                draw = normal(1e-6)
-            if draw is not None:
-                yield f"{path}.{key}", parameter, draw
-
-
-def text_decoder_draws(model: BlipCaption) -> Iterator[tuple[str, Tensor, Draw]]:
-    weights = normal(model.text_decoder.config.initializer_range)
-    for path, module in model.text_decoder.named_modules(prefix="text_decoder"):
-        if isinstance(module, nn.Linear | nn.Embedding):
-            yield f"{path}.weight", module.weight, weights
-        if isinstance(module, nn.Linear):
-            yield f"{path}.bias", module.bias, zeros
+def default_random_weights(model: nn.Module) -> Iterator[RandomWeight]:
+    """Matrices by their fan-in, as torch starts linear layers; biases 0; the rest (norms) as it is."""
+    for name, parameter in model.named_parameters():
+        shape = whole_shape(parameter)
+        if len(shape) > 1:
+            yield name, parameter, uniform_by_fan_in(shape[1:].numel())
+        elif "bias" in name.rpartition(".")[2]:
+            yield name, parameter, zeros
 
 
 def truncated_normal(tensor: Tensor, generator: torch.Generator) -> object:

@@ -1,4 +1,4 @@
-"""The captioning loss: cross-entropy with label smoothing, summed over the labelled tokens."""
+"""The captioning loss: cross-entropy with label smoothing or with a weight a token, summed over the labelled tokens."""
 
 from typing import Any
 
@@ -10,36 +10,44 @@ CPU_CHUNK = 16  # rows whose fp32 logits (16 x 30,524 x 4 bytes) stay in a core'
 GPU_CHUNK = 4096  # rows whose fp32 logits (500 MB) are small beside the activations
 
 
-def smoothed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+def smoothed_cross_entropy(
+    logits: Tensor, labels: Tensor, label_smoothing: float, weights: Tensor | None = None
+) -> Tensor:
     """Sum over P tokens of (1 - s) * -log p(label) + s * mean over the vocabulary of -log p, a scalar in fp32.
 
+    With `weights` (P,), of either sign: sum of weight * -log p(label), without smoothing.
     logits (P, V) of any floating type, labels (P,). Equal to F.cross_entropy(logits.float(), ..., reduction="sum"),
     but the gradient takes the place of the logits while they are in the cache: with 30,524 words the logits are the
     largest activation of a caption, and fp32 copies of them would be most of a small model's step. So the logits must
     not be used again. Source of the smoothing: Szegedy et al. 2016, section 7.
     """
-    return _SmoothedCrossEntropy.apply(logits, labels, label_smoothing)
+    return _SmoothedCrossEntropy.apply(logits, labels, label_smoothing if weights is None else 0.0, weights)
 
 
 class _SmoothedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, label_smoothing: float, weights: Tensor | None) -> Tensor:
         loss = torch.zeros((), dtype=torch.float32, device=logits.device)
         uniform = label_smoothing / logits.shape[-1]
         chunk = CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK
         gradient = logits.detach()
-        for rows, targets in zip(gradient.split(chunk), labels.split(chunk), strict=True):
+        for start in range(0, len(labels), chunk):
+            rows, targets = gradient[start : start + chunk], labels[start : start + chunk].unsqueeze(-1)
             log_p = rows.log_softmax(-1, dtype=torch.float32)
-            picked = log_p.gather(-1, targets.unsqueeze(-1))
-            loss -= (1 - label_smoothing) * picked.sum() + uniform * log_p.sum()
+            picked = log_p.gather(-1, targets)
+            if weights is None:
+                loss -= (1 - label_smoothing) * picked.sum() + uniform * log_p.sum()
+            else:
+                factors = weights[start : start + chunk].float().unsqueeze(-1)
+                loss -= (factors * picked).sum()
             p = log_p.exp_().sub_(uniform)
-            p.scatter_add_(-1, targets.unsqueeze(-1), torch.full_like(picked, label_smoothing - 1))
-            rows.copy_(p)
+            p.scatter_add_(-1, targets, torch.full_like(picked, label_smoothing - 1))
+            rows.copy_(p if weights is None else p.mul_(factors))
         ctx.save_for_backward(gradient)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grad_outputs[0]), None, None
+        return gradient.mul_(grad_outputs[0]), None, None, None

@@ -6,8 +6,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from blipds.models.vision import layer_norm_eps
-
 # write(name, tensor): copies into a parameter, or into its first rows where the tensor has fewer
 Write = Callable[[str, Tensor], None]
 
@@ -24,10 +22,10 @@ def copy_into(model: nn.Module, name: str, tensor: Tensor) -> None:
     (parameter[: len(tensor)] if tensor.dim() else parameter).copy_(tensor)
 
 
-def fingerprint(encoder: nn.Module, name: str) -> str:
-    """A hash of the encoder's weights, name and LayerNorm epsilon."""
-    digest = hashlib.blake2b(f"{name} {layer_norm_eps(encoder)}".encode(), digest_size=16)
-    for parameter_name, parameter in encoder.named_parameters():
-        digest.update(f"{parameter_name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+def fingerprint(module: nn.Module, *parts: object) -> str:
+    """A hash of a module's weights, and of what no weight shows (`parts`)."""
+    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=16)
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,7 +1,8 @@
 """The image encoder: any of timm's VisionTransformers, with all its tokens handed to the text decoder."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -10,6 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from blipds.errors import UserError
+from blipds.models.initialisation import Draw, RandomWeight, normal, truncated_normal, uniform_by_fan_in, zeros
+from blipds.models.parameters import whole_shape
 
 # BLIP paper, section 4.1: ViT-B/16 and ViT-L/16; the original code drops paths only in the large one.
 BLIP_ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -38,6 +41,13 @@ def build_vision_transformer(vit_type: str, image_size: int, **vit_kwargs: Any) 
         raise UserError(f"model.vit_type '{vit_type}' with image_size {image_size}, {vit_kwargs}: {error}") from error
     if not isinstance(vit, VisionTransformer):
         raise UserError(f"model.vit_type '{vit_type}' is a {type(vit).__name__}; only VisionTransformers fit here")
+    for patch in vit.patch_embed.patch_size:
+        if image_size % patch:  # the rows and columns left over would never be looked at
+            below = image_size // patch * patch
+            raise UserError(
+                f"model.image_size is {image_size}, no multiple of the image encoder's patches of {patch} pixels; "
+                f"the nearest sizes are {f'{below} and ' * (below > 0)}{below + patch}"
+            )
     return vit
 
 
@@ -51,6 +61,23 @@ def checkpoint_last(blocks: Iterable[nn.Module], count: int | None, checkpoint_f
     first = 0 if count is None else max(len(blocks) - count, 0)
     for block in blocks[first:]:
         block.forward = partial(checkpoint_fn, block.forward)
+
+
+def random_vision_weights(encoder: VisionTransformer, prefix: str) -> Iterator[RandomWeight]:
+    """timm's default start for VisionTransformers (models/vision_transformer.py, init_weights), names from `prefix`."""
+    for path, module in encoder.named_modules(prefix=prefix):
+        for key, parameter in module.named_parameters(recurse=False):
+            draw: Draw | None = None
+            if isinstance(module, nn.Linear):
+                draw = truncated_normal if key == "weight" else zeros
+            elif isinstance(module, nn.Conv2d):
+                draw = uniform_by_fan_in(whole_shape(module.weight)[1:].numel())
+            elif path == prefix and key == "pos_embed":
+                draw = truncated_normal
+            elif path == prefix and key in ("cls_token", "reg_token"):
+                draw = normal(1e-6)
+            if draw is not None:
+                yield f"{path}.{key}", parameter, draw
 
 
 # --- timm's own weights ----------------------------------------------------------------------------------------------
@@ -85,6 +112,13 @@ def encoder_mean_std(vit_type: str, hub_name: str | None = None) -> tuple[list[f
         if found is not None:
             return [float(value) for value in found.mean], [float(value) for value in found.std]
     return None
+
+
+def hub_name_of(source: bool | str | None) -> str | None:
+    """owner/name, where that is not a path that exists."""
+    if not isinstance(source, str) or "://" in source or source.count("/") != 1 or source[0] in "./~":
+        return None
+    return None if Path(source).exists() or Path(source).suffix in (".safetensors", ".pth", ".pt", ".bin") else source
 
 
 # --- LayerNorm epsilon -----------------------------------------------------------------------------------------------

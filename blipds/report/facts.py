@@ -46,11 +46,11 @@ def facts(run_dir: Path, config: Config, lines: Sequence[Line], splits: Sequence
 
 def model_rows(config: Config, start: Line) -> list[Row]:
     model = config.model
-    frozen = ", frozen" if model.freeze_vit else ""
     rows = [
-        ("Architecture", f"{model.arch} {model.model_type}"),
-        ("Image encoder", f"{model.vit_type} at {model.image_size} x {model.image_size}{frozen}"),
-        ("Text decoder", str(model.med_config_path or "BERT-base")),
+        ("Architecture", " ".join(filter(None, (model.arch, model.model_type)))),
+        ("Image size", f"{model.image_size} x {model.image_size}"),
+        ("Image encoder learns", "no" if model.freeze_vit else "yes"),
+        *model.facts(),
         ("Began as", beginning(config)),
     ]
     if "parameters" in start:
@@ -64,9 +64,7 @@ def beginning(config: Config) -> str:
         return str(model.finetuned)
     if model.load_pretrained and model.pretrained:
         return str(model.pretrained)
-    parts = (("image encoder", model.vit_pretrained), ("text decoder", model.text_pretrained))
-    given = [f"{part}: {'timm' if source is True else source}" for part, source in parts if source]
-    return "; ".join(given) or "random weights"
+    return "; ".join(f"{part}: {source}" for part, source in model.parts().items()) or "random weights"
 
 
 def data_rows(config: Config, start: Line, splits: Sequence[SplitSize]) -> list[Row]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from blipds.config.run import load_run_config
 from blipds.data.annotations import Record
+from blipds.files.replacing import replace_text
 from blipds.report.charts import Chart, chart
 from blipds.report.facts import SplitSize, duration, facts
 from blipds.report.gallery import BEST, IMAGES, RANDOM, WORST, Card, HeatMap, cards, choose
@@ -21,7 +22,6 @@ from blipds.report.run_files import (
     of_kind,
     read_evaluation,
     read_lines,
-    replace_text,
     seconds_spent,
 )
 from blipds.scoring.metrics import score_captions

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blipds.files.replacing import replace_text
+
 Line = dict[str, Any]  # of metrics.jsonl
 
 
@@ -101,13 +103,3 @@ def read_cider(results: Path) -> dict[str, float] | None:
     if not path.exists():
         return None
     return {str(entry["image_id"]): float(entry["CIDEr"]) for entry in json.loads(path.read_text(encoding="utf-8"))}
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Whole or not at all: whoever reads it meanwhile reads what was there before."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -17,6 +17,13 @@ from typing import IO
 from blipds.errors import UserError, nearest
 
 METRICS = ("Bleu", "METEOR", "ROUGE_L", "CIDEr")
+DESCRIPTIONS = {
+    "Bleu": "BLEU-1 to BLEU-4 (Papineni et al. 2002)",
+    "METEOR": "with stems, synonyms and paraphrases, by Java (Denkowski and Lavie 2014)",
+    "ROUGE_L": "longest common subsequence (Lin 2004)",
+    "CIDEr": "CIDEr-D, consensus of n-grams weighted by TF-IDF (Vedantam et al. 2015)",
+    "SPICE": "scene graphs; needs `launch/prepare_data.py spice` (Anderson et al. 2016)",
+}
 FEW_IMAGES = 50  # below this, CIDEr's word weights rest on too few references to compare anything
 
 Captions = dict[str, list[str]]  # image id -> tokenized captions; one each for candidates

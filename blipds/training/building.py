@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +38,22 @@ from blipds.engine import (
     partitioned_init,
     prepare_nvme,
     prepare_ops,
-    write_parameter,
 )
 from blipds.engine.checkpoints import CheckpointFolder, load_engine, read_state
 from blipds.errors import UserError
 from blipds.evaluation.evaluator import Evaluator, build_evaluators
-from blipds.models import build_model, read_text_config
+from blipds.models import build_model
 from blipds.models.lr_scales import lr_scales
 from blipds.models.parameters import whole_shape
-from blipds.models.weights import load_initial_weights, load_weights
+from blipds.models.weights import load_initial_weights, load_weights, open_weights
 from blipds.monitor import NullMonitor
 from blipds.planning import planner
-from blipds.registry import SCHEDULES
+from blipds.registry import OBJECTIVES, SCHEDULES
 from blipds.report import REPORT, Shown, machine_facts, write_report
 from blipds.report.run_files import of_kind, read_lines
 from blipds.training.feature_cache import cache_image_embeds, refuse_random_processors
-from blipds.training.run_state import Plan, RunState
+from blipds.training.objectives import Objective
+from blipds.training.run_state import RunState, StepPlan
 from blipds.training.schedules import Schedule
 from blipds.training.trainer import Trainer
 from blipds.training.validation import Validation
@@ -69,18 +68,20 @@ def build_trainer(
     """
     run = config.run
     torch.manual_seed(run.seed)
+    objective: Objective = OBJECTIVES[run.objective](config)
     captioner = Captioner.from_config(config)
     trained_on, loader = build_loader(config, captioner.tokenizer, monitor.say)
     evaluators = build_evaluators(config, run.valid_splits, captioner)
     datasets = [*trained_on, *(evaluator.dataset for evaluator in evaluators)]
     if config.model.cache_image_embeds:
         refuse_random_processors(datasets)
-    plan = build_plan(config, loader.steps_per_epoch)
-    schedule = build_schedule(config, plan)
+    plan = StepPlan.of(run, loader.steps_per_epoch)
+    schedule = build_schedule(run, plan)
     state = RunState() if resumed is None else RunState(**read_state(resumed)["run"])
     if not config.model.cache_image_embeds:  # images are read while the model is built, unless features replace them
         loader.start(*divmod(state.global_step, loader.steps_per_epoch))
     engine = build_engine(config, ds_config, run_dir, resumed, monitor)
+    captioner.check_model(engine.model)
     if resumed is not None:
         load_engine(engine, resumed)
     if config.model.cache_image_embeds:
@@ -91,32 +92,9 @@ def build_trainer(
     for line in data_notices(trained_on, evaluators, captioner.tokenizer):
         monitor.say(f"data       {line}")
     checkpoints = CheckpointFolder(run_dir / "checkpoints", run.keep_last, background=run.async_save)
-    validation = Validation(
-        engine,
-        evaluators,
-        checkpoints,
-        monitor,
-        plan,
-        run_dir,
-        state,
-        gather_for_evaluation=run.gather_for_evaluation,
-    )
-    return Trainer(
-        engine,
-        loader,
-        schedule,
-        validation,
-        checkpoints,
-        monitor,
-        plan,
-        run_dir,
-        seed=run.seed,
-        save_minutes=run.save_minutes,
-        max_bad_images=run.max_bad_images,
-        max_bad_steps=run.max_bad_steps,
-        stall_minutes=run.stall_minutes,
-        state=state,
-    )
+    shared = (checkpoints, monitor, plan, state)
+    validation = Validation(run, run_dir, engine, evaluators, *shared)
+    return Trainer(run, run_dir, engine, objective, loader, schedule, validation, *shared)
 
 
 def keep_global_batch(run: RunConfig, written: dict[str, Any]) -> str | None:
@@ -157,7 +135,7 @@ def resolve(config: Config, ds_config: Section, device: torch.device, source: st
         weight_decay=run.weight_decay,
         max_grad_norm=run.max_grad_norm,
         compile=run.compile,
-        activation_checkpointing=config.model.vit_grad_ckpt or config.model.text_grad_ckpt,
+        activation_checkpointing=config.model.recomputes,
     )
     return resolve_ds_config(
         ds_config,
@@ -166,7 +144,7 @@ def resolve(config: Config, ds_config: Section, device: torch.device, source: st
         local_world_size=distributed.local_world_size(),
         device_type=device.type,
         default_precision=default_precision(device),
-        hidden_size=read_text_config(config.model.med_config_path).hidden_size,
+        hidden_size=config.model.hidden_size,
         source=source,
     )
 
@@ -187,9 +165,9 @@ def check_world_size(config: Config) -> None:
 def memory_warning(config: Config, ds_config: Section, device: torch.device) -> str | None:
     """A line if the run will not fit into this rank's GPU, by launch/plan.py's forecast.
 
-    Nothing on CPUs, nor for a model of a plugin, whose inputs the forecast does not know.
+    Nothing on CPUs.
     """
-    if device.type != "cuda" or config.model.arch != "blip_caption":
+    if device.type != "cuda":
         return None
     memory = torch.cuda.get_device_properties(device).total_memory
     ranks = distributed.local_world_size()
@@ -222,29 +200,7 @@ def build_loader(
     )
 
 
-def build_plan(config: Config, steps_per_epoch: int) -> Plan:
-    run = config.run
-    if run.runner == "runner_iter":
-        assert run.max_iters is not None
-        total = run.max_iters
-        epoch_steps = min(run.iters_per_inner_epoch or steps_per_epoch, total)
-    else:
-        epoch_steps = steps_per_epoch
-        total = run.max_epoch * steps_per_epoch
-    return Plan(
-        epoch_steps,
-        total,
-        log_steps=run.log_freq,
-        val_epochs=run.val_freq,
-        val_steps=run.val_steps,
-        save_epochs=run.save_freq,
-        save_steps=run.save_steps,
-        save_last=run.save_last,
-    )
-
-
-def build_schedule(config: Config, plan: Plan) -> Schedule:
-    run = config.run
+def build_schedule(run: RunConfig, plan: StepPlan) -> Schedule:
     return SCHEDULES[run.lr_sched](
         init_lr=run.init_lr,
         max_epoch=plan.epochs,
@@ -268,17 +224,20 @@ def build_engine(
         ds_config = with_torch_adam(ds_config)
     with partitioned_init(ds_config):
         model = build_model(config.model, checkpointed_on_host if checkpoints_on_host(ds_config) else checkpointed)
-    if resumed is None:
-        load_initial_weights(model, config, monitor.say, partial(write_parameter, model))
-    else:
-        # frozen ones too; the optimizer's fp32 copies follow in load_engine
-        cache_root = Path(config.env.cache_root).expanduser()
-        load_weights(model, str(resumed), cache_root, monitor.say, partial(write_parameter, model))
     if run.compile:
         model.compile_layers()
-    scales = lr_scales((name for name, _ in model.named_parameters()), run.lr_scale, run.lr_layer_decay)
+    layers = {name: model.encoder_layer(name) for name, _ in model.named_parameters()}
+    scales = lr_scales(layers, run.lr_scale, run.lr_layer_decay)
     groups = parameter_groups(model, run.weight_decay, run.weight_decay_on, scales)
-    return Engine(model, ds_config, groups, precision(ds_config))
+    engine = Engine(model, ds_config, groups, precision(ds_config))
+    with engine.filling() as write:  # after the engine is built: the model is rounded to its precision by then
+        if resumed is None:
+            load_initial_weights(model, config, monitor.say, write)
+        else:  # its optimizer's state follows in load_engine
+            load_weights(
+                model, open_weights(str(resumed), Path(config.env.cache_root).expanduser()), monitor.say, write
+            )
+    return engine
 
 
 def read_from_cache(config: Config, engine: Engine, datasets: Sequence[CaptionDataset], monitor: NullMonitor) -> None:
@@ -290,7 +249,7 @@ def read_from_cache(config: Config, engine: Engine, datasets: Sequence[CaptionDa
         engine,
         datasets,
         Path(folder).expanduser(),
-        encoder_name=f"{model.vit_type} {sorted(model.vit_kwargs.items())}",
+        encoder_name=model.encoder_name,
         batch_size=run.batch_size_eval,
         num_workers=run.num_workers,
         say=monitor.say,
@@ -313,7 +272,7 @@ def start_block(
     config: Config,
     ds_config: Section,
     model: torch.nn.Module,
-    plan: Plan,
+    plan: StepPlan,
     trained_on: Sequence[CaptionDataset],
     loader: TrainLoader,
     run_dir: Path,
@@ -342,7 +301,7 @@ def start_block(
     return lines
 
 
-def run_facts(engine: Engine, plan: Plan, trained_on: Sequence[CaptionDataset]) -> dict[str, Any]:
+def run_facts(engine: Engine, plan: StepPlan, trained_on: Sequence[CaptionDataset]) -> dict[str, Any]:
     """What a line of kind "start" says, for the report: sizes, and the machine."""
     trainable, frozen = parameter_counts(engine.model)
     sizes = {"total_steps": plan.total_steps, "parameters": trainable, "frozen_parameters": frozen}

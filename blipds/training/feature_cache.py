@@ -33,8 +33,9 @@ def cache_image_embeds(
     the precision of the engine.
     """
     with engine.evaluating() as model:
-        encoder: nn.Module = model.visual_encoder  # type: ignore[assignment]
-        encoder_hash = fingerprint(encoder, f"{encoder_name} {engine.precision}")
+        encoder: nn.Module = model.image_encoder
+        constants = model.constants().values()
+        encoder_hash = fingerprint(encoder, encoder_name, engine.precision, *constants)
         for dataset in datasets:
             side = dataset.image_processor.image_size
             blank = torch.zeros(1, 3, side, side, device=engine.device, dtype=engine.dtype)

@@ -33,8 +33,6 @@ class Schedule(ABC):
             raise UserError(f"run.min_lr ({self.min_lr}) must lie between 0 and run.init_lr ({self.init_lr})")
         if self.start_lr > self.init_lr:
             raise UserError(f"run.warmup_lr ({self.warmup_lr}) must not exceed run.init_lr ({self.init_lr})")
-        if self.warmup_steps < 0:
-            raise UserError(f"run.warmup_steps ({self.warmup_steps}) must not be negative")
 
     @property
     def start_lr(self) -> float:

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from blipds import distributed
+from blipds.config.run import RunConfig
 from blipds.engine import Engine
 from blipds.engine.checkpoints import CheckpointFolder
 from blipds.evaluation.evaluator import Evaluator
@@ -12,58 +14,62 @@ from blipds.monitor import NullMonitor
 from blipds.report import write_cider, write_report
 from blipds.scoring.metrics import METRICS, Scores
 from blipds.scoring.process import Scoring, ScoringTask
-from blipds.training.run_state import Plan, RunState
+from blipds.training.run_state import RunState, StepPlan
 
 
+@dataclass(eq=False)
 class Validation:
-    """Evaluates some splits at the step where `state` stands. Every rank makes one.
+    """Captions and scores some splits at the step where `state` stands. Every rank makes one.
 
-    While scores are awaited (`state.awaited_step`) the step's checkpoint is the candidate of `checkpoints`. A run that
-    ends before they come, by whatever accident, has its captions scored when it goes on.
+    `open`, a checkpoint, `caption`, `start_scoring`, and some steps later `take_scores`. In between
+    (`state.awaited_step`) the step's checkpoint is the candidate of `checkpoints`, and a run that ends then, by
+    whatever accident, makes up for what is missing when it resumes.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        evaluators: Sequence[Evaluator],
-        checkpoints: CheckpointFolder,
-        monitor: NullMonitor,
-        plan: Plan,
-        run_dir: Path,
-        state: RunState,
-        *,
-        gather_for_evaluation: bool,
-    ) -> None:
-        self.engine = engine
-        self.evaluators = evaluators
-        self.checkpoints = checkpoints
-        self.monitor = monitor
-        self.plan = plan
-        self.run_dir = run_dir
-        self.state = state
-        self.gather_for_evaluation = gather_for_evaluation
-        self.has_references = any(evaluator.references is not None for evaluator in evaluators)
+    run: RunConfig
+    run_dir: Path
+    engine: Engine
+    evaluators: Sequence[Evaluator]
+    checkpoints: CheckpointFolder
+    monitor: NullMonitor
+    plan: StepPlan
+    state: RunState
+
+    def __post_init__(self) -> None:
+        self.has_references = any(evaluator.references is not None for evaluator in self.evaluators)
         self.generation_seconds: dict[str, float] = {}  # of the newest captions, by split
         self.scoring: Scoring | None = None  # of state.awaited_step; rank 0 only, as are its tasks
         self.tasks: dict[str, ScoringTask] = {}
-        self.seconds_of_tasks: dict[str, float] = {}
+
+    def open(self) -> None:
+        """Makes the validation of this step due. Captions that another run wrote for the step are removed."""
+        step = self.state.awaited_step = self.checkpoints.candidate = self.state.global_step
+        if distributed.is_main():
+            for evaluator in self.evaluators:
+                self.results(evaluator, step).unlink(missing_ok=True)
+
+    def needs_captions(self) -> bool:
+        """Whether captions of the awaited step are missing, and the model is still that of the step. Collective."""
+        step = self.state.global_step
+        paths = [self.results(evaluator, step) for evaluator in self.evaluators]
+        return self.state.awaited_step == step and distributed.broadcast(not all(path.exists() for path in paths))
 
     def caption(self) -> list[str]:
-        """Captions every split; returns a line for each unreadable image. Collective."""
+        """Captions every split; returns a line for each unreadable image. Collective.
+
+        UserError where no image of a split can be read.
+        """
         step, errors = self.state.global_step, []
-        lockstep = self.engine.stage == 3 and not self.gather_for_evaluation
+        gather = self.run.gather_for_evaluation
+        lockstep = self.engine.stage == 3 and not gather
         for evaluator in self.evaluators:
-            with self.engine.evaluating(self.gather_for_evaluation) as model:
+            with self.engine.evaluating(gather) as model:
                 device, dtype, results = self.engine.device, self.engine.dtype, self.results(evaluator, step)
-                captioned = evaluator.caption(model, device, dtype, results, lockstep)  # type: ignore[arg-type]
-            errors += captioned.errors
+                generated = evaluator.caption(model, device, dtype, results, lockstep)
+            errors += generated.errors
             if distributed.is_main():
-                self.monitor.captions(evaluator.split, step, **evaluator.contact_sheet(captioned.captions))
-            self.generation_seconds[evaluator.split] = captioned.seconds
-            if evaluator.references is None:
-                self.log(evaluator.split, step, Scores(), captioned.seconds)
-        if self.evaluators and not self.has_references:
-            self.report()
+                self.monitor.captions(evaluator.split, step, **evaluator.contact_sheet(generated.captions))
+            self.generation_seconds[evaluator.split] = generated.seconds
         return errors
 
     def results(self, evaluator: Evaluator, step: int) -> Path:
@@ -72,21 +78,25 @@ class Validation:
         return self.run_dir / "results" / f"{evaluator.split}_{when}.json"
 
     def start_scoring(self) -> None:
-        """Has the captions of the awaited step, else of this one, scored by a process beside this one."""
-        resumed = self.state.awaited_step is not None
-        step = self.state.awaited_step if self.state.awaited_step is not None else self.state.global_step
-        self.state.awaited_step = self.checkpoints.candidate = step
-        self.seconds_of_tasks = {} if resumed else dict(self.generation_seconds)
-        if not distributed.is_main():
-            return
-        self.tasks = {}
+        """Has the captions of the awaited step scored by a process beside this one; without references all is done."""
+        step = self.state.awaited_step
+        assert step is not None
+        self.checkpoints.candidate = step
         for evaluator in self.evaluators:
-            path = self.results(evaluator, step)
-            try:
-                self.tasks |= evaluator.scoring_tasks(path, METRICS)
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                self.monitor.say(f"the captions of step {step} cannot be scored, {path}: {error}")
-        self.scoring = Scoring(list(self.tasks.values()))
+            if evaluator.references is None:
+                self.log(evaluator.split, step, Scores())
+        if not self.has_references:
+            self.state.awaited_step = self.checkpoints.candidate = None
+            self.report()
+        elif distributed.is_main():
+            self.tasks = {}
+            for evaluator in self.evaluators:
+                path = self.results(evaluator, step)
+                try:
+                    self.tasks |= evaluator.scoring_tasks(path, METRICS)
+                except (OSError, ValueError, LookupError, TypeError) as error:
+                    self.monitor.say(f"the captions of step {step} cannot be scored, {path}: {error}")
+            self.scoring = Scoring(list(self.tasks.values()))
 
     @property
     def scored(self) -> bool:
@@ -105,7 +115,7 @@ class Validation:
             found = dict(zip(self.tasks, self.scoring.scores(), strict=True))
         found = distributed.broadcast(found)
         for name, scores in found.items():
-            self.log(name, step, scores, self.seconds_of_tasks.get(name))
+            self.log(name, step, scores)
         splits = [found.get(evaluator.split, Scores()) for evaluator in self.evaluators]
         metrics = [scores.values["agg_metrics"] for scores in splits if "agg_metrics" in scores.values]
         metric = sum(metrics) / len(metrics) if metrics else -math.inf
@@ -121,7 +131,8 @@ class Validation:
                 write_cider(self.results(evaluator, step), scores.per_image_cider)
         self.report()
 
-    def log(self, split: str, step: int, scores: Scores, generation: float | None) -> None:
+    def log(self, split: str, step: int, scores: Scores) -> None:
+        generation = self.generation_seconds.get(split)  # none: captioned before a resume, or a domain of a split
         seconds = scores.seconds if generation is None else {"generation": generation, **scores.seconds}
         note = f"training weights, {self.engine.precision}"
         epoch = self.plan.epoch_of(step)

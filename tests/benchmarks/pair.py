@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blipds.config.run import ModelConfig
 from blipds.data.caption_rows import caption_rows
 from blipds.engine import checkpointed
-from blipds.models import BlipCaption, build_model
+from blipds.models import build_model
+from blipds.models.blip.config import BlipConfig
 from blipds.models.blip.export import transformers_config
 from blipds.models.blip.geometry import BlipGeometry, geometry_of
+from blipds.models.blip.model import BlipCaption
 from blipds.models.blip.names import to_transformers_name
 from blipds.models.initialisation import initialise
 from blipds.models.parameters import copy_into
@@ -37,7 +38,7 @@ def build_ours(
     torch's own start would not do: words of length 1 give logits of hundreds, and probabilities too small for a float
     cost a CPU fifty times what others do.
     """
-    config = ModelConfig(
+    config = BlipConfig(
         image_size=image_size, vit_grad_ckpt=grad_ckpt, text_grad_ckpt=grad_ckpt, **GEOMETRIES[geometry]
     )
     model = build_model(config, checkpointed)

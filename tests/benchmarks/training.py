@@ -23,8 +23,8 @@ from benchmarks.pair import (
 from torch import Tensor, nn
 
 from blipds.engine import flash_in_training
-from blipds.models import BlipCaption
 from blipds.models.blip.geometry import geometry_of
+from blipds.models.blip.model import BlipCaption
 
 LR = 1e-5
 

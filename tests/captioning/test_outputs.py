@@ -16,13 +16,11 @@ NAMES = ["plain.jpg", 'a "quoted", name.jpg', "two\nlines.jpg", "\u00e9\u2028.jp
 
 def write(path: Path, names: list[str], num_captions: int = 1) -> list[str]:
     """Captions what the file has not; returns those names."""
-    sink = CaptionFile(path, SETTINGS, num_captions)
-    taken = [name for name in names if sink.take(NamedImage(name))]
-    for name in taken:
-        sink.write(NamedImage(name), [f"caption {k}, of {len(name)}" for k in range(num_captions)])
-    sink.flush()
-    sink.file.close()
-    return taken
+    output = CaptionFile(path, SETTINGS, num_captions)
+    needed = [name for name in names if output.needs(NamedImage(name))]
+    output.write((NamedImage(name), [f"caption {k}, of {len(name)}" for k in range(num_captions)]) for name in needed)
+    output.file.close()
+    return needed
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
@@ -62,7 +60,9 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"other settings \(num_beams 3, now 5; seed None, now 1\)"):
         CaptionFile(path, {"num_beams": 5, "seed": 1}, 1)
     (tmp_path / "mine.jsonl").write_text('{"image": "a"}\n')
-    with pytest.raises(UserError, match=r"mine\.jsonl is there already, and not by this command"):
+    with pytest.raises(
+        UserError, match=r"mine\.jsonl was not written by this command \(mine\.jsonl\.settings\.json is missing\)"
+    ):
         CaptionFile(tmp_path / "mine.jsonl", SETTINGS, 1)
     with pytest.raises(UserError, match=r"captions are written as \.jsonl or \.csv"):
         CaptionFile(tmp_path / "captions.txt", SETTINGS, 1)
@@ -71,22 +71,27 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
         CaptionFile(path, SETTINGS, 1)
     holder.file.close()
     assert path.read_bytes() == before
-    path.write_bytes(b"[1]\n" + before)
-    with pytest.raises(UserError, match="line 1 is none of this command's"):
-        CaptionFile(path, SETTINGS, 1)
+    for line in (b"[1]\n", b"{}\n", b'{"image": 1}\n', b"image\n"):
+        path.write_bytes(line + before)
+        with pytest.raises(UserError, match="line 1 is not this command's"):
+            CaptionFile(path, SETTINGS, 1)
 
     CaptionFile(path, {"num_beams": 5}, 1, force=True).file.close()
     assert path.read_bytes() == b""
     CaptionFile(path, {"num_beams": 5}, 1).file.close()
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    sink = CaptionFile(tmp_path / "captions.jsonl", SETTINGS, 1)
-    sink.file.close()
-    sink.file = open("/dev/full", "wb")  # noqa: PTH123, SIM115
-    sink.write(NamedImage("a.jpg"), ["a"])
-    with pytest.raises(UserError, match="No space left on device; the same command goes on from here later"):
-        sink.flush()
+def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    output = CaptionFile(tmp_path / "captions.jsonl", SETTINGS, 1)
+    output.file.close()
+    output.file = open("/dev/full", "wb")  # noqa: PTH123, SIM115
+    with pytest.raises(UserError, match=r"the captions cannot be written: .*No space left on device"):
+        output.write([(NamedImage("a.jpg"), ["a"])])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"the captions cannot be written: .*/file"):
+        CaptionFile(tmp_path / "file" / "captions.jsonl", SETTINGS, 1)
+    with pytest.raises(UserError, match=r"the captions cannot be written: .*/file"):
+        Sidecars(tmp_path / "file", SETTINGS).needs(NamedImage("a.jpg"))
 
 
 def test_where_sidecars_lie(tmp_path: Path) -> None:
@@ -97,7 +102,7 @@ def test_where_sidecars_lie(tmp_path: Path) -> None:
         (NamedImage("http://host/b.png"), "fbd6908ad659-b.txt"),
     ):
         assert os.path.relpath(sidecars.path(image), tmp_path / "texts") == path
-    assert sidecars.take(NamedImage("photos/a.jpg", "photos"))
-    assert not sidecars.take(NamedImage("photos/a.png", "photos"))  # it would have the same text
+    assert sidecars.needs(NamedImage("photos/a.jpg", "photos"))
+    assert not sidecars.needs(NamedImage("photos/a.png", "photos"))  # it would have the same text
     with pytest.raises(UserError, match="nothing lies beside an address; give --sidecar FOLDER"):
         Sidecars(None, SETTINGS).path(NamedImage("http://host/b.png"))

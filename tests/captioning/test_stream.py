@@ -11,6 +11,7 @@ import threading
 import time
 import tracemalloc
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -25,13 +26,13 @@ from launching import REPOSITORY, command, environment, kill, launch
 from PIL import Image
 
 from blipds import distributed
-from blipds.captioning.captioner import plan_captions
+from blipds.captioning.captioner import caption_recipe
 from blipds.captioning.inputs import Names, named_images
 from blipds.captioning.outputs import CaptionFile
 from blipds.captioning.stream import caption_images
 from blipds.data.processors import BlipImageEval
 from blipds.errors import UserError
-from blipds.models import build_from_geometry
+from blipds.models.blip import build_from_geometry
 from blipds.models.blip.geometry import geometry_of, published_geometry
 
 Caption = Callable[..., str]
@@ -114,9 +115,15 @@ def test_a_folder_gets_the_oracles_words(
 ) -> None:
     printed = caption(photographs, *oracle, "--batch-size", 5)
     assert by_file(printed) == expected(golden)
-    assert printed.splitlines()[-1].startswith(f"{PHOTOGRAPHS} images captioned, 0 skipped (they cannot be read), 0 th")
+    assert printed.splitlines()[-1].startswith(f"{PHOTOGRAPHS} images captioned, 0 skipped (they cannot be read), 0 al")
     decoding = ("--num-beams", 5, "--max-len", 30, "--min-len", 10)
     assert by_file(caption(photographs, *oracle, *decoding)) == expected(golden, "beam5_max30_min10")
+
+
+def test_a_prompt_of_the_same_tokens_gets_the_same_words(
+    caption: Caption, photographs: Path, oracle: list[object], golden: dict[str, Any]
+) -> None:
+    assert by_file(caption(photographs, *oracle, "--prompt", " A  picture   of")) == expected(golden)
 
 
 def test_several_captions(
@@ -166,16 +173,16 @@ def test_what_a_checkpoint_says_about_itself(
     with pytest.raises(UserError, match=r"tiny_blip\.pth: nothing beside it or in it says .* --cfg-path"):
         caption(photographs, "--checkpoint", checkpoint)
     with pytest.raises(UserError, match="--options change a run config, and there is none"):
-        plan_captions(str(checkpoint), None, ["run.num_beams=1"])
+        caption_recipe(str(checkpoint), None, ["run.num_beams=1"])
 
 
 @pytest.mark.parametrize(("width", "depth", "heads"), [(768, 12, 12), (1024, 24, 16)])
 def test_blip_base_and_large_are_known_by_their_shapes(width: int, depth: int, heads: int) -> None:
-    from blipds.config.run import ModelConfig
     from blipds.models import build_model
+    from blipds.models.blip.config import BlipConfig
 
     with torch.device("meta"):
-        model = build_model(ModelConfig(vit_type={768: "base", 1024: "large"}[width], image_size=384), lambda *_: None)
+        model = build_model(BlipConfig(vit_type={768: "base", 1024: "large"}[width], image_size=384), lambda *_: None)
         geometry = published_geometry({name: tuple(p.shape) for name, p in model.named_parameters()})
         assert geometry is not None
         assert (geometry.vision_width, geometry.vision_depth, geometry.vision_heads) == (width, depth, heads)
@@ -224,9 +231,31 @@ def test_standard_input_addresses_and_what_cannot_be_read(
     assert skipped[0] == f"skipped {served}/none.jpg: the server answers 404 File not found"
     assert "not an address" in skipped[1] and "truncated" in skipped[2]
     assert skipped[3] == f"skipped {tmp_path / 'none.jpg'}: No such file or directory"
-    assert printed[-1].startswith("2 images captioned, 5 skipped (they cannot be read), 1 there already")
+    assert printed[-1].startswith("2 images captioned, 5 skipped (they cannot be read), 1 already captioned")
     with pytest.raises(UserError, match=r"none\.jpg: no such file or folder"):
         caption(tmp_path / "none.jpg", *oracle)
+
+
+def test_a_command_that_captions_nothing_fails(
+    caption: Caption, oracle: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"^no image was captioned \(0 cannot be read\)$"):
+        caption(tmp_path, *oracle)
+    for name in ("a.HEIC", "b.HEIC", "c.txt", "d", "e.x", "f.y", "g.z"):
+        (tmp_path / name).touch()
+    listed = r"2 \.HEIC, 1 \S+, 1 \S+, 1 \S+, 1 \S+, \.\.\."
+    with pytest.raises(
+        UserError, match=rf"^no image was captioned \(0 cannot be read; not read, by suffix: {listed}\)$"
+    ):
+        caption(tmp_path, *oracle)
+    (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8")
+    with pytest.raises(UserError, match=r"^no image was captioned \(1 cannot be read; not read"):
+        caption(tmp_path, *oracle, "--sidecar")
+    Image.new("RGB", (8, 8)).save(tmp_path / "h.png")
+    assert "; not read, by suffix: 2 .HEIC, " in caption(tmp_path, *oracle, "--sidecar").splitlines()[-1]
+    assert "0 images captioned, 1 skipped" in caption(tmp_path, *oracle, "--sidecar")
+    monkeypatch.setattr(sys, "stdin", Namespace(buffer=io.BytesIO()))
+    assert "0 images captioned" in caption("-", *oracle)  # find found nothing new
 
 
 def test_folders_are_read_in_order_and_circles_end(tmp_path: Path) -> None:
@@ -235,10 +264,16 @@ def test_folders_are_read_in_order_and_circles_end(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "to_pipe.jpg").symlink_to("pipe.jpg")
     (tmp_path / os.fsdecode(b"\xff.jpg")).touch()
-    found = [os.path.relpath(image.name, tmp_path) for image in named_images([f"{tmp_path}/"])]
-    assert found == ["a/deep/c.webp", "a/z.PNG", "b.jpg", "gone.jpg", os.fsdecode(b"\xff.jpg")]
+    (tmp_path / "IMG_0001.HEIC").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    others: Counter[str] = Counter()
+    found = [os.path.relpath(image.name, tmp_path) for image in named_images([f"{tmp_path}/"], others)]
+    assert found == ["a/deep/c.webp", "a/z.PNG", "b.jpg", "gone.jpg", "loop.jpg", os.fsdecode(b"\xff.jpg")]
+    assert others == {".txt": 2, ".HEIC": 1, "": 1}
 
 
 def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
@@ -248,28 +283,28 @@ def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
     folder.mkdir()
     for number in range(20_000):
         os.symlink("../pixel.png", folder / f"{number:06}_{'long' * 10}.png")  # noqa: PTH211
-    sink = CaptionFile(tmp_path / "captions.jsonl", {}, 1)
-    for image in islice(named_images([str(folder)]), 18_000):
-        sink.write(image, ["a pixel"])
-    sink.file.close()
+    output = CaptionFile(tmp_path / "captions.jsonl", {}, 1)
+    output.write((image, ["a pixel"]) for image in islice(named_images([str(folder)], Counter()), 18_000))
+    output.file.close()
     model: Any = Namespace(
         image_processor=BlipImageEval(8),
         device=torch.device("cpu"),
         captions=lambda images, names: [["a pixel"]] * len(names),
     )
     tracemalloc.start()
-    sink = CaptionFile(tmp_path / "captions.jsonl", {}, 1)
-    counts = caption_images(model, named_images([str(folder)]), sink, batch_size=64, num_workers=0)
+    output = CaptionFile(tmp_path / "captions.jsonl", {}, 1)
+    counts = caption_images(model, named_images([str(folder)], Counter()), output, batch_size=64, num_workers=0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (counts.captioned, counts.there) == (2000, 18_000)
+    assert (counts.captioned, counts.already) == (2000, 18_000)
     assert sum(1 for _ in (tmp_path / "captions.jsonl").open()) == 20_000
     assert peak < 1_000_000
 
 
-def test_names_are_known_again() -> None:
+def test_names_are_a_sorted_set() -> None:
     names = Names()
-    assert [names.add(name) for name in ("a", "b", "a", os.fsdecode(b"\xff"), "b")] == [True, True, False, True, False]
+    assert [names.add(name) for name in ("b", "a", "b", os.fsdecode(b"\xff"), "a")] == [True, True, False, True, False]
+    assert list(names) == ["a", "b", os.fsdecode(b"\xff")]
 
 
 # --- going on --------------------------------------------------------------------------------------------------------
@@ -305,7 +340,7 @@ def test_killed_and_gone_on_with_by_two_ranks(
     assert output.read_bytes().startswith(before)
     left = PHOTOGRAPHS - before.count(b"\n")
     assert (
-        f"{left} images captioned, 0 skipped (they cannot be read), {before.count(chr(10).encode())} there"
+        f"{left} images captioned, 0 skipped (they cannot be read), {before.count(chr(10).encode())} already"
         in two.stdout
     )
 
@@ -320,7 +355,7 @@ def test_sidecars(
     assert (texts / "below" / second).with_suffix(".txt").read_text() == words(golden)[second] + "\n"
     (texts / first).with_suffix(".txt").write_text("mine\n")
     (texts / "below" / second).with_suffix(".txt").unlink()
-    assert f"1 images captioned, 0 skipped (they cannot be read), {PHOTOGRAPHS - 1} there" in caption(
+    assert f"1 images captioned, 0 skipped (they cannot be read), {PHOTOGRAPHS - 1} already" in caption(
         photographs, *oracle, "--sidecar", texts
     )
     assert (texts / first).with_suffix(".txt").read_text() == "mine\n"

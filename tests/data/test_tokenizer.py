@@ -59,6 +59,56 @@ def test_decoding_cuts_prompt_and_special_tokens(tokenizer):
     assert CaptionTokenizer(prompt="").decode([DEC, A, DOG, SEP]) == "a dog"
 
 
+PROMPTS = [
+    "a black-and-white photo of ",
+    "an x-ray of ",
+    "a  picture  of ",
+    "  A Picture of  ",
+    "caf\u00e9, d'\u00e9t\u00e9: ",
+    " ",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_prompts_that_do_not_come_back_as_they_were(prompt):
+    """Hyphens, blanks, upper case and accents: decoded, the prompt has another number of characters."""
+    tokenizer = CaptionTokenizer(prompt=prompt)
+    assert tokenizer.decode([*tokenizer.prompt_ids, A, DOG, SEP]) == "a dog"
+    assert tokenizer.encode(prompt + "a dog") == [*tokenizer.prompt_ids, A, DOG, SEP]
+    assert tokenizer.tokenizer(prompt + "a dog")["input_ids"][1:] == [*tokenizer.prompt_ids[1:], A, DOG, SEP]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "blanks"])
+@pytest.mark.parametrize("prompt", ["a picture of ", "an x-ray  of ", ""])
+def test_tokenizers_that_keep_blanks(kind, prompt, tmp_path):
+    """As RoBERTa's, whose tokens begin with a blank, and as SentencePiece's; learnt from a few words here."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "</s>", "<pad>", "<unk>"]
+    if kind == "bytes":
+        own = Tokenizer(models.BPE())
+        own.pre_tokenizer, own.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
+    else:
+        own = Tokenizer(models.Unigram())
+        own.pre_tokenizer, own.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(special_tokens=special, unk_token="<unk>", show_progress=False)
+    own.train_from_iterator(["a picture of a dog", "an x-ray of a cat, two dogs"] * 9, trainer)
+    names = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=own, **names).save_pretrained(tmp_path)
+
+    tokenizer = CaptionTokenizer(str(tmp_path), prompt)
+    in_one = tokenizer.tokenizer(f"{' '.join(prompt.split())} a dog", add_special_tokens=False)["input_ids"]
+    ids = tokenizer.encode(f"{prompt}a dog")
+    assert ids[: len(tokenizer.prompt_ids)] == tokenizer.prompt_ids
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer.decode(ids) == "a dog"
+    if "  " not in prompt:  # which these keep
+        assert ids[1:-1] == in_one  # as in running text
+
+
 def test_other_sources(tokenizer, tmp_path):
     """A vocabulary file, and a folder that knows nothing of [DEC]."""
     from transformers import BertTokenizer
@@ -74,6 +124,12 @@ def test_errors(tmp_path):
     with pytest.raises(UserError, match=r"no such vocabulary file: /nowhere/vocab\.txt"):
         CaptionTokenizer("/nowhere/vocab.txt")
     with pytest.raises(UserError, match=f"^model.tokenizer '{tmp_path}': "):
+        CaptionTokenizer(str(tmp_path))
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"^model.tokenizer '{tmp_path}' has no separator or no padding token"):
         CaptionTokenizer(str(tmp_path))
     with pytest.raises(UserError, match=r"model.prompt 'a picture of ' fills model.max_txt_len \(5 tokens\)"):
         CaptionTokenizer(max_txt_len=5)

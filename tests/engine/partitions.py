@@ -10,16 +10,16 @@ from pathlib import Path
 
 from blipds import cli, distributed
 from blipds.config.deepspeed import RunValues, resolve_ds_config
-from blipds.config.run import ModelConfig
 from blipds.engine import partitioned_init, write_parameter
 from blipds.engine.partitions import gathered, is_partitioned
 from blipds.models import build_model
+from blipds.models.blip.config import BlipConfig
 from blipds.models.initialisation import initialise
-from blipds.models.weights import load_weights
+from blipds.models.weights import load_weights, open_weights
 
 
 def build(ds_config, checkpoint):
-    config = ModelConfig(
+    config = BlipConfig(
         vit_kwargs={"embed_dim": 96, "depth": 4, "num_heads": 4},
         image_size=128,
         med_config_path=str(checkpoint.parent / "med_config.json"),
@@ -66,7 +66,7 @@ def main():
         initialise(model, 42, partial(write_parameter, model))
     result["after initialise"] = differences(whole, parts)
     for model in (whole, parts):
-        load_weights(model, str(checkpoint), Path(), lambda line: None, partial(write_parameter, model))
+        load_weights(model, open_weights(str(checkpoint), Path()), lambda line: None, partial(write_parameter, model))
     result["after loading"] = differences(whole, parts)
     held = sum(parameter.numel() + parameter.ds_tensor.numel() for parameter in parts.parameters())
     result["held by each rank"] = distributed.gather(held)

@@ -5,28 +5,32 @@ from types import SimpleNamespace
 
 import pytest
 from launching import launch
-from torch import nn
 
 from blipds.engine import Engine, parameter_groups
 from blipds.errors import UserError
+from blipds.models.blip.model import BlipCaption
 from blipds.models.blip.text_decoder import TextConfig, TextDecoder
-from blipds.models.lr_scales import layer_decay_scale, lr_scales
+from blipds.models.lr_scales import lr_scales
 from blipds.models.vision import build_vision_transformer
 
 
-def captioner() -> nn.Module:
+def captioner() -> BlipCaption:
     """Three blocks, with all the parts that timm's encoders have before and after them."""
-    model = nn.Module()
-    model.visual_encoder = build_vision_transformer(
+    visual_encoder = build_vision_transformer(
         "base", 16, embed_dim=8, depth=3, num_heads=2, patch_size=8, reg_tokens=2, pre_norm=True, init_values=1e-5
     )
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    model.text_decoder = TextDecoder(TextConfig(vocab_size=20, max_position_embeddings=8, **sizes), 8)
-    return model
+    text_decoder = TextDecoder(TextConfig(vocab_size=20, max_position_embeddings=8, **sizes), 8)
+    return BlipCaption(visual_encoder, text_decoder)
 
 
 def names() -> list[str]:
     return [name for name, _ in captioner().named_parameters()]
+
+
+def layers() -> dict[str, int | None]:
+    model = captioner()
+    return {name: model.encoder_layer(name) for name, _ in model.named_parameters()}
 
 
 @pytest.mark.parametrize(
@@ -46,25 +50,28 @@ def names() -> list[str]:
 )
 def test_layer_decay_is_beit_s(name, power):
     assert name in names()
-    assert layer_decay_scale(name, 3, 0.5) == 0.5**power
-    assert lr_scales(names(), {}, 0.5)[name] == 0.5**power
+    assert lr_scales(layers(), {}, 0.5)[name] == 0.5**power
 
 
 def test_layer_decay_at_the_depth_of_vit_base():
     """BEiT's own numbers: layer id i of 12 + 2 has decay^(13 - i); embeddings are 0, block i is i + 1, the rest 13."""
-    blocks = [layer_decay_scale(f"visual_encoder.blocks.{i}.norm1.weight", 12, 0.65) for i in range(12)]
-    assert blocks == [0.65 ** (13 - (i + 1)) for i in range(12)]
-    assert layer_decay_scale("visual_encoder.cls_token", 12, 0.65) == 0.65**13
+    found = lr_scales({"cls_token": 0, **{f"block {i}": i + 1 for i in range(12)}, "norm": None}, {}, 0.65)
+    assert list(found.values()) == [0.65**13, *(0.65 ** (13 - (i + 1)) for i in range(12)), 1.0]
+
+
+def test_layer_decay_needs_layers():
+    with pytest.raises(UserError, match=r"run\.lr_layer_decay: this arch does not say which layers"):
+        lr_scales({"a": None}, {}, 0.5)
 
 
 def test_prefixes_are_whole_parts_and_the_longest_counts():
     given = ["visual_encoder.blocks.1.a", "visual_encoder.blocks.10.a", "visual_encoder.norm.weight", "text_decoder.b"]
-    found = lr_scales(given, {"visual_encoder": 0.1, "visual_encoder.blocks.1": 0.02}, None)
+    found = lr_scales(dict.fromkeys(given), {"visual_encoder": 0.1, "visual_encoder.blocks.1": 0.02}, None)
     assert list(found.values()) == [0.02, 0.1, 0.1, 1.0]
 
 
 def test_prefix_and_depth_multiply():
-    found = lr_scales(names(), {"visual_encoder": 0.1, "text_decoder.cls": 2.0}, 0.5)
+    found = lr_scales(layers(), {"visual_encoder": 0.1, "text_decoder.cls": 2.0}, 0.5)
     assert found["visual_encoder.blocks.2.norm1.weight"] == 0.1 * 0.5
     assert found["visual_encoder.norm.weight"] == 0.1
     assert found["text_decoder.cls.predictions.bias"] == 2.0
@@ -77,9 +84,9 @@ def test_a_prefix_without_parameters_names_the_nearest():
         r"names begin with text_decoder, visual_encoder"
     )
     with pytest.raises(UserError, match=message):
-        lr_scales(names(), {"visual_encodr": 0.1}, None)
+        lr_scales(layers(), {"visual_encodr": 0.1}, None)
     with pytest.raises(UserError, match=r"did you mean 'visual_encoder\.blocks\.\d'"):
-        lr_scales(names(), {"visual_encoder.blocks.7": 0.1}, None)
+        lr_scales(layers(), {"visual_encoder.blocks.7": 0.1}, None)
 
 
 def test_without_scales_there_is_a_group_with_decay_and_one_without():
@@ -96,7 +103,7 @@ def test_without_scales_there_is_a_group_with_decay_and_one_without():
 def test_one_group_for_each_pair_and_each_parameter_once():
     model = captioner()
     model.visual_encoder.patch_embed.requires_grad_(False)
-    scales = lr_scales(names(), {"visual_encoder": 0.1}, 0.5)
+    scales = lr_scales(layers(), {"visual_encoder": 0.1}, 0.5)
     groups = parameter_groups(model, 0.05, "matrices", scales)
     pairs = [(group["weight_decay"], group["lr_scale"]) for group in groups]
     steps = [1.0, 0.1, *(0.1 * 0.5**power for power in (1, 2, 3, 4))]
@@ -112,7 +119,7 @@ def test_one_group_for_each_pair_and_each_parameter_once():
 def test_the_step_sets_each_group_s_rate():
     groups = [{"lr": 0.0, "lr_scale": 1.0}, {"lr": 0.0, "lr_scale": 0.25}]
     engine = Engine.__new__(Engine)
-    engine.plain = False
+    engine.checks_gradients = False
     engine._deepspeed = SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups), step=lambda: None)
     engine.step(8e-4, measure=False)
     assert [group["lr"] for group in groups] == [8e-4, 2e-4]

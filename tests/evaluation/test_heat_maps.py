@@ -7,17 +7,12 @@ from blipds.data.tokenizer import CaptionTokenizer
 from blipds.evaluation import heat_maps
 
 
-@pytest.fixture
-def maps(monkeypatch):
+class Model:
     """Position t looks at patch t of 4 x 4 alone."""
-    asked = []
 
-    def look(model, pixel_values, input_ids):
-        asked.append(input_ids.tolist())
+    def cross_attention(self, pixel_values, input_ids):
+        self.asked = input_ids.tolist()
         return torch.eye(16)[: len(input_ids)].view(-1, 4, 4)
-
-    monkeypatch.setattr(heat_maps, "cross_attention", look)
-    return asked
 
 
 def patches(heat):
@@ -26,11 +21,12 @@ def patches(heat):
     return [place for place, weight in enumerate(weights) if weight >= 0.5]
 
 
-def test_a_word_is_chosen_one_position_before_it(maps):
+def test_a_word_is_chosen_one_position_before_it():
     """[DEC] a picture of | a skate ##board ##er: pieces of one word count together."""
     tokenizer = CaptionTokenizer()
-    words = heat_maps.word_maps(None, tokenizer, torch.zeros(1, 3, 8, 8), "a skateboarder jumps")
-    pieces = tokenizer.tokenizer.convert_ids_to_tokens(maps[0])
+    model = Model()
+    words = heat_maps.word_maps(model, tokenizer, torch.zeros(1, 3, 8, 8), "a skateboarder jumps")
+    pieces = tokenizer.tokenizer.convert_ids_to_tokens(model.asked)
     assert pieces[:5] == ["[DEC]", "a", "picture", "of", "a"] and pieces[-1] == "jumps"
     assert [heat.word for heat in words] == ["a", "skateboarder", "jumps"]
     first = len(tokenizer.prompt_ids)
@@ -39,8 +35,17 @@ def test_a_word_is_chosen_one_position_before_it(maps):
     assert patches(words[2]) == [len(pieces) - 2]
 
 
-def test_a_caption_without_a_word_has_no_map(maps):
-    assert heat_maps.word_maps(None, CaptionTokenizer(), torch.zeros(1, 3, 8, 8), "") == []
+@pytest.mark.parametrize("prompt", ["a black-and-white photo of ", "an x-ray  of ", ""])
+def test_the_prompt_has_no_map(prompt):
+    tokenizer, model = CaptionTokenizer(prompt=prompt), Model()
+    words = heat_maps.word_maps(model, tokenizer, torch.zeros(1, 3, 8, 8), "a dog")
+    assert model.asked == [*tokenizer.prompt_ids, 1037, 3899]
+    assert [heat.word for heat in words] == ["a", "dog"]
+    assert patches(words[0]) == [len(tokenizer.prompt_ids) - 1]
+
+
+def test_a_caption_without_a_word_has_no_map():
+    assert heat_maps.word_maps(Model(), CaptionTokenizer(), torch.zeros(1, 3, 8, 8), "") == []
 
 
 def test_weights_are_scaled_from_0_to_1():

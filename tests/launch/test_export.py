@@ -13,17 +13,16 @@ import torch
 import yaml
 from launching import REPOSITORY, environment
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blipds.captioning.captioner import Captioner
 from blipds.config.run import Config, load_run_config
 from blipds.errors import UserError
-from blipds.models import BlipCaption, build_model
-from blipds.models.blip.export import save_blipds
-from blipds.models.blip.geometry import constants_of
+from blipds.models import build_model
+from blipds.models.blip.model import BlipCaption
 from blipds.models.vision import layer_norm_eps
-from blipds.models.weights import load_weights
+from blipds.models.weights import load_weights, open_weights
 
 PROMPT = "a picture of "
 Export = Callable[..., str]
@@ -65,12 +64,14 @@ def build(config: Config) -> BlipCaption:
 
 def our_model(config: Config, location: Path) -> BlipCaption:
     model = build(config)
-    load_weights(model, str(location), Path(), lambda line: None)
+    load_weights(model, open_weights(str(location), Path()), lambda line: None)
     return model
 
 
 def save(path: Path, model: BlipCaption) -> Path:
-    save_blipds(path, dict(model.named_parameters()), constants_of(model))
+    """As a run's checkpoint has its weights (engine/checkpoints.py)."""
+    metadata = {"format": "blipds", "config": json.dumps(model.constants())}
+    save_file(dict(model.named_parameters()), path, metadata=metadata)
     return path
 
 

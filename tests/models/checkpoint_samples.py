@@ -1,15 +1,19 @@
 """Small captioners with drawn weights, and ways to write, read and compare their checkpoints."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from blipds.models.blip.checkpoints import open_checkpoint
 from blipds.models.blip.export import save_transformers, transformers_config
 from blipds.models.blip.geometry import BlipGeometry
 from blipds.models.blip.names import from_transformers_name
-from blipds.models.checkpoints import load_into, open_checkpoint
+from blipds.models.checkpoints import load_into
 
 VOCAB = Path(__file__).parents[2] / "blipds" / "data" / "bert-base-uncased-vocab.txt"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -102,3 +106,10 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def save_own(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Weights as a run's checkpoint has them (engine/checkpoints.py)."""
+    own = {name: tensor.detach().float().contiguous() for name, tensor in tensors.items() if name not in dict(TIED)}
+    own = {name: tensor for name, tensor in own.items() if not name.endswith(".position_ids")}
+    save_file(own, path, metadata={"format": "blipds", "config": json.dumps(config)})

@@ -6,9 +6,9 @@ import pytest
 import torch
 from checkpoint_samples import TIED, shapes_of
 
-from blipds.config.run import ModelConfig
 from blipds.models import build_model
-from blipds.models.weights import load_weights
+from blipds.models.blip.config import BlipConfig
+from blipds.models.weights import load_weights, open_weights
 
 
 @pytest.fixture(scope="session")
@@ -21,14 +21,14 @@ def build_oracle(shared):
     """build_oracle() gives a fresh model with the oracle's weights, in evaluation mode."""
 
     def build():
-        config = ModelConfig(
+        config = BlipConfig(
             vit_type="base",
             vit_kwargs={"embed_dim": 96, "depth": 4, "num_heads": 4},
             image_size=96,
             med_config_path=str(shared / "oracle" / "med_config.json"),
         )
         model = build_model(config, checkpoint_fn=lambda function, *inputs: function(*inputs))
-        load_weights(model, str(shared / "oracle" / "tiny_blip.pth"), shared, say=lambda line: None)
+        load_weights(model, open_weights(str(shared / "oracle" / "tiny_blip.pth"), shared), say=lambda line: None)
         return model.eval()
 
     return build

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blipds.errors import UserError
-from blipds.models.checkpoints import load_into, open_checkpoint
+from blipds.models.blip.checkpoints import open_checkpoint
+from blipds.models.checkpoints import load_into
 
 EMBEDDINGS = "text_decoder.bert.embeddings.word_embeddings.weight"
 SHAPES = {

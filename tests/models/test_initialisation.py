@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from blipds.config.run import ModelConfig
 from blipds.errors import UserError
 from blipds.models import build_model
+from blipds.models.blip.config import BlipConfig
 from blipds.models.initialisation import initialise
 from blipds.models.parameters import copy_into
 from blipds.models.vision import build_vision_transformer
@@ -16,7 +16,7 @@ KWARGS = {"embed_dim": 192, "depth": 2, "num_heads": 3, "reg_tokens": 4, "init_v
 
 
 def captioner(seed=0, **vit_kwargs):
-    config = ModelConfig(
+    config = BlipConfig(
         image_size=64,
         vit_kwargs={**KWARGS, **vit_kwargs},
         med_config_path="configs/models/med_config_tiny.json",

@@ -61,11 +61,55 @@ def test_by_hand():
     torch.testing.assert_close(gradient, torch.tensor(expected))
 
 
+def test_weights_by_hand():
+    """Logits 0 and log 3: p is 1/4 and 3/4. A weight of 2 on the first: 2 log 4, and p - target = (-3/4, 3/4) twice.
+
+    One of -1 on the second: -log(4/3), and (1/4, -1/4) with its sign turned.
+    """
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
+    loss, gradient = value_and_gradient(
+        lambda x: smoothed_cross_entropy(x, torch.tensor([0, 1]), 0.1, torch.tensor([2.0, -1.0])), logits
+    )
+    assert loss.item() == pytest.approx(2 * math.log(4) - math.log(4 / 3), rel=1e-6)
+    torch.testing.assert_close(gradient, torch.tensor([[-1.5, 1.5], [-0.25, 0.25]]))
+
+
+@pytest.mark.parametrize("tokens", [1, 3 * CPU_CHUNK + 5])
+def test_weights_against_torchs_without_smoothing(tokens):
+    logits, labels = example(tokens)
+    weights = torch.randn(tokens)
+    loss, gradient = value_and_gradient(lambda x: smoothed_cross_entropy(x, labels, 0.1, weights), logits, 0.25)
+    expected = value_and_gradient(
+        lambda x: (weights * F.cross_entropy(x, labels, reduction="none")).sum(), logits, 0.25
+    )
+    torch.testing.assert_close(loss, expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, expected[1], rtol=1e-5, atol=1e-7)
+
+
+def test_weights_of_one_are_the_loss_without_smoothing():
+    logits, labels = example(40, torch.bfloat16)
+    ones = value_and_gradient(lambda x: smoothed_cross_entropy(x, labels, 0.1, torch.ones(40)), logits)
+    plain = value_and_gradient(lambda x: smoothed_cross_entropy(x, labels, 0.0), logits)
+    torch.testing.assert_close(ones[0], plain[0], rtol=1e-6, atol=0)
+    assert torch.equal(ones[1], plain[1])
+
+
 def test_no_labels():
     logits, labels = example(0)
     loss, gradient = value_and_gradient(lambda x: smoothed_cross_entropy(x, labels, 0.1), logits)
     assert loss.item() == 0.0
     assert gradient.shape == (0, VOCABULARY)
+
+
+def test_the_model_weights_each_label(oracle_model):
+    """Weights (1, 0) and (0, 3) of a caption's two tokens add up to (1, 3); it is autograd's sum of the parts."""
+    rows = caption_rows([[[30522, 1037, 2158, 102]]], [30522, 1037], pad_token_id=0).to(torch.device("cpu"))
+    inputs = {**rows, "pixel_values": torch.zeros(1, 3, 96, 96)}
+    first, second, both = (
+        oracle_model(**inputs, label_weights=torch.tensor(weights)).item() for weights in ((1.0, 0), (0, 3.0), (1.0, 3))
+    )
+    assert both == pytest.approx(first + second, rel=1e-6)
+    assert first > 0 and second > 0
 
 
 def test_a_batch_without_labels_has_zero_gradients(oracle_model):

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from blipds.config.run import ModelConfig, load_run_config
+from blipds.config.run import load_run_config
 from blipds.data.caption_rows import caption_rows
 from blipds.errors import UserError
 from blipds.models import build_model
+from blipds.models.blip.config import BlipConfig
 from blipds.models.vision import build_vision_transformer, checkpoint_last
 
 
@@ -83,7 +84,7 @@ def test_what_cannot_be_built(vit_type, vit_kwargs, message):
 
 
 def test_more_text_than_positions():
-    config = ModelConfig(max_txt_len=513)
+    config = BlipConfig(max_txt_len=513)
     message = "max_txt_len is 513, but the text decoder has 512 positions"
     with torch.device("meta"), pytest.raises(UserError, match=message):
         build_model(config, checkpoint_fn=direct)
@@ -132,7 +133,7 @@ def tiny(folder, checkpoint_fn=direct, **changes):
     """Four blocks and three layers, the same weights every time."""
     (folder / "bert.json").write_text(json.dumps(TEXT))
     torch.manual_seed(0)
-    config = ModelConfig(
+    config = BlipConfig(
         vit_kwargs={"embed_dim": 32, "depth": 4, "num_heads": 2, "drop_path_rate": 0.5},
         image_size=32,
         med_config_path=str(folder / "bert.json"),

@@ -13,16 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blipds import cli
-from blipds.config.run import Config, DatasetConfig, ModelConfig
+from blipds.config.run import Config, DatasetConfig
 from blipds.errors import UserError
-from blipds.models import BlipCaption, build_model, vision
+from blipds.models import build_model, vision
+from blipds.models.blip.checkpoints import interpolate_pos_embed, open_checkpoint
+from blipds.models.blip.config import BlipConfig
 from blipds.models.blip.export import save_blip, transformers_config
-from blipds.models.blip.geometry import constants_of, geometry_of
-from blipds.models.checkpoints import interpolate_pos_embed, open_checkpoint
+from blipds.models.blip.geometry import geometry_of
+from blipds.models.blip.model import BlipCaption
 from blipds.models.initialisation import initialise
 from blipds.models.parameters import copy_into
-from blipds.models.vision import encoder_mean_std, layer_norm_eps
-from blipds.models.weights import fill_image_statistics, hub_name_of, load_initial_weights, load_weights, take_constants
+from blipds.models.vision import encoder_mean_std, hub_name_of, layer_norm_eps
+from blipds.models.weights import fill_image_statistics, load_initial_weights, load_weights, open_weights
 
 WIDTH, DEPTH = 24, 2
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -30,7 +32,7 @@ IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 ENCODERS = ("vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "vit_tiny_patch16_224")
 
 
-def section(tmp_path: Path, **keys: Any) -> ModelConfig:
+def section(tmp_path: Path, **keys: Any) -> BlipConfig:
     """A tiny model; its decoder is 16 wide, 2 layers, 4 heads, 10 positions."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
     text = {**sizes, "max_position_embeddings": 50, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -42,15 +44,15 @@ def section(tmp_path: Path, **keys: Any) -> ModelConfig:
         "load_finetuned": False,
         "load_pretrained": False,
     }
-    return ModelConfig(**(given | keys))
+    return BlipConfig(**(given | keys))
 
 
-def build(config: ModelConfig) -> BlipCaption:
+def build(config: BlipConfig) -> BlipCaption:
     torch.manual_seed(0)
     return build_model(config, lambda function, *inputs: function(*inputs)).eval()
 
 
-def start(config: ModelConfig) -> tuple[BlipCaption, BlipCaption, list[str]]:
+def start(config: BlipConfig) -> tuple[BlipCaption, BlipCaption, list[str]]:
     """The model after loading, the same with random weights alone, and what was said."""
     lines: list[str] = []
     loaded, before = build(config), build(config)
@@ -148,9 +150,9 @@ def test_another_kind_or_depth_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"patch_embed\.proj\.weight \(\(24, 3, 4, 4\) in the file"):
         start(section(tmp_path, vit_pretrained=str(tmp_path / "patches.safetensors")))
     save_file({"embeddings.word_embeddings.weight": torch.zeros(30522, 16)}, tmp_path / "bert.safetensors")
-    with pytest.raises(UserError, match="a bert checkpoint, not a ViT"):
+    with pytest.raises(UserError, match="a bert checkpoint, not a timm one"):
         start(section(tmp_path, vit_pretrained=str(tmp_path / "bert.safetensors")))
-    with pytest.raises(UserError, match="a timm checkpoint, not a BERT"):
+    with pytest.raises(UserError, match="a timm checkpoint, not a bert one"):
         start(section(tmp_path, text_pretrained=str(tmp_path / "patches.safetensors")))
     with pytest.raises(UserError, match=r"holds one part only \(timm\); give it as model\.vit_pretrained"):
         start(section(tmp_path, load_finetuned=True, finetuned=str(tmp_path / "patches.safetensors")))
@@ -223,22 +225,22 @@ def test_a_transformers_folder_brings_its_epsilon(tmp_path: Path) -> None:
     assert layer_norm_eps(model.visual_encoder) == 1e-6
     transformers_folder(tmp_path / "hf", model, layer_norm_eps=1e-5)
     lines: list[str] = []
-    load_weights(model, str(tmp_path / "hf"), tmp_path, lines.append)
+    load_weights(model, open_weights(str(tmp_path / "hf"), tmp_path), lines.append)
     assert layer_norm_eps(model.visual_encoder) == 1e-5
     assert lines[-1] == "  vision LayerNorm epsilon 1e-05: config.json states it (the original BLIP has 1e-6)"
 
     # what is trained from it keeps it: our files say so, and so does a .pth
-    assert constants_of(model) == {"vision_layer_norm_eps": 1e-5}
-    save_blip(tmp_path / "tuned.pth", dict(model.named_parameters()), constants_of(model))
+    assert model.constants() == {"vision_layer_norm_eps": 1e-5}
+    save_blip(tmp_path / "tuned.pth", dict(model.named_parameters()), model.constants())
     again = build(section(tmp_path))
-    load_weights(again, str(tmp_path / "tuned.pth"), tmp_path, lines.append)
+    load_weights(again, open_weights(str(tmp_path / "tuned.pth"), tmp_path), lines.append)
     assert layer_norm_eps(again.visual_encoder) == 1e-5
     assert lines[-1] == "  vision LayerNorm epsilon 1e-05: the checkpoint says so"
 
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     del config["vision_config"]["layer_norm_eps"]
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    line = take_constants(again, open_checkpoint(tmp_path / "hf"))
+    line = again.take_constants(open_checkpoint(tmp_path / "hf"))
     assert layer_norm_eps(again.visual_encoder) == 1e-6
     assert line == "vision LayerNorm epsilon 1e-06: no config.json states one, and the original has 1e-6"
 
@@ -248,7 +250,7 @@ def test_heads_are_seen_in_the_config_alone(tmp_path: Path) -> None:
     transformers_folder(tmp_path / "hf", model, num_attention_heads=8)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     with pytest.raises(UserError, match="vision_heads is 8 in the checkpoint, 4 in the model"):
-        load_weights(model, str(tmp_path / "hf"), tmp_path, lambda line: None)
+        load_weights(model, open_weights(str(tmp_path / "hf"), tmp_path), lambda line: None)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
@@ -258,7 +260,7 @@ def test_heads_are_seen_in_the_config_alone(tmp_path: Path) -> None:
 def test_statistics_are_the_encoder_s_unless_given() -> None:
     parts = {"load_finetuned": False, "load_pretrained": False}
     config = Config(
-        model=ModelConfig(vit_type="vit_small_patch14_dinov2", vit_pretrained=True, **parts),
+        model=BlipConfig(vit_type="vit_small_patch14_dinov2", vit_pretrained=True, **parts),
         datasets={"custom_caption": DatasetConfig()},
     )
     processors = config.datasets["custom_caption"].vis_processor
@@ -268,7 +270,7 @@ def test_statistics_are_the_encoder_s_unless_given() -> None:
     assert (processors.eval.mean, processors.eval.std) == IMAGENET
     assert fill_image_statistics(config) == []
 
-    both = Config(model=ModelConfig(vit_pretrained=True), datasets={"custom_caption": DatasetConfig()})
+    both = Config(model=BlipConfig(vit_pretrained=True), datasets={"custom_caption": DatasetConfig()})
     with pytest.raises(UserError, match=r"asks for a whole checkpoint: drop one, or give mean and std"):
         fill_image_statistics(both)
 

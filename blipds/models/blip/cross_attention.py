@@ -6,11 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blipds.models.blip.model import BlipCaption
-
 
 @torch.no_grad()
-def cross_attention(model: BlipCaption, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
+def cross_attention(model: Any, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
     """The share of attention that each token gives to each patch of one image, the mean over all layers and heads.
 
     pixel_values (1, 3, H, W), input_ids (T,) with [DEC] at position 0; returns (T, rows, columns). Position t is what
@@ -30,7 +28,7 @@ def cross_attention(model: BlipCaption, pixel_values: Tensor, input_ids: Tensor)
 
     with ExitStack() as hooks:
         for layer in layers:
-            hook = layer.crossattention.self.register_forward_pre_hook(look)  # type: ignore[union-attr]
+            hook = layer.crossattention.self.register_forward_pre_hook(look)
             hooks.callback(hook.remove)
         first = torch.zeros(1, dtype=torch.long, device=input_ids.device)  # the head is of no interest here
         model.text_decoder(input_ids.unsqueeze(0), encoder(pixel_values), label_positions=first)

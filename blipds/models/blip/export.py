@@ -1,9 +1,10 @@
-"""Checkpoints out: a BLIP/LAVIS .pth, a transformers folder, this project's own safetensors. In is `checkpoints.py`."""
+"""Checkpoints out: a BLIP/LAVIS .pth, and a transformers folder. In is `checkpoints.py`."""
 
 import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blipds.errors import UserError
-from blipds.models.blip.geometry import BlipGeometry
-from blipds.models.blip.names import TIED, matches, to_transformers_name
+from blipds.models.blip.geometry import ORIGINAL_VISION_EPS, BlipGeometry, geometry_of
+from blipds.models.blip.names import TIED, to_transformers_name
+from blipds.models.checkpoints import matches
+from blipds.models.protocol import Export
 
 TOKEN_IDS = (30522, 102, 0)  # [DEC], [SEP], [PAD] of bert-base-uncased with [DEC] and [ENC] behind it
 
@@ -31,12 +34,35 @@ def save_blip(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, An
     temporary.replace(path)
 
 
-def save_blipds(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """This project's own weights: safetensors in fp32 under our names, the config as JSON in the metadata."""
-    own = {name: tensor.detach().cpu().float().contiguous() for name, tensor in _untied(tensors).items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(own, temporary, metadata={"format": "blipds", "config": json.dumps(config)})
-    temporary.replace(path)
+def export_blip(path: Path, export: Export) -> None:
+    """`launch/export.py --format blip`."""
+    if path.is_dir() or path.suffix != ".pth":
+        raise UserError(f"--output {path}: --format blip writes one file, FILE.pth")
+    if path.exists() and not export.overwrite:
+        raise UserError(f"{path} exists already; choose another output, or replace it with --force")
+    constants = export.model.constants()
+    if any(eps != ORIGINAL_VISION_EPS for eps in constants.values()):
+        print(
+            f"careful: {constants}; the original code and LAVIS compute with {ORIGINAL_VISION_EPS:g} whatever it says"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_blip(path, export.tensors, asdict(export.config) | constants)
+
+
+def export_transformers(folder: Path, export: Export) -> None:
+    """`launch/export.py --format hf`."""
+    save_transformers(
+        folder,
+        export.tensors,
+        geometry_of(export.model),
+        export.tokenizer,
+        image_mean=export.image_mean,
+        image_std=export.image_std,
+        prompt=export.config.prompt,
+        generation=export.generation,
+        card_text=export.card,
+        overwrite=export.overwrite,
+    )
 
 
 def save_transformers(
@@ -183,11 +209,12 @@ model = BlipForConditionalGeneration.from_pretrained(folder).eval()
 prompt = {prompt!r}
 inputs = processor(images=Image.open("photo.jpg"), text=prompt, return_tensors="pt")
 ids = model.generate(**inputs, {arguments})
-caption = processor.decode(ids[0], skip_special_tokens=True)[len(prompt) :]
+caption = processor.decode(ids[0, inputs["input_ids"].shape[1] - 1 :], skip_special_tokens=True)
 ```
 
-- The prompt must be given: the model was trained to continue it. `generate` replaces its first token by [DEC] and drops
-  its closing [SEP].
+- The prompt must be given: the model was trained to continue it. `generate` replaces its first token by [DEC], drops
+  its closing [SEP], and returns the rest in front of the caption: cut it off by tokens, since decoding does not give
+  every prompt back letter by letter.
 - The arguments must be given, too: BLIP in transformers 5 ignores the folder's `generation_config.json`.
 - `backend="pil"` resizes as in training; without it pixels differ by up to one step of 255.
 - Greedy search (`num_beams=1`) gives the captions of blipds. Beam search may now and then choose another of its beams:

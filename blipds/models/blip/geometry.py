@@ -10,8 +10,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
 from blipds.errors import UserError
-from blipds.models.blip.model import BlipCaption
-from blipds.models.vision import layer_norm_eps, set_layer_norm_eps
+from blipds.models.vision import layer_norm_eps
 
 ORIGINAL_VISION_EPS = 1e-6
 VISION_EPS_KEY = "vision_layer_norm_eps"  # in the config that our safetensors and .pth files carry
@@ -78,10 +77,10 @@ def geometry_from_transformers_config(config: Mapping[str, Any]) -> BlipGeometry
         vocab_size=_whole(text, "vocab_size", 30524),
         max_position_embeddings=_whole(text, "max_position_embeddings", 512),
         vision_eps=stated_vision_eps(config)[0],
-        layer_norm_eps=_number(text, "layer_norm_eps", 1e-12),
-        hidden_dropout_prob=_number(text, "hidden_dropout_prob", 0.0),
-        attention_probs_dropout_prob=_number(text, "attention_probs_dropout_prob", 0.0),
-        label_smoothing=_number(text, "label_smoothing", 0.0),
+        layer_norm_eps=number(text, "layer_norm_eps", 1e-12),
+        hidden_dropout_prob=number(text, "hidden_dropout_prob", 0.0),
+        attention_probs_dropout_prob=number(text, "attention_probs_dropout_prob", 0.0),
+        label_smoothing=number(text, "label_smoothing", 0.0),
     )
 
 
@@ -124,13 +123,13 @@ def stated_vision_eps(config: Mapping[str, Any]) -> tuple[float, str]:
     """The vision LayerNorm epsilon of a transformers config.json, and a line that says why it is this one."""
     vision = config.get("vision_config")
     if isinstance(vision, Mapping) and "layer_norm_eps" in vision:
-        eps = _number(vision, "layer_norm_eps", ORIGINAL_VISION_EPS)
+        eps = number(vision, "layer_norm_eps", ORIGINAL_VISION_EPS)
         return eps, f"vision LayerNorm epsilon {eps:g}: config.json states it (the original BLIP has 1e-6)"
     return ORIGINAL_VISION_EPS, "vision LayerNorm epsilon 1e-06: no config.json states one, and the original has 1e-6"
 
 
-def geometry_of(model: BlipCaption) -> BlipGeometry:
-    """The geometry of a built model; on the meta device is enough."""
+def geometry_of(model: Any) -> BlipGeometry:
+    """The geometry of a built BlipCaption; on the meta device is enough."""
     vit, text = model.visual_encoder, model.text_decoder.config
     (rows, columns), (height, width) = vit.patch_embed.patch_size, vit.patch_embed.img_size
     attention, mlp = (getattr(vit.blocks[0], part, None) for part in ("attn", "mlp"))
@@ -204,21 +203,6 @@ def differences(stated: BlipGeometry, model: BlipGeometry) -> list[str]:
     ]
 
 
-def constants_of(model: BlipCaption) -> dict[str, float]:
-    """What a file of the model's weights must say beside them: what no tensor shows and no run config sets."""
-    eps = layer_norm_eps(model.visual_encoder)
-    return {} if eps is None else {VISION_EPS_KEY: eps}
-
-
-def apply_constants(model: BlipCaption, config: Mapping[str, Any]) -> str | None:
-    """Sets what `constants_of` wrote; returns a line where that changes the model. UserError for nonsense."""
-    if VISION_EPS_KEY not in config:
-        return None
-    before, eps = layer_norm_eps(model.visual_encoder), _number(config, VISION_EPS_KEY, ORIGINAL_VISION_EPS)
-    set_layer_norm_eps(model.visual_encoder, eps)
-    return None if eps == before else f"vision LayerNorm epsilon {eps:g}: the checkpoint says so"
-
-
 def _whole(section: Mapping[str, Any], key: str, default: int) -> int:
     value = section.get(key, default)
     if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:  # image_size: [384, 384]
@@ -228,7 +212,7 @@ def _whole(section: Mapping[str, Any], key: str, default: int) -> int:
     return value
 
 
-def _number(section: Mapping[str, Any], key: str, default: float) -> float:
+def number(section: Mapping[str, Any], key: str, default: float) -> float:
     value = section.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise UserError(f"config.json: {key} is {value!r}, not a number from 0 to 1")

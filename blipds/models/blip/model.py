@@ -1,52 +1,60 @@
-"""BLIP's captioner: image encoder, text decoder, loss and generation (BLIP paper, arXiv 2201.12086, section 3)."""
+"""BLIP's captioner: image encoder, text decoder and loss (BLIP paper, arXiv 2201.12086, section 3)."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from blipds.errors import UserError
+from blipds.models.blip.checkpoints import BlipFormat, text_layer_differences
+from blipds.models.blip.config import BlipConfig
+from blipds.models.blip.cross_attention import cross_attention
+from blipds.models.blip.geometry import (
+    VISION_EPS_KEY,
+    differences,
+    geometry_from_transformers_config,
+    geometry_of,
+    number,
+    stated_vision_eps,
+)
 from blipds.models.blip.text_decoder import TextDecoder
-from blipds.models.generation import GenerationConfig, Lockstep, StepDecoder, beam_search, single_search
+from blipds.models.checkpoints import Checkpoint, stored_in_memory
+from blipds.models.initialisation import RandomWeight, normal, zeros
 from blipds.models.loss import smoothed_cross_entropy
+from blipds.models.protocol import CaptioningModel
+from blipds.models.vision import (
+    hub_name_of,
+    layer_norm_eps,
+    pretrained_encoder,
+    random_vision_weights,
+    set_layer_norm_eps,
+)
 
 
-class BlipCaption(nn.Module):
-    """`label_smoothing`: 0.1 in the paper's code. `freeze_vit`: the encoder neither learns nor drops."""
+class BlipCaption(CaptioningModel):
+    """`label_smoothing`: 0.1 in the paper's code."""
 
     def __init__(
-        self,
-        visual_encoder: VisionTransformer,
-        text_decoder: TextDecoder,
-        *,
-        label_smoothing: float = 0.1,
-        freeze_vit: bool = False,
+        self, visual_encoder: VisionTransformer, text_decoder: TextDecoder, *, label_smoothing: float = 0.1
     ) -> None:
         super().__init__()
         self.visual_encoder = visual_encoder
         self.text_decoder = text_decoder
         self.label_smoothing = label_smoothing
-        self.freeze_vit = freeze_vit
-        self.compiled = False
-        if freeze_vit:
-            self.visual_encoder.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "BlipCaption":
-        super().train(mode)
-        if self.freeze_vit:
-            self.visual_encoder.eval()
-        return self
+    @property
+    def image_encoder(self) -> VisionTransformer:
+        return self.visual_encoder
 
-    def compile_layers(self) -> None:
-        """Has torch.compile fuse what lies between the matrix products of a layer.
+    @property
+    def max_positions(self) -> int:  # type: ignore[override]
+        return self.text_decoder.config.max_position_embeddings
 
-        Layer by layer, since all layers of a kind share what is compiled for the first: seconds instead of minutes.
-        Captions are generated without: they grow by the token, and each length would be compiled.
-        """
-        self.compiled = True
-        for layer in (*self.visual_encoder.blocks, *self.text_decoder.bert.encoder.layer):
-            layer.compile()
+    @property
+    def vocab_size(self) -> int:  # type: ignore[override]
+        return self.text_decoder.config.vocab_size
 
     def forward(
         self,
@@ -57,59 +65,94 @@ class BlipCaption(nn.Module):
         labels: Tensor,
         pixel_values: Tensor | None = None,
         image_embeds: Tensor | None = None,
+        label_weights: Tensor | None = None,
     ) -> Tensor:
-        """The sum (not the mean) of the smoothed cross-entropy over the labelled positions, a scalar in fp32.
-
-        pixel_values (I, 3, H, W), or their image_embeds (I, N, width); input_ids, position_ids, segment_ids (I, L):
-        a row for all captions of an image, as data/caption_rows.py makes it; label_positions (P,) indices into the
-        flattened I x L whose next token is `labels` (P,). P may be 0: the loss is then 0 and has a gradient of 0.
-        """
-        if image_embeds is None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
-                image_embeds = self.visual_encoder(pixel_values)
         logits = self.text_decoder(
             input_ids,
-            image_embeds,
+            self.encode(pixel_values, image_embeds),
             position_ids=position_ids,
             segment_ids=segment_ids,
             label_positions=label_positions,
         )
-        return smoothed_cross_entropy(logits, labels, self.label_smoothing)
+        return smoothed_cross_entropy(logits, labels, self.label_smoothing, label_weights)
 
-    def generate(
-        self,
-        prompt_ids: Tensor,
-        eos_token_id: int,
-        config: GenerationConfig,
-        uniform: Tensor | None = None,
-        *,
-        pixel_values: Tensor | None = None,
-        image_embeds: Tensor | None = None,
-        any_rank: Callable[[bool], bool] | None = None,
-    ) -> list[list[int]]:
-        """Token ids of captions, prompt (P,) included, closing token not: `config.num_captions` an image from beams,
-        one image after the other; one an image else.
+    def step_decoder(self, image_embeds: Tensor, max_len: int) -> "CachedDecoder":
+        return CachedDecoder(self.text_decoder, image_embeds, max_len)
 
-        `uniform` (I, max_len): the random numbers of nucleus sampling, unused otherwise. The images: pixel_values
-        (I, 3, H, W), or their image_embeds (I, N, width). Under ZeRO-3 the parameters must be gathered around the call,
-        or all ranks make it together and give `any_rank` (generation.Lockstep).
-        """
-        eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
-        with torch.no_grad(), eager:
-            if image_embeds is None:
-                image_embeds = self.visual_encoder(pixel_values)
-            decoder: StepDecoder = CachedDecoder(self.text_decoder, image_embeds, config.max_len)
-            if any_rank is not None:
-                decoder = Lockstep(decoder, any_rank)
-            if config.use_nucleus_sampling:
-                assert uniform is not None
-                sequences = single_search(decoder, prompt_ids, len(image_embeds), eos_token_id, config, uniform)
+    def layers(self) -> Sequence[nn.Module]:
+        return [*self.visual_encoder.blocks, *self.text_decoder.bert.encoder.layer]
+
+    def encoder_layer(self, name: str) -> int | None:
+        """As BEiT's and MAE's finetuning count them; the final norm is behind the blocks."""
+        part = name.removeprefix("visual_encoder.")
+        if part == name:
+            return None
+        if part.startswith("blocks."):
+            return int(part.split(".")[1]) + 1
+        return 0 if part.startswith(BEFORE_THE_BLOCKS) else None
+
+    def random_weights(self) -> Iterator[RandomWeight]:
+        """Image encoder as timm's default, text decoder as BERT (normal, `initializer_range`, biases 0)."""
+        yield from random_vision_weights(self.visual_encoder, "visual_encoder")
+        weights = normal(self.text_decoder.config.initializer_range)
+        for path, module in self.text_decoder.named_modules(prefix="text_decoder"):
+            if isinstance(module, nn.Linear | nn.Embedding):
+                yield f"{path}.weight", module.weight, weights
+            if isinstance(module, nn.Linear):
+                yield f"{path}.bias", module.bias, zeros
+
+    def checkpoint_format(self) -> BlipFormat:
+        encoder: Any = self.visual_encoder
+        return BlipFormat(0 if encoder.no_embed_class else encoder.num_prefix_tokens)
+
+    def check_geometry(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.kind == "transformers" and checkpoint.config:
+            stated = geometry_from_transformers_config(checkpoint.config)
+            if wrong := differences(stated, geometry_of(self)):
+                raise UserError(f"{checkpoint.location} does not fit the model: {'; '.join(wrong)}")
+
+    def load_parts(self, config: BlipConfig, load: Callable[..., None]) -> None:
+        """`vit_pretrained`: true (timm's own weights), a hub name, a path or URL. `text_pretrained`: a BERT."""
+        if source := config.vit_pretrained:
+            hub_name = hub_name_of(source)
+            if source is True or hub_name:
+                tensors = pretrained_encoder(config.vit_type, hub_name)
+                load(stored_in_memory(hub_name or f"timm's {config.vit_type}", tensors), "timm", "model.vit_pretrained")
             else:
-                search = single_search if config.num_beams == 1 else beam_search
-                sequences = search(decoder, prompt_ids, len(image_embeds), eos_token_id, config)
-            if isinstance(decoder, Lockstep):
-                decoder.finish()
-            return sequences
+                load(source, "timm", "model.vit_pretrained")
+        if config.text_pretrained:
+            load(config.text_pretrained, "bert", "model.text_pretrained")
+
+    def does_not_fit(self, checkpoint: Checkpoint) -> tuple[list[str], str]:
+        if checkpoint.kind == "bert" and (wrong := text_layer_differences(checkpoint.config, self.text_decoder.config)):
+            line = f"text_pretrained: its layers do not fit and are left out, {'; '.join(wrong)}"
+            return ["text_decoder.bert.encoder.layer.*"], line
+        return [], ""
+
+    def identity(self) -> str:
+        return str(geometry_of(self))
+
+    def constants(self) -> dict[str, float]:
+        eps = layer_norm_eps(self.visual_encoder)
+        return {} if eps is None else {VISION_EPS_KEY: eps}
+
+    def take_constants(self, checkpoint: Checkpoint) -> str | None:
+        if checkpoint.kind == "transformers":
+            eps, line = stated_vision_eps(checkpoint.config)
+            set_layer_norm_eps(self.visual_encoder, eps)
+            return line
+        if VISION_EPS_KEY not in checkpoint.config:
+            return None
+        before, eps = layer_norm_eps(self.visual_encoder), number(checkpoint.config, VISION_EPS_KEY, 0.0)
+        set_layer_norm_eps(self.visual_encoder, eps)
+        return None if eps == before else f"vision LayerNorm epsilon {eps:g}: the checkpoint says so"
+
+    def cross_attention(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
+        return cross_attention(self, pixel_values, input_ids)
+
+
+# What comes before the image encoder's first block; `norm_pre` is CLIP's.
+BEFORE_THE_BLOCKS = ("cls_token", "reg_token", "pos_embed", "patch_embed.", "norm_pre.")
 
 
 class CachedDecoder:

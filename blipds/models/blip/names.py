@@ -4,7 +4,8 @@ Pure functions on strings; reading files is the job of `checkpoints.py`.
 """
 
 import re
-from fnmatch import fnmatchcase
+
+from blipds.models.checkpoints import matches
 
 # Tied parameters: the name on the left holds the same values as the one on the right; a file may carry either or both.
 TIED = {
@@ -56,10 +57,6 @@ _BLOCK_NAMES = {
 }
 _OUR_VISION_NAMES = {ours: theirs for theirs, ours in _VISION_NAMES.items()}
 _OUR_BLOCK_NAMES = {ours: theirs for theirs, ours in _BLOCK_NAMES.items()}
-
-
-def matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def from_transformers_name(name: str) -> str | None:

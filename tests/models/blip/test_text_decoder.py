@@ -7,7 +7,7 @@ import torch
 
 from blipds.data.caption_rows import caption_rows
 from blipds.errors import UserError
-from blipds.models import read_text_config
+from blipds.models.blip.config import read_text_config
 from blipds.models.blip.text_decoder import TextConfig, TextDecoder, visibility
 
 TINY = TextConfig(

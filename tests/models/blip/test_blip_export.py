@@ -15,6 +15,7 @@ from checkpoint_samples import (
     export,
     in_folder,
     load,
+    save_own,
     shapes_of,
     tiny_tensors,
     transformers_blip,
@@ -23,10 +24,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from blipds.captioning.captioner import Captioner
+from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
-from blipds.models.blip.export import save_blip, save_blipds, transformers_config
+from blipds.models.blip.checkpoints import open_checkpoint
+from blipds.models.blip.export import save_blip, transformers_config
 from blipds.models.blip.geometry import geometry_from_transformers_config, stated_vision_eps
-from blipds.models.checkpoints import open_checkpoint
+from blipds.models.generation import GenerationConfig
 
 
 def test_transformers_in_and_out_bit_by_bit(tmp_path: Path) -> None:
@@ -83,7 +87,7 @@ def test_blip_to_blipds_to_transformers_and_back(
     tmp_path: Path, shared: Path, oracle: dict[str, Tensor], oracle_shapes: dict[str, Any]
 ) -> None:
     ours = load(shared / "oracle" / "tiny_blip.pth", oracle_shapes)
-    save_blipds(tmp_path / "model.safetensors", ours, {"image_size": 96})
+    save_own(tmp_path / "model.safetensors", ours, {"image_size": 96})
     own = open_checkpoint(tmp_path)
     assert (own.kind, own.config) == ("blipds", {"image_size": 96})
     export(tmp_path / "hf", load(tmp_path, oracle_shapes), ORACLE)
@@ -149,6 +153,23 @@ def test_exported_oracle_writes_the_original_s_greedy_captions(exported_oracle: 
     assert found == golden["captions"]["greedy_max20_min5"]
 
 
+@pytest.mark.parametrize("prompt", ["a black-and-white photo of ", "an x-ray of ", "a  Picture of "])
+def test_any_prompt_is_cut_by_its_tokens(
+    exported_oracle: tuple[Any, Any], oracle_model: Any, shared: Path, prompt: str
+) -> None:
+    """The card's cut of what transformers generates, and what we caption with the same weights."""
+    model, processor = exported_oracle
+    golden = json.loads((shared / "oracle" / "golden.json").read_text())["generate"]
+    inputs = processor(images=photographs(shared, golden["images"][:8]), text=[prompt] * 8, return_tensors="pt")
+    ids = model.generate(**inputs, num_beams=1, do_sample=False, max_length=20, min_length=5)
+    expected = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] - 1 :], skip_special_tokens=True)
+    captioner = Captioner(CaptionTokenizer(prompt=prompt), GenerationConfig(num_beams=1), seed=0)
+    with torch.no_grad():
+        assert captioner.caption(oracle_model, {"pixel_values": inputs["pixel_values"]}, range(8)) == expected
+    if prompt.split() == ["a", "Picture", "of"]:
+        assert expected == golden["captions"]["greedy_max20_min5"][:8]
+
+
 def test_exported_processor_and_pipeline(tmp_path: Path) -> None:
     from PIL import Image
     from transformers import AutoProcessor, pipeline
@@ -167,19 +188,29 @@ def test_exported_processor_and_pipeline(tmp_path: Path) -> None:
     assert answer[0]["generated_text"].startswith("a picture of")
 
 
-def test_the_card_s_call_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "prompt_ids"),
+    [
+        ("a picture of ", [30522, 1037, 3861, 1997]),
+        ("an X-ray  of ", [30522, 2019, 1060, 1011, 4097, 1997]),
+    ],
+)
+def test_the_card_s_call_runs_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, prompt_ids: list[int]
+) -> None:
     from PIL import Image
 
-    export(tmp_path / "captioner", tiny_tensors(), TINY, card_text="CIDEr 1.0")
+    export(tmp_path / "captioner", tiny_tensors(), TINY, prompt=prompt, card_text="CIDEr 1.0")
     card = (tmp_path / "captioner" / "README.md").read_text()
     assert "CIDEr 1.0" in card
     Image.new("RGB", (50, 40)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
     exec(card.partition("```python\n")[2].partition("```")[0], scope)
-    assert isinstance(scope["caption"], str)
-    assert 5 <= scope["ids"].shape[1] <= 20
-    assert scope["ids"][0, :4].tolist() == [30522, 1037, 3861, 1997]
+    ids = scope["ids"][0].tolist()
+    assert 5 <= len(ids) <= 20
+    assert ids[: len(prompt_ids)] == prompt_ids
+    assert scope["caption"] == scope["processor"].decode(ids[len(prompt_ids) :], skip_special_tokens=True)
 
 
 def test_nothing_is_left_to_a_default_that_differs(tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""Who computes which features, and what becomes of images that cannot be read; the encoder is a stub."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from blipds import distributed
+from blipds.data.annotations import Annotations, ImageFile, Record
+from blipds.data.datasets import CaptionDataset
+from blipds.data.images import EmbedStore
+from blipds.data.processors import BlipImageEval, BlipImageTrain
+from blipds.errors import UserError
+from blipds.training.feature_cache import fill, my_share, raise_first, refuse_random_processors
+
+ENGINE = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+
+
+def dataset(folder, processor):
+    """Five images whose red is their number; the third is none."""
+    for number in range(5):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    (folder / "2.png").write_bytes(b"no image")
+    records = [Record(ImageFile(folder / f"{number}.png"), ("a",), number) for number in range(5)]
+    return CaptionDataset("custom", Annotations(records, []), processor, str, 1, training=False)
+
+
+def red(pixel_values):
+    """Two tokens of width 3 that say the red of an image."""
+    return pixel_values[:, :1, 0, 0].mul(255).round().unsqueeze(-1).expand(-1, 2, 3)
+
+
+def test_features_are_stored_once_and_unreadable_images_stay_missing(tmp_path):
+    images = dataset(tmp_path, BlipImageEval(image_size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
+    store = EmbedStore(tmp_path / "embeds", "key", images=5, tokens=2, width=3)
+    missing = my_share(store)
+    assert missing == [0, 1, 2, 3, 4]
+    fill(store, images, missing, red, ENGINE, batch_size=2, num_workers=0)
+    assert store.missing() == [2]
+    for number in (0, 1, 3, 4):
+        assert torch.equal(store.read(number), torch.full((2, 3), number, dtype=torch.bfloat16))
+    with pytest.raises(OSError, match="no features are stored"):
+        store.read(2)
+    assert my_share(store) == [2]
+
+
+@pytest.mark.parametrize(("one_folder", "share"), [(True, [3]), (False, [1, 3])])
+def test_ranks_share_what_is_missing(tmp_path, monkeypatch, one_folder, share):
+    """Rank 3 of two machines with two ranks each: all four share one folder, or the two of a machine its own."""
+    monkeypatch.setattr(distributed, "rank", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    monkeypatch.setattr(distributed, "local_rank", lambda: 1)
+    monkeypatch.setattr(distributed, "local_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    monkeypatch.setattr(distributed, "broadcast", lambda value: value)
+    monkeypatch.setattr(distributed, "gather", lambda value: [one_folder if isinstance(value, bool) else value])
+    assert my_share(EmbedStore(tmp_path, "key", images=5, tokens=2, width=3)) == share
+
+
+def test_augmented_images_are_refused(tmp_path):
+    refuse_random_processors([dataset(tmp_path, BlipImageEval(image_size=8))])
+    with pytest.raises(UserError, match=r"but the processor of datasets\.custom draws at random"):
+        refuse_random_processors([dataset(tmp_path, BlipImageTrain(image_size=8))])
+
+
+def test_an_error_of_one_rank_is_raised_on_all():
+    raise_first([None, None])
+    with pytest.raises(UserError, match="the second"):
+        raise_first([None, UserError("the second"), UserError("the third")])
