@@ -17,7 +17,7 @@ __all__ = ["Annotations", "ImageFile", "ImageSource", "Record", "ShardImage", "a
 LONGEST_CAPTION = 10_000  # characters; METEOR would take hours over one of a hundred thousand
 MOST_FILES = 100_000  # that braces may stand for
 WORD = re.compile(r"\w")
-BRACES = re.compile(r"\{([^{}]*)\}")
+BRACES = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -154,22 +154,16 @@ def entries_of(
         builder.notices += layout.notices
 
 
-def expand_braces(text: str, commas: bool = True) -> list[str]:
-    """shards/{000..012}.tar and, with `commas`, {a,b}.json as a shell reads them."""
-    for found in BRACES.finditer(text):
-        span = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", found[1], re.ASCII)
-        if span is not None:
-            first, last = int(span[1]), int(span[2])
-            if last - first >= MOST_FILES:
-                raise UserError(f"{text} stands for {last - first + 1:,} files; at most {MOST_FILES:,} are read")
-            choices = [str(number).zfill(len(span[1])) for number in range(first, last + 1)]
-        elif commas and "," in found[1]:
-            choices = found[1].split(",")
-        else:
-            continue
-        expanded = (text[: found.start()] + choice + text[found.end() :] for choice in choices)
-        return [file for choice in expanded for file in expand_braces(choice, commas)]
-    return [text]
+def expand_braces(text: str) -> list[str]:
+    """shards/{000..012}.tar as a shell reads it."""
+    found = BRACES.search(text)
+    if found is None:
+        return [text]
+    first, last = int(found[1]), int(found[2])
+    if last - first >= MOST_FILES:
+        raise UserError(f"{text} stands for {last - first + 1:,} files; at most {MOST_FILES:,} are read")
+    numbers = (str(number).zfill(len(found[1])) for number in range(first, last + 1))
+    return [file for number in numbers for file in expand_braces(text[: found.start()] + number + text[found.end() :])]
 
 
 def keep_captioned(annotations: Annotations, path: Path) -> Annotations:

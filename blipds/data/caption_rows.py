@@ -1,14 +1,13 @@
 """Captions as the text decoder takes them: all those of an image in one row, behind a prompt that they share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass
-class CaptionRows:
+class CaptionRows(NamedTuple):
     """The captions of I images, those of each in a row of L tokens: the prompt, then the words of every caption.
 
     `segment_ids` (I, L): 0 at the prompt, k at the k-th caption, which sees the prompt and itself; a number of its own
@@ -25,10 +24,7 @@ class CaptionRows:
 
     def to(self, device: torch.device) -> dict[str, Tensor]:
         """The arguments of `BlipCaption.forward` that they are."""
-        return {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
-
-    def pin_memory(self) -> "CaptionRows":
-        return CaptionRows(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in self._asdict().items()}
 
 
 def caption_rows(

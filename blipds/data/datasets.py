@@ -82,10 +82,7 @@ class CaptionDataset(Dataset[Sample]):
     def sample(self, index: int, seed: int) -> Sample:
         """Sample `index`, augmented by a random state that `seed` alone decides."""
         number, captions = self.groups[index]
-        image, error = self.image(number, seed)
-        record = self.records[number]
-        texts = [] if image is None else [self.text_processor(record.captions[k]) for k in captions]
-        return Sample(image, texts, error, str(record.image))
+        return make_sample(self.records[number], captions, self.text_processor, *self.image(number, seed))
 
     def __getitem__(self, index: int) -> Sample:
         return self.sample(index, seed=0)
@@ -95,7 +92,7 @@ class CaptionDataset(Dataset[Sample]):
         source = self.records[record].image
         if (features := self.features) is not None:
             return read_image(lambda: features.read(record), source, seed)
-        return read_image(lambda: self.image_processor(source.open(self.image_processor.shrink)), source, seed)
+        return read_pixels(source, self.image_processor, seed)
 
 
 def caption_groups(record: Record, captions_per_image: int | str) -> list[tuple[int, ...]]:
@@ -103,6 +100,17 @@ def caption_groups(record: Record, captions_per_image: int | str) -> list[tuple[
     captions = range(len(record.captions))
     size = len(captions) if captions_per_image == "all" else int(captions_per_image)
     return [tuple(captions[k : k + size]) for k in range(0, len(captions), size)]
+
+
+def make_sample(
+    record: Record, captions: tuple[int, ...], clean: Callable[[str], str], image: Tensor | None, error: str | None
+) -> Sample:
+    texts = [] if image is None else [clean(record.captions[k]) for k in captions]
+    return Sample(image, texts, error, str(record.image))
+
+
+def read_pixels(source: ImageSource, processor: ImageProcessor, seed: int) -> tuple[Tensor | None, str | None]:
+    return read_image(lambda: processor(source.open(processor.shrink)), source, seed)
 
 
 def read_image(read: Callable[[], Tensor], source: ImageSource, seed: int) -> tuple[Tensor | None, str | None]:

@@ -4,10 +4,9 @@ import hashlib
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
@@ -18,8 +17,7 @@ from blipds.data.processors import ImageProcessor
 from blipds.errors import UserError
 
 
-@dataclass
-class Images:
+class Images(NamedTuple):  # torch pins the tensors of named tuples by itself
     """uint8 pixels (I, 3, H, W), and what normalises them on the device."""
 
     pixels: Tensor
@@ -37,21 +35,14 @@ class Images:
         """The model's argument that they are."""
         return {"pixel_values": self.to(device, dtype)}
 
-    def pin_memory(self) -> "Images":
-        return Images(self.pixels.pin_memory(), self.mean, self.std)
 
-
-@dataclass
-class ImageEmbeds:
+class ImageEmbeds(NamedTuple):
     """bf16 features (I, N, width) of the image encoder."""
 
     embeds: Tensor
 
     def model_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"image_embeds": self.embeds.to(device, dtype, non_blocking=True)}
-
-    def pin_memory(self) -> "ImageEmbeds":
-        return ImageEmbeds(self.embeds.pin_memory())
 
 
 @overload

@@ -1,7 +1,6 @@
 """What is in a captioned collection, before an hour of training finds it out: `inspect` looks, `describe` says."""
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,7 +12,7 @@ from tqdm import tqdm
 from blipds.data.annotations import Annotations, Record, same_id
 from blipds.data.caption_checks import spelling
 from blipds.data.processors import BlipCaptionProcessor
-from blipds.data.sources import ImageFile, ImageSource
+from blipds.data.sources import ImageSource
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
 
@@ -88,22 +87,17 @@ def look_at(source: ImageSource) -> Picture:
     try:
         image = source.open()
     except FileNotFoundError:
-        return Picture(error="missing", missing=True)
+        return Picture(error=f"{source}: missing", missing=True)
     except OSError as error:
-        return Picture(error=str(error))
+        line = str(error)
+        return Picture(error=line if line.startswith("cannot read") else f"{source}: {line}")
     return Picture(image.size, hashlib.blake2b(image.tobytes(), digest_size=16).digest())
 
 
 def problems(findings: Findings) -> list[str]:
     """A line for each image that cannot be read, the missing ones first."""
-    pairs = list(zip(findings.annotations.records, findings.pictures, strict=True))
-    missing = [f"{record.image}: missing" for record, picture in pairs if picture.missing]
-    unreadable = [
-        line if (line := str(picture.error)).startswith("cannot read") else f"{record.image}: {line}"
-        for record, picture in pairs
-        if picture.error is not None and not picture.missing
-    ]
-    return missing + unreadable
+    bad = [picture for picture in findings.pictures if picture.error is not None]
+    return [str(picture.error) for picture in sorted(bad, key=lambda picture: not picture.missing)]
 
 
 def describe(findings: Findings, tokenizer: CaptionTokenizer, max_len: int) -> list[str]:
@@ -124,7 +118,6 @@ def describe(findings: Findings, tokenizer: CaptionTokenizer, max_len: int) -> l
         f"  pictures    {len(alike):,} images are equal to another, pixel by pixel",
         *(f"    {first} = {other}" for first, other in alike[:SHOWN]),
         *(f"  note        {notice}" for notice in findings.annotations.notices),
-        *links_out(records),
     ]
     if findings.lengths:
         lines += ["  tokens in a caption, without the prompt", *histogram(findings.lengths)]
@@ -179,19 +172,6 @@ def histogram(numbers: Sequence[int], step: int = 5) -> list[str]:
         label = f"{bucket * step}+" if bucket == last else f"{bucket * step}-{bucket * step + step - 1}"
         lines.append(f"    {label:>7}  {counts[bucket]:>9,}  {'#' * round(counts[bucket] / unit)}".rstrip())
     return lines
-
-
-def links_out(records: Sequence[Record]) -> list[str]:
-    """Links are followed; those that lead out of the image folder are worth knowing of."""
-    paths = [str(record.image.path) for record in records if isinstance(record.image, ImageFile)]
-    if not paths:
-        return []
-    root = os.path.realpath(os.path.commonpath([os.path.dirname(path) for path in paths]))  # noqa: PTH120
-    leading_out = [path for path in paths if not os.path.realpath(path).startswith(root + os.sep)]
-    if not leading_out:
-        return []
-    first = f"{leading_out[0]} -> {os.path.realpath(leading_out[0])}"
-    return [f"  links       {len(leading_out):,} images lie outside of {root}; the first: {first}"]
 
 
 def same_pixels(first: Findings, second: Findings) -> list[tuple[ImageSource, ImageSource]]:

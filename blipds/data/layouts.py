@@ -1,16 +1,6 @@
 """What people keep captions in, told apart by its content: `read_layout` gives the entries of any of them.
 
-| kind | what it is |
-|---|---|
-| COCO | JSON, {images: [{id, file_name}], annotations: [{image_id, caption}]} |
-| Karpathy | JSON, {images: [{filename, split, sentences: [{raw}]}]}: dataset_coco.json, dataset_flickr30k.json, ... |
-| list | JSON, [{image, caption, image_id}]: LAVIS's annotations; an entry a caption or an entry an image |
-| JSON Lines | the same objects, one a line |
-| table | CSV, TSV or Flickr30k's `image_name| comment_number| comment`, with column names |
-| tokens | `name.jpg#0<TAB>caption`: Flickr8k.token.txt and the like |
-| image folder | images with a `.txt` or `.caption` beside each, a caption a line |
-| metadata folder | images with a metadata.jsonl or metadata.csv, as the Hugging Face hub keeps them |
-| shards | WebDataset's tar files |
+README.md, "Your own captions", has an example of each.
 """
 
 import csv
@@ -414,9 +404,9 @@ def all_shards(
 
 
 def shard_entries(shard: Path, split: str | None, index_cache: Path | None, notices: list[str]) -> Iterator[Entry]:
-    index = shard_index(shard, index_cache)
-    notices += index.notices
-    for sample in index.samples:
+    samples, left_out = shard_index(shard, index_cache)
+    notices += left_out
+    for sample in samples:
         source = ShardImage(str(shard), sample.image, sample.offset, sample.size)
         captions, image_id = sample_captions(sample, str(source))
         yield Entry(source, image_id, captions, str(source), split)

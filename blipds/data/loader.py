@@ -2,9 +2,9 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ from blipds.errors import UserError
 from blipds.signals import leave_signals_alone
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """A micro-batch of one rank: images with their captions. `names`: of the images.
 
     A filler, which completes the last global batch of an epoch, has no caption, and neither has an image that cannot
@@ -38,12 +37,8 @@ class Batch:
         """The arguments of `BlipCaption.forward`, on the device."""
         return {**self.images.model_inputs(device, dtype), **self.captions.to(device)}
 
-    def pin_memory(self) -> "Batch":
-        return replace(self, images=self.images.pin_memory(), captions=self.captions.pin_memory())
 
-
-@dataclass
-class EvalBatch:
+class EvalBatch(NamedTuple):
     """Images to caption and their indices in the dataset; unreadable ones are only in `errors`."""
 
     images: Images | ImageEmbeds

@@ -11,7 +11,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -36,21 +36,10 @@ class ShardSample:
     text: str | None = None
     json: Any = None
 
-    @property
-    def has_captions(self) -> bool:
-        return self.text is not None or self.json is not None
 
-
-@dataclass
-class ShardIndex:
-    """`notices` say what was left aside, a line each."""
-
-    samples: list[ShardSample]
-    notices: list[str] = field(default_factory=list)
-
-
-def shard_index(shard: Path, cache: Path | None) -> ShardIndex:
-    """The samples of a shard, in its order. Kept in the folder `cache`, and made anew once the shard has changed.
+def shard_index(shard: Path, cache: Path | None) -> tuple[list[ShardSample], list[str]]:
+    """The samples of a shard, in its order, and what was left out, a line each. Kept in the folder `cache`, and made
+    anew once the shard has changed.
 
     Raises UserError where the shard is damaged.
     """
@@ -66,12 +55,12 @@ def shard_index(shard: Path, cache: Path | None) -> ShardIndex:
     try:
         content = json.loads(kept.read_text(encoding="utf-8"))
         if content["stamp"] == stamp:
-            return ShardIndex([ShardSample(**sample) for sample in content["samples"]], content["notices"])
+            return [ShardSample(**sample) for sample in content["samples"]], content["notices"]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there yet, or damaged
-    index = index_members(shard)
-    keep(kept, json.dumps({"stamp": stamp, **asdict(index)}))
-    return index
+    samples, notices = index_members(shard)
+    keep(kept, json.dumps({"stamp": stamp, "samples": [asdict(sample) for sample in samples], "notices": notices}))
+    return samples, notices
 
 
 def keep(path: Path, text: str) -> None:
@@ -85,7 +74,7 @@ def keep(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def index_members(shard: Path) -> ShardIndex:
+def index_members(shard: Path) -> tuple[list[ShardSample], list[str]]:
     keys: dict[str, dict[str, ShardSample]] = {}
     left_out: dict[str, list[str]] = {}
 
@@ -100,12 +89,13 @@ def index_members(shard: Path) -> ShardIndex:
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         raise UserError(f"shard {shard} is damaged or no tar file: {' '.join(str(error).split())}") from error
     found = [samples_of(key, names, note) for key, names in keys.items()]
-    index = ShardIndex([sample for samples in found for sample in samples])
-    for reason, names in left_out.items():
-        index.notices.append(f"{shard}: {len(names)} members left out, {reason}; the first is {names[0]!r}")
+    notices = [
+        f"{shard}: {len(names)} members left out, {reason}; the first is {names[0]!r}"
+        for reason, names in left_out.items()
+    ]
     if lonely := found.count([]):
-        index.notices.append(f"{shard}: {lonely} keys have no image")
-    return index
+        notices.append(f"{shard}: {lonely} keys have no image")
+    return [sample for samples in found for sample in samples], notices
 
 
 def keyed_members(tar: tarfile.TarFile, left_out: LeftOut) -> Iterator[tuple[str, tarfile.TarInfo]]:
@@ -180,7 +170,7 @@ def samples_of(key: str, names: dict[str, ShardSample], left_out: LeftOut) -> li
     for name, sample in names.items():
         if not sample.image:
             continue
-        if not sample.has_captions:
+        if sample.text is None and sample.json is None:
             other = names.get(sample.image, whole)
             if other is whole and name != key and not free:
                 left_out("a second image under one key", sample.image)

@@ -29,7 +29,7 @@ from PIL import Image
 
 from blipds.config.run import Config
 from blipds.data.annotations import Record, RecordBuilder, expand_braces
-from blipds.data.datasets import Sample, build_processors, caption_groups, is_stream, read_image
+from blipds.data.datasets import Sample, build_processors, caption_groups, is_stream, make_sample, read_pixels
 from blipds.data.layouts import Entry, sample_captions
 from blipds.data.loader import Collator, Key, RankShare, TrainLoader, derive_seed
 from blipds.data.processors import ImageProcessor, Shrink, load_image
@@ -60,12 +60,7 @@ class StreamedImage:
         return self.place
 
 
-@dataclass(frozen=True)
-class StreamSample:
-    """One sample: an image, and which of its captions."""
-
-    record: Record
-    captions: tuple[int, ...]
+StreamSample = tuple[Record, tuple[int, ...]]  # an image, and which of its captions
 
 
 class CaptionStream:
@@ -110,7 +105,7 @@ class CaptionStream:
         for shard in shards:
             for record in self.records(shard):
                 for captions in caption_groups(record, self.captions_per_image):
-                    yield StreamSample(record, captions)
+                    yield record, captions
 
     def records(self, shard: str) -> Iterator[Record]:
         """The images of a shard that have captions."""
@@ -155,12 +150,11 @@ class CaptionStream:
             self.said.add(what)
             self.say(f"{self.name}: {what} are left out; the first: {first} (of {shard})")
 
-    def sample(self, streamed: StreamSample, seed: int) -> Sample:
+    def sample(self, which: StreamSample, seed: int) -> Sample:
         """What a worker makes of a sample: the image augmented by a random state that `seed` alone decides."""
-        source, processor = streamed.record.image, self.image_processor
-        image, error = read_image(lambda: processor(source.open(processor.shrink)), source, seed)
-        texts = [] if image is None else [self.text_processor(streamed.record.captions[k]) for k in streamed.captions]
-        return Sample(image, texts, error, str(source))
+        record, captions = which
+        pixels = read_pixels(record.image, self.image_processor, seed)
+        return make_sample(record, captions, self.text_processor, *pixels)
 
 
 class StreamBatches:
@@ -260,7 +254,7 @@ def stream_loader(
 def shards_of(storage: str) -> list[str]:
     """The shards that braces stand for. UserError for what cannot be streamed."""
     if storage.startswith("pipe:"):
-        return expand_braces(storage, commas=False)  # awk's {print $1,$2} is none of our business
+        return expand_braces(storage)
     if not storage.startswith(("http://", "https://")):
         raise UserError(f"{storage}: only http(s):// and pipe: can be streamed, as in pipe:aws s3 cp {storage} -")
     suffix = PurePosixPath(urlsplit(storage).path).suffix.lower()
