@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 import torch
+from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from blipds.models.blip.model import BlipCaption
@@ -19,7 +20,7 @@ def initialise(model: BlipCaption, seed: int, write: Write) -> None:
     """Draws every random weight anew, on the CPU in fp32, and hands it to `write(name, tensor)`.
 
     Image encoder as timm's default for VisionTransformers (models/vision_transformer.py, init_weights), text decoder as
-    BERT (normal, `initializer_range`, biases 0). What modules start as constants (LayerNorm, layer scale) stays.
+    BERT (normal, `initializer_range`, biases 0). LayerNorm stays as modules start it: 1 and 0, which bf16 holds.
     """
     seen: set[int] = set()
     for name, parameter, draw in [*image_encoder_draws(model), *text_decoder_draws(model)]:
@@ -45,6 +46,8 @@ def image_encoder_draws(model: BlipCaption) -> Iterator[tuple[str, Tensor, Draw]
                 draw = truncated_normal if key == "weight" else zeros
             elif isinstance(module, nn.Conv2d):
                 draw = uniform_by_fan_in(whole_shape(module.weight)[1:].numel())
+            elif isinstance(module, LayerScale):  # a constant that bf16 would round
+                draw = constant(module.init_values)
             elif path == "visual_encoder" and key == "pos_embed":
                 draw = truncated_normal
             elif path == "visual_encoder" and key in ("cls_token", "reg_token"):
@@ -73,6 +76,10 @@ def normal(std: float) -> Draw:
 def uniform_by_fan_in(fan_in: int) -> Draw:
     """torch's own start for convolutions: uniform within 1 / sqrt(fan_in), weights and biases (nn.Conv2d's docs)."""
     return lambda tensor, generator: tensor.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+
+
+def constant(value: float) -> Draw:
+    return lambda tensor, generator: tensor.fill_(value)
 
 
 def zeros(tensor: Tensor, generator: torch.Generator) -> object:

@@ -57,7 +57,7 @@ def load_initial_weights(
     """What a new run starts from: a whole checkpoint if the config asks for one, else the parts that it names.
 
     `vit_pretrained` and `text_pretrained` fill in their part; what neither has (cross-attention always) is random.
-    `write` copies into a partitioned parameter (engine/partitions.py): every rank calls it, in the same order.
+    `write` fills an engine (Engine.filling): every rank calls it, in the same order.
     """
     section, cache_root = config.model, Path(config.env.cache_root).expanduser()
     location = initial_weights(section)
