@@ -32,7 +32,7 @@ class Kind:
         )
 
 
-def _number(says: str, lowest: float = float("-inf"), highest: float = float("inf"), whole: bool = False) -> Kind:
+def _number(says: str, lowest: float, highest: float = float("inf"), whole: bool = False) -> Kind:
     def accepts(value: Json) -> bool:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False
@@ -46,27 +46,26 @@ def _choice(*names: str | int) -> Kind:
     return Kind(says, lambda value: not isinstance(value, bool) and value in names, whole=isinstance(names[0], int))
 
 
-def _list_of(item: Kind, says: str, length: int | None = None) -> Kind:
-    def accepts(value: Json) -> bool:
-        return isinstance(value, list) and len(value) == (length or len(value)) and all(map(item.accepts, value))
-
-    return Kind(says, accepts)
+def _only(allowed: bool | None, why: str) -> Kind:
+    """A key that may stand there, as people's files have it, but has one value here."""
+    return Kind(f"{json.dumps(allowed)}: {why}", lambda value: value is allowed or value is None)
 
 
+OWNED = Kind('"auto"', lambda value: True)  # by the run config, which every other value is held against
 BOOL = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("a string", lambda value: isinstance(value, str))
-TEXTS = _list_of(TEXT, "a list of strings")
+TEXTS = Kind("a list of strings", lambda value: isinstance(value, list) and all(map(TEXT.accepts, value)))
 NULL = Kind("null", lambda value: value is None)
 AUTO = Kind('"auto"', lambda value: value == "auto")
-NUMBER = _number("a number")
-SCALE = _number("a number of at least 0", lowest=0)
-FRACTION = _number("a number from 0 to 1", lowest=0, highest=1)
-WHOLE = _number("a whole number", whole=True)
-SIZE = _number("a whole number of at least 0", lowest=0, whole=True)
-COUNT = _number("a whole number of at least 1", lowest=1, whole=True)
-BETAS = _list_of(FRACTION, "a list of two numbers from 0 to 1", length=2)
+SCALE = _number("a number of at least 0", 0)
+FRACTION = _number("a number from 0 to 1", 0, 1)
+WHOLE = _number("a whole number of at least -1", -1, whole=True)
+SIZE = _number("a whole number of at least 0", 0, whole=True)
+COUNT = _number("a whole number of at least 1", 1, whole=True)
 DTYPE = _choice("fp32", "fp16", "bf16")
-DEVICE = _choice("none", "cpu", "nvme")
+FP32_MASTERS = _only(False, "blipds keeps the optimizer's weights and moments in fp32")
+DATA_PARALLEL = "it is about activations split over model-parallel ranks, and blipds trains data-parallel"
+OWN_CHECKPOINTING = "it belongs to DeepSpeed's own checkpoint function, and blipds uses torch's"
 
 Schema: TypeAlias = Mapping[str, Union[Kind, "Schema"]]
 
@@ -77,19 +76,11 @@ def _each(kind: Kind, keys: str) -> dict[str, Kind]:
 
 # ---- The keys -------------------------------------------------------------------------------------------------------
 
-OFFLOAD_PARAM: Schema = {
-    "device": DEVICE,
+OFFLOAD: Schema = {
+    "device": _choice("none", "cpu", "nvme"),
     "nvme_path": TEXT | NULL,
     "pin_memory": BOOL,
-    **_each(SIZE, "buffer_count buffer_size max_in_cpu"),
-}
-
-OFFLOAD_OPTIMIZER: Schema = {
-    "device": DEVICE,
-    "nvme_path": TEXT | NULL,
     "buffer_count": SIZE,
-    **_each(BOOL, "pin_memory pipeline_read pipeline_write fast_init super_offload"),
-    **_each(FRACTION, "ratio cpuadam_cores_perc"),
 }
 
 ZERO: Schema = {
@@ -114,21 +105,19 @@ ZERO: Schema = {
     "zero_hpz_partition_size": SIZE | AUTO,
     **_each(BOOL, "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients"),
     # ZeRO-Offload and ZeRO-Infinity
-    "offload_param": OFFLOAD_PARAM,
-    "offload_optimizer": OFFLOAD_OPTIMIZER,
+    "offload_param": {**OFFLOAD, **_each(SIZE, "buffer_size max_in_cpu")},
+    "offload_optimizer": {**OFFLOAD, **_each(BOOL, "pipeline_read pipeline_write fast_init"), "ratio": FRACTION},
     # debugging
     **_each(BOOL, "log_trace_cache_warnings enable_sanity_checks"),
 }
 
 SCHEMA: Schema = {
-    # owned by the run config: "auto", or left out
-    **_each(COUNT | AUTO, "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps"),
-    "gradient_clipping": SCALE | AUTO,
+    **_each(OWNED, "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping"),
     "optimizer": {
         "type": _choice("AdamW", "Adam"),
         "params": {
-            "betas": BETAS | AUTO,
-            **_each(NUMBER | AUTO, "lr eps weight_decay"),
+            **_each(OWNED, "lr betas weight_decay"),
+            "eps": SCALE | AUTO,
             **_each(BOOL, "torch_adam adam_w_mode bias_correction"),
         },
     },
@@ -140,28 +129,32 @@ SCHEMA: Schema = {
         **_each(BOOL, "single_submit overlap_events use_gds"),
     },
     "activation_checkpointing": {
-        "number_checkpoints": COUNT | NULL,
-        **_each(BOOL, "partition_activations contiguous_memory_optimization cpu_checkpointing"),
-        **_each(BOOL, "synchronize_checkpoint_boundary profile"),
+        "cpu_checkpointing": BOOL,
+        "number_checkpoints": _only(None, DATA_PARALLEL),
+        **_each(_only(False, DATA_PARALLEL), "partition_activations contiguous_memory_optimization"),
+        **_each(_only(False, OWN_CHECKPOINTING), "synchronize_checkpoint_boundary profile"),
     },
     # precision
     "bf16": {
         "enabled": BOOL | AUTO,
-        **_each(BOOL, "immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"),
+        "immediate_grad_update": BOOL,
+        "check_grad_overflow": _only(True, "blipds skips every step whose gradients are not finite"),
+        **_each(FP32_MASTERS, "bf16_master_weights_and_grads bf16_optimizer_states"),
     },
     "fp16": {
         "enabled": BOOL | AUTO,
         "loss_scale": SCALE,
         "initial_scale_power": SIZE,
         **_each(COUNT, "loss_scale_window hysteresis min_loss_scale"),
-        **_each(BOOL, "consecutive_hysteresis fp16_master_weights_and_grads"),
+        "consecutive_hysteresis": BOOL,
+        "fp16_master_weights_and_grads": FP32_MASTERS,
     },
     "torch_autocast": {
         "enabled": BOOL,
         "dtype": _choice("bfloat16", "float16", "bf16", "fp16"),
         "lower_precision_safe_modules": TEXTS,
     },
-    "data_types": _each(DTYPE | NULL, "grad_accum_dtype param_dtype buffer_dtype"),
+    "data_types": {"grad_accum_dtype": DTYPE | NULL},
     # communication
     "communication_data_type": DTYPE | NULL,
     "prescale_gradients": BOOL,
@@ -179,8 +172,6 @@ SCHEMA: Schema = {
         **_each(COUNT, "profile_step top_modules"),
         **_each(BOOL, "enabled detailed"),
     },
-    # the rest
-    "checkpoint": {"tag_validation": _choice("Ignore", "Warn", "Fail"), "use_node_local_storage": BOOL},
     "disable_python_gc": BOOL,
 }
 
@@ -189,31 +180,31 @@ _NOT_HERE: Mapping[str, str] = {
     "the run config owns the schedule: run.lr_sched, run.init_lr, run.min_lr, run.warmup_steps": "scheduler",
     "the run config owns clipping: run.max_grad_norm": "optimizer.params.max_grad_norm",
     "the run config owns accumulation: run.accum_grad_iters": "managed_gradient_accumulation",
-    "blipds writes TensorBoard and metrics.jsonl itself": "tensorboard wandb csv_monitor comet",
-    "blipds loads the data itself: run and datasets in the run config": "data_efficiency dataloader_drop_last",
-    "blipds saves and resumes by itself, see --resume": "datastates_ckpt checkpoint.load_universal checkpoint.writer "
-    "checkpoint.checkpoint_serialization checkpoint.parallel_write zero_optimization.elastic_checkpoint",
+    "the run config owns batch sizes": "autotuning elasticity",
+    "blipds writes TensorBoard and metrics.jsonl itself": "tensorboard wandb csv_monitor comet "
+    "zero_optimization.compute_grad_norm",
+    "blipds loads the data itself: run and datasets in the run config": "data_efficiency dataloader_drop_last "
+    "curriculum_learning",
+    "blipds saves and resumes by itself, see --resume": "checkpoint datastates_ckpt nebula "
+    "zero_optimization.elastic_checkpoint",
     "blipds trains data-parallel, ZeRO alone splits the model": "pipeline tensor_parallel expert_parallel "
     "use_data_before_expert_parallelism sequence_parallel_size seq_parallel_communication_data_type "
     "zero_optimization.pipeline_loading_checkpoint",
     "blipds averages over the labelled tokens of the global batch, which needs the mean": "gradient_allreduce_op",
-    "blipds logs the gradient norm": "zero_optimization.compute_grad_norm",
-    "blipds casts the images itself": "fp16.auto_cast",
-    "blipds does not train through DeepSpeed's compiler": "compile",
-    "blipds has no optimizer that uses it": "optimizer.legacy_fusion "
-    "zero_optimization.save_muon_momentum_buffer_in_memory",
-    "it updates weights from stale gradients, and blipds keeps every step exact": "zero_optimization.zenflow",
-    "it restarts the program with other batch sizes; the run config owns them": "autotuning",
-    "it is for language models and inference": "hybrid_engine weight_quantization data_types.keep_in_fp32_modules",
-    "DeepSpeed reads it and trains the same": "vocabulary_size disable_allgather",
+    "bf16.enabled and fp16.enabled decide, and blipds casts the images": "fp16.auto_cast data_types.param_dtype "
+    "data_types.buffer_dtype",
+    "blipds keeps every step exact, and reads the optimizer's state to save it": "zero_optimization.zenflow "
+    "zero_optimization.offload_optimizer.super_offload zero_optimization.offload_optimizer.cpuadam_cores_perc",
     'it is the old name of "bf16"': "bfloat16",
     'say "offload_optimizer": {"device": "cpu"}': "zero_optimization.cpu_offload",
     'say "offload_param": {"device": "cpu"}': "zero_optimization.cpu_offload_param",
     'say "pin_memory" in offload_optimizer or offload_param': "zero_optimization.cpu_offload_use_pin_memory",
     "say stage3_gather_16bit_weights_on_model_save": "zero_optimization.stage3_gather_fp16_weights_on_model_save",
-    "DeepSpeed has removed it; use bf16, fp16 or torch_autocast": "amp",
-    "DeepSpeed has removed it": "compression_training quantize_training eigenvalue sparse_attention sparse_gradients "
-    "graph_harvesting curriculum_learning elasticity progressive_layer_drop nebula zero_optimization.legacy_stage1 "
+    "use bf16, fp16 or torch_autocast": "amp",
+    "blipds makes no use of it": "compile hybrid_engine weight_quantization vocabulary_size disable_allgather "
+    "compression_training quantize_training eigenvalue sparse_attention sparse_gradients graph_harvesting "
+    "progressive_layer_drop data_types.keep_in_fp32_modules optimizer.legacy_fusion "
+    "zero_optimization.save_muon_momentum_buffer_in_memory zero_optimization.legacy_stage1 "
     "zero_optimization.mics_shard_size zero_optimization.mics_hierarchical_params_gather "
     "zero_optimization.zeropp_loco_param",
 }

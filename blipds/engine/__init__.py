@@ -11,9 +11,9 @@ from blipds.engine.engine import (
     default_precision,
     flash_in_training,
     parameter_groups,
+    partitioned_init,
 )
 from blipds.engine.ops import prepare_nvme, prepare_ops
-from blipds.engine.partitions import partitioned_init
 
 __all__ = [
     "DTYPES",

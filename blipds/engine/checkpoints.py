@@ -88,17 +88,14 @@ class CheckpointFolder:
         """
         begun, self.begun = self.begun, None
         assert begun is not None
-        records: list[FileRecord] = []
-        failure: str | None = None
-        try:
-            records = begun.files.result()
-        except OSError as error:
-            failure = f"rank {distributed.rank()}: {error}"
-        shares = distributed.gather((records, failure))
+        error = begun.files.exception()
+        if not isinstance(error, OSError | None):
+            raise error
+        own = (None, f"rank {distributed.rank()}: {error}") if error else (begun.files.result(), None)
+        shares = distributed.gather(own)
         failure = next((failure for _, failure in shares if failure), None)
         if distributed.is_main():
-            if failure is None:
-                failure = self.complete(begun, [record for share, _ in shares for record in share])
+            failure = failure or self.complete(begun, [record for records, _ in shares for record in records or []])
             if failure is not None:
                 shutil.rmtree(begun.partial, ignore_errors=True)
         return distributed.broadcast(failure)
@@ -128,10 +125,8 @@ class CheckpointFolder:
             tensors = host_copies(weights) if self.background else weights
             writers.append(lambda: write_tensors(partial / WEIGHTS, engine.weight_shapes(), tensors, metadata))
         files: Future[list[FileRecord]] = Future()
-        if self.background:
-            Thread(target=resolve, args=(files, writers), name="checkpoint").start()
-        else:
-            resolve(files, writers)
+        writing = Thread(target=resolve, args=(files, writers), name="checkpoint")
+        writing.start() if self.background else writing.run()
         for _ in weights:
             pass
         return files
@@ -146,11 +141,7 @@ class CheckpointFolder:
             if target.exists():  # of a run that went on from an earlier checkpoint, or damaged
                 shutil.rmtree(target)
             partial.rename(target)
-            self.point("latest", begun.name)
-            if begun.best:
-                self.point("best", begun.name)
-            flush_folder(self.folder)
-            self.prune(self.keep_last)
+            self.link(begun.name, "latest", *(["best"] if begun.best else []))
         except OSError as error:
             return str(error)
         return None
@@ -162,20 +153,20 @@ class CheckpointFolder:
         if not (self.folder / name).is_dir():
             return f"there is no checkpoint {name}"
         try:
-            if best:
-                self.point("best", name)
-                flush_folder(self.folder)
-            self.prune(self.keep_last)
+            self.link(name, *(["best"] if best else []))
         except OSError as error:
             return str(error)
         return None
 
-    def point(self, link: str, name: str) -> None:
-        """Replaces a link atomically."""
-        partial = self.folder / f"{link}.partial"
-        partial.unlink(missing_ok=True)
-        partial.symlink_to(name)
-        partial.replace(self.folder / link)
+    def link(self, name: str, *links: str) -> None:
+        """Moves links to a checkpoint, each atomically; then removes those that are no longer kept. Raises OSError."""
+        for link in links:
+            partial = self.folder / f"{link}.partial"
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(name)
+            partial.replace(self.folder / link)
+        flush_folder(self.folder)
+        self.prune(self.keep_last)
 
     def prune(self, keep_last: int) -> None:
         """Removes all but the newest `keep_last` complete checkpoints, the best and the candidate.
@@ -221,8 +212,8 @@ def newest_intact(checkpoints: Path) -> tuple[Path | None, list[str]]:
     Links are not asked: a crash may have come before they were moved.
     """
     complete = [folder for _, folder in newest_first(checkpoints)]
-    lines = [f"damaged: {path}: {damage(path)}" for path in step_folders(checkpoints) if path not in complete]
-    for folder in complete:
+    lines: list[str] = []
+    for folder in [*(path for path in step_folders(checkpoints) if path not in complete), *complete]:
         problem = damage(folder)
         if problem is None:
             return folder, lines
@@ -264,12 +255,9 @@ def resume_point(where: str, run_dirs: Iterable[Path]) -> tuple[Path | None, lis
     `where`: a run directory, or a checkpoint; "auto": the newest of `run_dirs`, None where none has any checkpoint.
     Raises UserError where there are checkpoints and none is whole.
     """
-    location: Path | None = Path(where).expanduser()
-    if where == "auto":
-        location = newest_run(run_dirs)
-        if location is None:
-            return None, []
-    assert location is not None
+    location = newest_run(run_dirs) if where == "auto" else Path(where).expanduser()
+    if location is None:
+        return None, []
     folder = next((path for path in (location / "checkpoints", location) if step_folders(path)), None)
     if folder is None:
         checkpoint = location.resolve()  # `latest` and `best` are links

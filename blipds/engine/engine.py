@@ -1,12 +1,13 @@
 """BLIP in a DeepSpeed engine: what the loop needs of DeepSpeed, and nothing else of it."""
 
-import contextlib
 import io
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,9 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blipds import distributed
 from blipds.config.deepspeed import Section, offload_folders, uses_torch_adam, zero_stage
-from blipds.engine.communication import join_deepspeed
 from blipds.engine.diagnosis import first_non_finite
-from blipds.engine.partitions import gathered, is_partitioned
 from blipds.engine.state import TrainingState
 from blipds.models.parameters import Write, whole_shape
 from blipds.models.protocol import CaptioningModel
@@ -79,6 +78,40 @@ def parameter_groups(
     return [{"params": group, "weight_decay": decay, "lr_scale": scale} for (decay, scale), group in ordered]
 
 
+def join_deepspeed() -> None:
+    """Has DeepSpeed communicate over the process group that is there; more calls do nothing more. Collective.
+
+    Its CPU all-reduce leaves buffers (69 MB a rank) in /dev/shm for ever. Once every rank has mapped them their names
+    are taken away, so that they go with the last rank, however it ends.
+    """
+    from deepspeed import init_distributed
+
+    with redirect_stdout(io.StringIO()):  # it prints one line a rank for each op
+        init_distributed(verbose=False)
+    distributed.barrier()
+    names = f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ['MASTER_PORT']}_{distributed.rank()}"
+    for path in Path("/dev/shm").glob(names):
+        path.unlink()
+
+
+@contextmanager
+def partitioned_init(config: Section) -> Iterator[None]:
+    """Shares the parameters of every module built inside out among the ranks, once its `__init__` is done. Collective.
+
+    `config` is a resolved DeepSpeed config: it says the precision and where the parts are kept (device, host, NVMe). No
+    rank ever holds more than its share and one whole parameter. Below stage 3 nothing happens. Code inside that looks
+    at values of a finished module finds empty tensors, so random weights come afterwards (`Engine.filling`).
+    """
+    if zero_stage(config) < 3:
+        yield
+        return
+    from deepspeed.runtime.zero import Init
+
+    join_deepspeed()  # otherwise Init takes this rank for the only one
+    with Init(config_dict_or_path=config):
+        yield
+
+
 class Engine:
     """Owns the model once it is built. `config` is a resolved DeepSpeed config (blipds.config.deepspeed).
 
@@ -107,7 +140,7 @@ class Engine:
             groups = [{**group, "fused": True} for group in groups]
         warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's own calls
         join_deepspeed()
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints one line a rank for each op
+        with redirect_stdout(io.StringIO()):  # it prints one line a rank for each op
             self._deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
         self.state = TrainingState(self._deepspeed)
         if hasattr(self.state.scaler, "raise_error_at_min_scale"):  # fp16: run.max_bad_steps ends the run instead
@@ -199,14 +232,11 @@ class Engine:
         self._deepspeed.eval()
         torch.backends.cuda.enable_flash_sdp(True)
         try:
-            if self.stage == 3 and gather:
-                from deepspeed.runtime.zero import unwrap_model_for_generation
+            from deepspeed.runtime.zero import unwrap_model_for_generation
 
-                with unwrap_model_for_generation(self._deepspeed), torch.no_grad():
-                    yield self.model
-            else:
-                with torch.no_grad():
-                    yield self.model
+            whole = unwrap_model_for_generation(self._deepspeed) if self.stage == 3 and gather else nullcontext()
+            with whole, torch.no_grad():
+                yield self.model
         finally:
             torch.backends.cuda.enable_flash_sdp(self.flash_in_training)
             self._deepspeed.train()
@@ -224,7 +254,7 @@ class Engine:
             def write(name: str, tensor: Tensor) -> None:
                 parameter = self.model.get_parameter(name)
                 name = self.state.names[id(parameter)]  # the first of tied ones
-                tensor = tensor.to(self.device, torch.float32).contiguous()
+                tensor = tensor.to(self.device, torch.float32, copy=True).contiguous()
                 if distributed.world_size() > 1:
                     torch.distributed.broadcast(tensor, src=0)
                 if parameter.requires_grad:
@@ -235,9 +265,11 @@ class Engine:
             yield write
 
     def write_frozen(self, name: str, parameter: nn.Parameter, tensor: Tensor) -> None:
-        """Collective where the parameter is partitioned."""
-        with gathered([parameter], modifier_rank=0):
-            if is_partitioned(parameter) and not distributed.is_main():
+        """Collective."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(parameter, modifier_rank=0):  # does nothing below stage 3
+            if self.stage == 3 and not distributed.is_main():
                 return
             whole = self.frozen.pop(name, parameter.detach().to("cpu", torch.float32, copy=True))
             whole.view(-1)[: tensor.numel()].copy_(tensor.view(-1))
@@ -251,6 +283,7 @@ class Engine:
         Collective: every rank must exhaust it, and gets every weight; the frozen ones, other ranks than 0 as the model
         has them.
         """
+        from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
         held = self.state.whole_weights()  # ZeRO-0: every rank has them all
@@ -259,14 +292,14 @@ class Engine:
             if weight is None and parameter.requires_grad:
                 weight = safe_get_full_fp32_param(parameter)
             if weight is None:
-                with gathered([parameter]):
+                with GatheredParameters(parameter):
                     weight = parameter.detach().float().cpu().clone()
                 weight = self.frozen.get(name, weight)
             yield name, weight.detach().float().cpu()
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """What `weights` yields, in its order."""
-        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.model.named_parameters()}
+        return {name: tuple(whole_shape(p)) for name, p in self.model.named_parameters()}
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -130,19 +130,18 @@ def damage(folder: Path) -> str | None:
             return f"{record.name} is missing"
         if path.stat().st_size != record.bytes:
             return f"{record.name} has {path.stat().st_size} bytes instead of {record.bytes}"
+
+    def check(record: FileRecord) -> str | None:
+        try:
+            return None if checksum_of(folder / record.name) == record.crc32 else "checksum differs"
+        except OSError as error:
+            return str(error)
+
     with ThreadPoolExecutor() as pool:
-        checksums = list(pool.map(lambda record: _checksum_or_error(folder / record.name), records))
-    for record, checksum in zip(records, checksums, strict=True):
-        if checksum != record.crc32:
-            return f"{record.name} is damaged ({checksum if isinstance(checksum, str) else 'checksum differs'})"
+        for record, problem in zip(records, pool.map(check, records), strict=True):
+            if problem:
+                return f"{record.name} is damaged ({problem})"
     return None
-
-
-def _checksum_or_error(path: Path) -> int | str:
-    try:
-        return checksum_of(path)
-    except OSError as error:
-        return str(error)
 
 
 def _own_checksum(content: dict[str, Any]) -> int:

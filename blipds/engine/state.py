@@ -25,13 +25,17 @@ from blipds.engine.files import FileRecord, host_copies, write_tensors
 from blipds.errors import UserError
 from blipds.models.parameters import Write
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+STAGE_3 = "DeepSpeedZeroOptimizer_Stage3"
+
 READ_VERSION = "0.19.8"  # of DeepSpeed: the one whose private fields are read here
 # By the name of the wrapper around the inner optimizer, and of that one itself. A wrapper's first two fields are groups
 # of the model's parameters, and the masters that belong to them.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "DeepSpeedZeroOptimizer": ("bit16_groups", "single_partition_of_fp32_groups", "update_lp_params"),  # stages 1 and 2
     "BF16_Optimizer": ("bf16_groups", "fp32_groups_flat_partition", "update_lp_params"),  # stage 1, fp32 gradients
-    "DeepSpeedZeroOptimizer_Stage3": (
+    STAGE_3: (
         *("fp16_groups", "fp32_partitioned_groups_flat", "grad_position", "get_param_id"),
         *("_get_param_partition_rank", "_swappable_optimizer_subgroup", "_release_swap_buffers"),
         *("_optimizer_states_and_gradient_swap_in", "_optimizer_states_and_gradient_swap_out"),
@@ -46,22 +50,18 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
 # What DeepSpeed notes on each parameter.
 PARAMETER_FIELDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("DeepSpeedZeroOptimizer", "BF16_Optimizer"), ("_hp_mapping",)),
-    "DeepSpeedZeroOptimizer_Stage3": ("ds_id", "ds_numel", "ds_shape", "ds_tensor"),
+    STAGE_3: ("ds_id", "ds_numel", "ds_shape"),
 }
-MOMENTS = ("exp_avg", "exp_avg_sq")
-SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def check_fields(optimizer: Any, inner: Any, parameters: Iterable[nn.Parameter]) -> None:
+def check_fields(optimizer: Any, inner: Any, parameters: list[nn.Parameter]) -> None:
     """UserError where the installed DeepSpeed lacks a private field that is read here; it names both versions."""
-    problems = []
-    for found in (optimizer, inner):
-        kind = type(found).__name__
-        if kind not in FIELDS:
-            problems.append(f"{kind} is unknown")
-        problems += [f"{kind} has no {field}" for field in FIELDS.get(kind, ()) if not hasattr(found, field)]
-    noted, parameters = PARAMETER_FIELDS.get(type(optimizer).__name__, ()), list(parameters)
-    problems += [f"parameters have no {field}" for field in noted if not all(hasattr(p, field) for p in parameters)]
+    kinds = [(type(found).__name__, found) for found in (optimizer, inner)]
+    problems = [f"{kind} is unknown" for kind, _ in kinds if kind not in FIELDS]
+    lacking = [(kind, field) for kind, found in kinds for field in FIELDS.get(kind, ()) if not hasattr(found, field)]
+    for field in PARAMETER_FIELDS.get(type(optimizer).__name__, ()):
+        lacking += [("a parameter", field)] if not all(hasattr(parameter, field) for parameter in parameters) else []
+    problems += [f"{what} has no {field}" for what, field in lacking]
     if problems:
         from deepspeed import __version__
 
@@ -107,7 +107,7 @@ class TrainingState:
         self.parameters = dict(engine.module.named_parameters())
         self.names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.wrapper = type(self.optimizer).__name__
-        check_fields(self.optimizer, self.inner, (p for p in self.parameters.values() if p.requires_grad))
+        check_fields(self.optimizer, self.inner, [p for p in self.parameters.values() if p.requires_grad])
         self.masters = self.find_masters()
 
     # --- where DeepSpeed keeps it
@@ -127,7 +127,7 @@ class TrainingState:
         if self.wrapper == "FP16_UnfusedOptimizer":  # a master for each parameter
             groups, masters = chain.from_iterable(groups), chain.from_iterable(masters)
         pieces = self.fragments
-        if self.wrapper == "DeepSpeedZeroOptimizer_Stage3":
+        if self.wrapper == STAGE_3:
             pieces = self.equal_shares
         elif self.replicated:
             pieces = self.one_after_the_other
@@ -168,8 +168,7 @@ class TrainingState:
         return {piece.name: piece.of(master.flat).view_as(self.parameters[piece.name]) for piece, master in held}
 
     def on_nvme(self, master: Master) -> bool:
-        stage_3 = self.wrapper == "DeepSpeedZeroOptimizer_Stage3"
-        return stage_3 and self.optimizer._swappable_optimizer_subgroup(master.group)
+        return self.wrapper == STAGE_3 and self.optimizer._swappable_optimizer_subgroup(master.group)
 
     @contextmanager
     def swapped_in(self, master: Master, writing: bool) -> Iterator[None]:
@@ -241,10 +240,8 @@ class TrainingState:
                 state = self.adam_of(master).state[master.tensor]
                 for piece in self.own_pieces(master):
                     for moment in MOMENTS:
-                        if moment in state:
-                            yield piece.of(state[moment].view(-1))
-                        else:  # saved before the first step
-                            yield torch.zeros(piece.numel)
+                        # zeros where it is saved before the first step
+                        yield piece.of(state[moment].view(-1)) if moment in state else torch.zeros(piece.numel)
 
     def read(self, folder: Path, counters: Mapping[str, Any], same_precision: bool) -> None:
         """Fills the moments from a checkpoint of any shape, by memory map; the masters are there. Collective."""
@@ -277,7 +274,7 @@ class TrainingState:
 
         def write(name: str, tensor: Tensor) -> None:
             for piece, target in places.get(name, []):
-                stretch = tensor.reshape(-1)[piece.start : piece.start + piece.numel]
+                stretch = tensor.view(-1)[piece.start : piece.start + piece.numel]
                 target[: len(stretch)].copy_(stretch)
 
         yield write
@@ -306,7 +303,7 @@ class TrainingState:
         if self.replicated:
             for name, weight in self.whole_weights().items():
                 self.parameters[name].data.copy_(weight)
-        elif self.wrapper != "DeepSpeedZeroOptimizer_Stage3":
+        elif self.wrapper != STAGE_3:
             optimizer.update_lp_params()
         else:
             optimizer.checkpoint_event_prologue()  # partitions what is gathered
@@ -353,18 +350,13 @@ def advance_adam(adam: Any, step: int) -> None:
     powers, a rounding away: taking all steps anew with one zero makes a resumed run equal to the bit. It costs
     some microseconds a step. On GPUs it keeps nothing.
     """
-    zeros = [torch.zeros(1) for _ in range(4)]  # gradient, parameter, exp_avg, exp_avg_sq
+    gradient, parameter, *moments = zeros = [torch.zeros(1) for _ in range(4)]
     beta1, beta2 = adam.param_groups[0]["betas"]
     kind = type(adam).__name__
-    if kind == "DeepSpeedCPUAdam":
-        gradient, parameter, *moments = zeros
-        for number in range(1, step + 1):
-            adam.ds_opt_adam.adam_update(
-                adam.opt_id, number, 0.0, beta1, beta2, 1e-8, 0.0, True, parameter, gradient, *moments
-            )
-    elif kind == "FusedAdam" and distributed.device_type() == "cpu":
-        lists = [[tensor] for tensor in zeros]
-        for number in range(1, step + 1):
-            adam.multi_tensor_adam(
-                1, adam._dummy_overflow_buf, lists, 0.0, beta1, beta2, 1e-8, number, adam.adam_w_mode, 1, 0.0
-            )
+    for number in range(1, step + 1):
+        if kind == "DeepSpeedCPUAdam":
+            settings = (0.0, beta1, beta2, 1e-8, 0.0)  # rate, betas, eps, decay
+            adam.ds_opt_adam.adam_update(adam.opt_id, number, *settings, True, parameter, gradient, *moments)
+        elif kind == "FusedAdam" and distributed.device_type() == "cpu":
+            lists, mode = [[tensor] for tensor in zeros], adam.adam_w_mode
+            adam.multi_tensor_adam(1, adam._dummy_overflow_buf, lists, 0.0, beta1, beta2, 1e-8, number, mode, 1, 0.0)

@@ -19,7 +19,7 @@ RandomWeight = tuple[str, Tensor, Draw]  # (name, parameter, how it is drawn)
 def initialise(model: Any, seed: int, write: Write) -> None:
     """Draws every random weight of a CaptioningModel anew, on the CPU in fp32, and hands it to `write(name, tensor)`.
 
-    What modules start as constants (LayerNorm, layer scale) stays.
+    LayerNorm stays as modules start it: 1 and 0, which bf16 holds.
     """
     seen: set[int] = set()
     for name, parameter, draw in model.random_weights():
@@ -57,6 +57,10 @@ def normal(std: float) -> Draw:
 def uniform_by_fan_in(fan_in: int) -> Draw:
     """torch's own start for convolutions: uniform within 1 / sqrt(fan_in), weights and biases (nn.Conv2d's docs)."""
     return lambda tensor, generator: tensor.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+
+
+def constant(value: float) -> Draw:
+    return lambda tensor, generator: tensor.fill_(value)
 
 
 def zeros(tensor: Tensor, generator: torch.Generator) -> object:

@@ -6,12 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.layers import LayerScale
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from blipds.errors import UserError
-from blipds.models.initialisation import Draw, RandomWeight, normal, truncated_normal, uniform_by_fan_in, zeros
+from blipds.models.initialisation import (
+    Draw,
+    RandomWeight,
+    constant,
+    normal,
+    truncated_normal,
+    uniform_by_fan_in,
+    zeros,
+)
 from blipds.models.parameters import whole_shape
 
 # BLIP paper, section 4.1: ViT-B/16 and ViT-L/16; the original code drops paths only in the large one.
@@ -72,6 +81,8 @@ def random_vision_weights(encoder: VisionTransformer, prefix: str) -> Iterator[R
                 draw = truncated_normal if key == "weight" else zeros
             elif isinstance(module, nn.Conv2d):
                 draw = uniform_by_fan_in(whole_shape(module.weight)[1:].numel())
+            elif isinstance(module, LayerScale):  # a constant that bf16 would round
+                draw = constant(module.init_values)
             elif path == prefix and key == "pos_embed":
                 draw = truncated_normal
             elif path == prefix and key in ("cls_token", "reg_token"):

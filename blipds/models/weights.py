@@ -54,7 +54,7 @@ def load_initial_weights(
     """What a new run starts from: a whole checkpoint if the config asks for one, else random weights and parts.
 
     The parts that the config names fill in their share; what none has stays random (BLIP's cross-attention always).
-    `write` copies into a partitioned parameter (engine/partitions.py): every rank calls it, in the same order.
+    `write` fills an engine (Engine.filling): every rank calls it, in the same order.
     """
     cache_root = Path(config.env.cache_root).expanduser()
     location = initial_weights(config.model)

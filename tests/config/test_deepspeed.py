@@ -114,7 +114,7 @@ def test_the_other_keys_are_constants_that_deepspeed_reads():
     assert table("aio") == set(AIO_DEFAULT_DICT)
     assert table("activation_checkpointing") == set(ACT_CHKPT_DEFAULT)
     assert table("flops_profiler") <= {value for value in vars(profiling).values() if isinstance(value, str)}
-    for section in ("data_types", "checkpoint", "torch_autocast"):
+    for section in ("data_types", "torch_autocast"):
         assert table(section) <= strings, section
     assert {config.TORCH_ADAM_PARAM, config.ADAM_W_MODE} <= table("optimizer.params")
 
@@ -294,13 +294,10 @@ def test_the_whole_line_about_a_misspelt_key():
         ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is true, must be one of 0, 1, 2, 3"),
         ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage is "auto", must be one of 0, 1, 2, 3'),
         ({"bf16": {"enabled": "yes"}}, 'bf16.enabled is "yes", must be true or false or "auto"'),
+        ({"steps_per_print": 0}, "steps_per_print is 0, must be a whole number of at least 1 or null"),
         (
-            {"train_batch_size": 0},
-            'train_batch_size is 0, must be a whole number of at least 1 or "auto"',
-        ),
-        (
-            {"optimizer": {"params": {"betas": [0.9]}}},
-            'optimizer.params.betas is [0.9], must be a list of two numbers from 0 to 1 or "auto"',
+            {"optimizer": {"params": {"eps": "small"}}},
+            'optimizer.params.eps is "small", must be a number of at least 0 or "auto"',
         ),
         ({"optimizer": {"type": "Lamb"}}, 'optimizer.type is "Lamb", must be one of "AdamW", "Adam"'),
         ({"timers": True}, "timers is true, must be a section with throughput"),
@@ -311,12 +308,56 @@ def test_wrong_types(ds, expected):
 
 
 @pytest.mark.parametrize(
+    ("section", "key", "given", "said"),
+    [
+        ("bf16", "check_grad_overflow", False, "true: blipds skips every step whose gradients are not finite"),
+        (
+            "bf16",
+            "bf16_master_weights_and_grads",
+            True,
+            "false: blipds keeps the optimizer's weights and moments in fp32",
+        ),
+        ("fp16", "fp16_master_weights_and_grads", True, "false: blipds keeps the optimizer's weights"),
+        (
+            "activation_checkpointing",
+            "partition_activations",
+            True,
+            "false: it is about activations split over model-par",
+        ),
+        (
+            "activation_checkpointing",
+            "number_checkpoints",
+            4,
+            "null: it is about activations split over model-parallel",
+        ),
+        (
+            "activation_checkpointing",
+            "contiguous_memory_optimization",
+            True,
+            "false: it is about activations split over",
+        ),
+        ("activation_checkpointing", "profile", True, "false: it belongs to DeepSpeed's own checkpoint function"),
+        ("activation_checkpointing", "synchronize_checkpoint_boundary", True, "false: it belongs to DeepSpeed's own"),
+    ],
+)
+def test_keys_with_one_value_here(section, key, given, said):
+    message = error(check_keys, {section: {key: given}}, "my.json")
+    assert message.startswith(f"my.json: {section}.{key} is {json.dumps(given)}, must be {said}")
+    check_keys({section: {key: json.loads(said.partition(":")[0])}}, "my.json")
+
+
+@pytest.mark.parametrize(
     ("ds", "reason"),
     [
         ({"scheduler": {"type": "WarmupLR"}}, "run.lr_sched"),
         ({"tensorboard": {"enabled": True}}, "TensorBoard"),
         ({"amp": {"enabled": False}}, "use bf16, fp16 or torch_autocast"),
         ({"optimizer": {"params": {"max_grad_norm": 1}}}, "run.max_grad_norm"),
+        ({"data_types": {"param_dtype": "bf16"}}, "bf16.enabled and fp16.enabled decide"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"super_offload": True}}},
+            "reads the optimizer's state to save it",
+        ),
         ({"zero_optimization": {"cpu_offload": True}}, 'say "offload_optimizer": {"device": "cpu"}'),
     ],
 )
@@ -352,6 +393,8 @@ def test_a_learning_rate_of_its_own():
     [
         ({"train_micro_batch_size_per_gpu": 8}, "run.batch_size_train is 16"),
         ({"gradient_accumulation_steps": 4}, "run.accum_grad_iters is 2"),
+        ({"train_batch_size": "many"}, 'train_batch_size is "many" but run.batch_size_train 16 x'),
+        ({"optimizer": {"params": {"betas": [0.9]}}}, "optimizer.params.betas is [0.9] but (0.9, run.beta2) is"),
         ({"train_batch_size": 64}, "run.batch_size_train 16 x run.accum_grad_iters 2 x 8 ranks is 256"),
         ({"gradient_clipping": 1.0}, "run.max_grad_norm (0: no clipping) is 0.0"),
         ({"optimizer": {"params": {"betas": [0.9, 0.98]}}}, "(0.9, run.beta2) is [0.9, 0.999]"),
@@ -386,15 +429,8 @@ def zero(**keys):
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "both true"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast.dtype"),
         ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "needs stage 1 or more"),
-        ({"bf16": {"enabled": True}, "data_types": {"param_dtype": "fp32"}}, 'make it "bf16"'),
-        ({**zero(stage=2), "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "offload_optimizer"),
         ({"optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}}, 'say type "Adam"'),
         ({"optimizer": {"params": {"torch_adam": True, "bias_correction": True}}}, "bias_correction"),
-        ({"activation_checkpointing": {"partition_activations": True}}, "model-parallel ranks"),
-        ({"activation_checkpointing": {"number_checkpoints": 4}}, "model-parallel ranks"),
-        ({"activation_checkpointing": {"contiguous_memory_optimization": True}}, "model-parallel ranks"),
-        ({"activation_checkpointing": {"profile": True}}, "DeepSpeed's own checkpoint function"),
-        ({"activation_checkpointing": {"synchronize_checkpoint_boundary": True}}, "DeepSpeed's own checkpoint"),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "the run config makes none: set model.vit_grad"),
     ],
 )

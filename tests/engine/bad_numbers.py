@@ -32,7 +32,7 @@ def run_setting(spec, folder, device):
     engine.loss, trainer.train_step = loss, train_step
     trainer.train()
     results = {"weight_sums": sums, "losses": [line["loss"] for line in recorder.lines], "images": named[0]}
-    results |= {"adam_step": engine.counters()["adam_step"], "bad_steps": trainer.state.bad_steps}
+    results |= {"adam_step": engine.state.counters()["adam_step"], "bad_steps": trainer.state.bad_steps}
     trainer.close()
     return results
 

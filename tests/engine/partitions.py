@@ -5,78 +5,79 @@ CHECKPOINT is the oracle's, of images of 96 x 96; the model here takes 128 x 128
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 from blipds import cli, distributed
 from blipds.config.deepspeed import RunValues, resolve_ds_config
-from blipds.engine import partitioned_init, write_parameter
-from blipds.engine.partitions import gathered, is_partitioned
+from blipds.engine import Engine, parameter_groups, partitioned_init
 from blipds.models import build_model
 from blipds.models.blip.config import BlipConfig
 from blipds.models.initialisation import initialise
 from blipds.models.weights import load_weights, open_weights
 
 
-def build(ds_config, checkpoint):
-    config = BlipConfig(
+def ds_config(stage):
+    raw = {"zero_optimization": {"stage": stage}, "optimizer": {"params": {"torch_adam": True}}}  # no op to compile
+    values = RunValues(1, 1, learning_rate=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+    machine = {"world_size": distributed.world_size(), "default_precision": "fp32", "hidden_size": 96}
+    return resolve_ds_config(raw, values, **machine, source="this test")
+
+
+def build(config, checkpoint):
+    section = BlipConfig(
         vit_kwargs={"embed_dim": 96, "depth": 4, "num_heads": 4},
         image_size=128,
         med_config_path=str(checkpoint.parent / "med_config.json"),
         freeze_vit=True,
     )
-    with partitioned_init(ds_config):
-        return build_model(config, checkpoint_fn=lambda function, *inputs: function(*inputs))
+    with partitioned_init(config):
+        return build_model(section, checkpoint_fn=lambda function, *inputs: function(*inputs))
 
 
-def differences(whole, parts):
-    """The largest difference of all values; every rank must call it."""
-    largest = 0.0
-    for (name, parameter), (other_name, partitioned) in zip(
-        whole.named_parameters(), parts.named_parameters(), strict=True
-    ):
-        assert name == other_name
-        with gathered([partitioned]):
-            largest = max(largest, (parameter - partitioned).abs().max().item())
-    return largest
+def run(stage, checkpoint):
+    """(what is to be said of the model, its random weights, the checkpoint's); every rank must call it."""
+    config = ds_config(stage)
+    model = build(config, checkpoint)
+    parameters = list(model.parameters())
+    head, words = model.text_decoder.cls.predictions.decoder, model.text_decoder.bert.embeddings.word_embeddings
+    facts = {
+        "partitioned": all(hasattr(parameter, "ds_tensor") for parameter in parameters),
+        "frozen": sum(not parameter.requires_grad for parameter in parameters),
+        "tied": head.weight is words.weight,
+    }
+    held = sum(p.numel() + (p.ds_tensor.numel() if stage == 3 else 0) for p in parameters)
+    facts["held by each rank"] = distributed.gather(held)
+    engine = Engine(model, config, parameter_groups(model, 0.0, "all"), "fp32")
+    with engine.filling() as write:
+        initialise(model, 42, write)
+    drawn = dict(engine.weights())
+    with engine.filling() as write:
+        load_weights(model, open_weights(str(checkpoint), Path()), lambda line: None, write)
+    loaded = dict(engine.weights())
+    engine.close()
+    return facts, drawn, loaded
+
+
+def largest_difference(weights, others):
+    assert weights.keys() == others.keys()
+    return max((weights[name] - others[name]).abs().max().item() for name in weights)
 
 
 def main():
     checkpoint, output = Path(sys.argv[-2]), Path(sys.argv[-1])
     distributed.initialise()
-    values = RunValues(1, 1, learning_rate=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
-    configs = [
-        resolve_ds_config(
-            {"zero_optimization": {"stage": stage}},
-            values,
-            world_size=distributed.world_size(),
-            default_precision="fp32",
-            hidden_size=96,
-            source="this test",
-        )
-        for stage in (2, 3)
-    ]
-    whole, parts = (build(config, checkpoint) for config in configs)
+    (whole, drawn, loaded), (parts, drawn_in_parts, loaded_in_parts) = (run(stage, checkpoint) for stage in (2, 3))
+    positions = loaded_in_parts["visual_encoder.pos_embed"]
+    words = loaded_in_parts["text_decoder.bert.embeddings.word_embeddings.weight"]
     result = {
-        "partitioned": [any(map(is_partitioned, whole.parameters())), all(map(is_partitioned, parts.parameters()))],
-        "parameters": sum(parameter.numel() for parameter in whole.parameters()),
-        "frozen": [sum(not p.requires_grad for p in model.parameters()) for model in (whole, parts)],
+        "whole": whole,
+        "parts": parts,
+        "after initialise": largest_difference(drawn, drawn_in_parts),
+        "after loading": largest_difference(loaded, loaded_in_parts),
+        "word embeddings": words.double().sum().item(),
+        "class position": positions[0, 0].double().sum().item(),
+        "positions": list(positions.shape),
     }
-    for model in (whole, parts):
-        initialise(model, 42, partial(write_parameter, model))
-    result["after initialise"] = differences(whole, parts)
-    for model in (whole, parts):
-        load_weights(model, open_weights(str(checkpoint), Path()), lambda line: None, partial(write_parameter, model))
-    result["after loading"] = differences(whole, parts)
-    held = sum(parameter.numel() + parameter.ds_tensor.numel() for parameter in parts.parameters())
-    result["held by each rank"] = distributed.gather(held)
-    head, words = parts.text_decoder.cls.predictions.decoder, parts.text_decoder.bert.embeddings.word_embeddings
-    result["tied"] = head.weight is words.weight
-    with gathered([words.weight]):
-        result["word embeddings"] = words.weight.double().sum().item()
-    with gathered([parts.visual_encoder.pos_embed]):
-        result["class position"] = parts.visual_encoder.pos_embed[0, 0].double().sum().item()
-        result["positions"] = list(parts.visual_encoder.pos_embed.shape)
     if distributed.is_main():
         output.write_text(json.dumps(result))
 

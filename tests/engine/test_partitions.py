@@ -22,13 +22,14 @@ def stored(shared):
 
 
 def test_stage_3_alone_is_partitioned(result):
-    assert result["partitioned"] == [False, True]
+    assert not result["whole"]["partitioned"] and result["parts"]["partitioned"]
 
 
 def test_each_rank_holds_half(result):
     """And padding: a parameter's partitions are equal, so an odd one is held with one number more."""
-    for held in result["held by each rank"]:
-        assert result["parameters"] / 2 <= held <= result["parameters"] / 2 * 1.001
+    all_of_it, _ = result["whole"]["held by each rank"]
+    for held in result["parts"]["held by each rank"]:
+        assert all_of_it / 2 <= held <= all_of_it / 2 * 1.001
 
 
 def test_random_weights_are_the_same_numbers(result):
@@ -49,5 +50,5 @@ def test_positions_are_interpolated(result, stored):
 
 
 def test_embeddings_stay_tied_and_frozen_parameters_frozen(result):
-    assert result["tied"]
-    assert result["frozen"][0] == result["frozen"][1] > 0
+    assert result["whole"]["tied"] and result["parts"]["tied"]
+    assert result["whole"]["frozen"] == result["parts"]["frozen"] > 0

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from blipds.engine.checkpoints import CheckpointFolder, read_state, resume_point
 from blipds.engine.files import FileRecord, damage, host_copies, write_tensors
@@ -23,11 +22,12 @@ NAMES = ("encoder.weight", "encoder.bias")
 class StubEngine:
     """What CheckpointFolder asks of an engine, with 40 kB of weights that depend on the step."""
 
-    model = SimpleNamespace(visual_encoder=nn.Sequential(nn.LayerNorm(1, eps=1e-6)))
+    model = SimpleNamespace(constants=lambda: {"eps": 1e-6})
 
     def __init__(self, step: int, rows: int = 100) -> None:
         shapes = {"encoder.weight": (rows, 100), "encoder.bias": (100,)}
         self.tensors = {name: torch.full(shape, float(step)) for name, shape in shapes.items()}
+        self.state = SimpleNamespace(writer=self.writer, counters=lambda: {"adam_step": 1, "loss_scale": {}})
         self.checkpoint_bytes = 12 * sum(tensor.numel() for tensor in self.tensors.values())
 
     def weight_shapes(self):
@@ -36,12 +36,9 @@ class StubEngine:
     def weights(self):
         yield from self.tensors.items()
 
-    def moments_writer(self, folder, copy) -> Callable[[], FileRecord]:
+    def writer(self, folder, copy) -> Callable[[], FileRecord]:
         tensors = host_copies(self.tensors.values()) if copy else self.tensors.values()
         return partial(write_tensors, folder / "adam_00000.safetensors", self.weight_shapes(), tensors, {})
-
-    def counters(self):
-        return {"adam_step": 1, "loss_scale": {}}
 
 
 def save(run_dir, step, best=False, keep_last=9, rows=100, background=False):
