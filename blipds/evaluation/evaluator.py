@@ -18,6 +18,7 @@ from blipds.config.run import Config
 from blipds.data.annotations import read_splits
 from blipds.data.datasets import CaptionDataset, build_dataset, has_split
 from blipds.data.loader import EvalBatch, EvalLoader
+from blipds.data.preparation import fetch_annotations
 from blipds.engine import DTYPES
 from blipds.errors import UserError
 from blipds.models import BlipCaption, build_model
@@ -246,6 +247,7 @@ def evaluate_checkpoint(
     cider_corpus: Captions | None = None,
 ) -> list[Evaluation]:
     """Builds the model on every rank, loads a checkpoint (None: random weights) and evaluates splits. Collective."""
+    fetch_annotations(config, splits, monitor.say)
     evaluators = build_evaluators(config, splits, Captioner.from_config(config))  # what a user can mend comes first
     model = build_model(config.model, checkpoint_fn=lambda function, *inputs: function(*inputs))
     if checkpoint is None:
