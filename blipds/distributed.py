@@ -208,6 +208,13 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def raise_together(error: UserError | None) -> None:
+    """Raises the first rank's error on every rank: those without one would wait for the others. Collective."""
+    for failed in gather(error):
+        if failed is not None:
+            raise failed
+
+
 def broadcast(value: T) -> T:
     """Rank 0's value on every rank. Collective."""
     if world_size() == 1:

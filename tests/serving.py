@@ -24,6 +24,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.plan: list[Callable[[Handler], None]] = [Handler.proper]
+        self.paths: list[str] = []  # of each request
         self.ranges: list[str | None] = []  # the Range header of each request
         self.content, self.etag = CONTENT, '"one"'
         self.files: dict[str, bytes] = {}
@@ -41,6 +42,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
+        self.server.paths.append(self.path)
         self.server.ranges.append(self.headers["Range"])
         if self.server.faulty not in (None, self.path):
             return self.proper()

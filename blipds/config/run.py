@@ -102,6 +102,11 @@ class AnnotationConfig:
     storage: list[str] = field(default_factory=list)
     member: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.url and not len(self.storage) == len(self.url) == len(self.md5 or self.url):
+            counts = f"{len(self.url)} url, {len(self.md5)} md5, {len(self.storage)} storage"
+            raise UserError(f"build_info.annotations: a split has {counts}; allowed: as many of each, or no md5")
+
 
 @dataclass
 class ArchiveConfig:
@@ -525,6 +530,8 @@ def conform(value: Any, schema: Any, subclasses: Mapping[str, Any] | None = None
             return {}
         if is_storage(value, schema):
             value = {"storage": value}
+        if schema is AnnotationConfig and "storage" in value and "url" not in value:
+            value = {"url": [], "md5": [], "member": None} | value  # a file of one's own: not the packaged address's
         hints = type_hints(schema) | dict(subclasses or {})
         return {name: conform(inner, hints[name]) for name, inner in value.items()}
     if get_origin(schema) is dict:

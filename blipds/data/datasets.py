@@ -10,15 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blipds.config.run import Config, DatasetConfig, ImageProcessorConfig
-from blipds.data.annotations import (
-    Annotations,
-    ImageFile,
-    ImageSource,
-    Record,
-    annotations_of,
-    read_annotations,
-)
+from blipds.data.annotations import Annotations, ImageFile, ImageSource, Record, annotations_of, read_annotations
 from blipds.data.images import EmbedStore
+from blipds.data.preparation import check_images
 from blipds.data.processors import ImageProcessor
 from blipds.data.shapes import make_scenes
 from blipds.errors import UserError, nearest
@@ -130,6 +124,8 @@ def build_dataset(name: str, config: Config, split: str, training: bool) -> Capt
     if not annotations.records:
         raise UserError(f"datasets.{name}: split '{split}' holds no image")
     limited = annotations.limited(config.run.limit_train if training else config.run.limit_val)
+    first = [record.image.path for record in limited.records[:100] if isinstance(record.image, ImageFile)]
+    check_images(name, config, first)
     check_readable(limited, f"datasets.{name}: split '{split}'")
     processors = build_processors(dataset, config, training)
     return CaptionDataset(name, limited, *processors, dataset.captions_per_image, training)

@@ -1,21 +1,23 @@
-"""The standard datasets, put where their packaged configs look: annotations, and images as far as they may be had."""
+"""The files of the standard datasets: annotations are fetched on first use, images by launch/prepare_data.py."""
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from blipds.config.run import ArchiveConfig, DatasetConfig
+from blipds import distributed
+from blipds.config.run import ArchiveConfig, Config, DatasetConfig
 from blipds.data.annotations import read_annotations, read_splits
-from blipds.data.sources import ImageFile
 from blipds.errors import UserError
 from blipds.files.archives import BadArchive, unpack
-from blipds.files.download import cache_name, fetch, file_md5
+from blipds.files.download import cache_name, check_address, fetch, file_md5, locked
 
-DATASETS = {
+DATASETS = {  # launch/prepare_data.py's names -> the names in run configs
     "coco": "coco_caption",
     "flickr30k": "flickr30k_caption",
     "flickr8k": "flickr8k_caption",
@@ -26,6 +28,135 @@ SPICE_BYTES = 1_000_000_000  # CoreNLP's zip and the two jars of it, roughly
 SPEEDS = (10, 100)  # MB/s, for the estimate
 MOST_UNPACKED = 20  # times the size of an archive; JPEGs come to once, captions to eight times
 CORENLP = "https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip"
+
+
+# --- on first use ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AnnotationFile:
+    """An annotation file at `path`, and where it comes from; `member` as in AnnotationConfig, `md5` of the download."""
+
+    split: str
+    url: str
+    md5: str | None
+    member: str | None
+    path: Path
+
+    def fetch(self, downloads: Path) -> None:
+        """Downloads it, unless another process did so meanwhile. UserError, with the place to put the file by hand."""
+        try:
+            with locked(downloads / f"{self.path.name}.lock"):
+                if self.path.exists():
+                    return
+                if self.member is None:
+                    check = check_json if self.path.suffix == ".json" else None
+                    with obtained(self.url, self.path, downloads, md5=self.md5, check=check) as file:
+                        place(file, self.path)
+                else:
+                    by_hand = self.path.parent.parent / Path(self.url).name
+                    with obtained(self.url, by_hand, downloads, md5=self.md5) as archive:
+                        write_split(archive, self.member, self.split, self.path, downloads)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+
+
+def annotation_files(dataset: DatasetConfig, root: Path) -> list[AnnotationFile]:
+    """Those that have an address; `root` is `env.cache_root`."""
+    return [
+        AnnotationFile(split, url, md5, files.member, root / Path(storage).expanduser())
+        for split, files in dataset.build_info.annotations.items()
+        for url, md5, storage in zip(files.url, files.md5 or repeat(None), files.storage, strict=False)
+    ]
+
+
+def fetch_annotations(config: Config, splits: Collection[str], say: Callable[[str], None]) -> None:
+    """Downloads what is missing of these splits' annotation files, where they have an address. Collective.
+
+    One rank a node downloads. UserError, on every rank: a download failed, or a standard set has no image folder.
+    """
+    root, error = Path(config.env.cache_root).expanduser(), None
+    try:
+        for name, dataset in config.datasets.items() if distributed.local_rank() == 0 else ():
+            files = [file for file in annotation_files(dataset, root) if file.split in splits]
+            images = dataset.images or dataset.build_info.images.storage
+            if files and images is not None:
+                check_images(name, config, [root / Path(images).expanduser()])
+            for file in files:
+                if not file.path.exists():
+                    file.fetch(root / "downloads")
+                    say(f"data       {file.path}: {file.path.stat().st_size / 1e6:.1f} MB from {file.url}")
+    except UserError as failed:
+        error = failed
+    distributed.raise_together(error)
+
+
+def check_images(name: str, config: Config, paths: Sequence[Path]) -> None:
+    """UserError where `name` is a standard set, and none of these images (or image folders) is there."""
+    commands = [command for command, dataset in DATASETS.items() if dataset == name]
+    if commands and paths and not any(path.exists() for path in paths):
+        raise UserError(
+            f"no such images: {paths[0]}; python launch/prepare_data.py {commands[0]} --root {config.env.cache_root} "
+            f"gets them, datasets.{name}.images names another folder"
+        )
+
+
+@contextmanager
+def obtained(url: str, by_hand: Path, downloads: Path, **checks: Any) -> Iterator[Path]:
+    """The file `by_hand` if somebody has put it there, else the download (`checks` as of `fetch`).
+
+    A download that turns out to be a bad archive is removed: kept, it would never be downloaded again.
+    """
+    if by_hand.is_file():
+        yield by_hand
+        return
+    try:
+        check_address(url)
+        path = fetch(url, downloads, **checks)
+    except UserError as error:
+        raise UserError(f"{error}. Where there is no network, put it at {by_hand}") from error
+    try:
+        yield path
+    except BadArchive:
+        path.unlink()
+        raise
+
+
+def place(path: Path, target: Path) -> None:
+    """Moves a file, across file systems too; `target` is there whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(path, staged := target.with_name(f".{target.name}.tmp"))
+    staged.replace(target)
+
+
+def check_json(path: Path) -> None:
+    try:
+        with path.open(encoding="utf-8") as file:
+            json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path.name.removesuffix('.part')}: the server sent no JSON ({error})") from error
+
+
+def write_split(archive: Path, member: str, split: str, path: Path, scratch: Path) -> None:
+    """A split of Karpathy's file `member` in a zip as a list of {image, caption: [...], image_id}."""
+    folder = scratch / f"{archive.name}-{split}"
+    try:
+        unpack(archive, folder, max_bytes=10 * ANNOTATION_BYTES, wanted=lambda name: name == member)
+        splits = read_splits([folder / member], folder, None)
+        if split not in splits:
+            raise UserError(f"{archive}: {member} has no split '{split}'")
+        entries = [
+            {"image": Path(str(record.image)).name, "caption": list(record.captions), "image_id": record.image_id}
+            for record in splits[split].records
+        ]
+        written = folder / path.name
+        written.write_text(json.dumps(entries, ensure_ascii=False, indent=0), encoding="utf-8")
+        place(written, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- launch/prepare_data.py ------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -42,198 +173,86 @@ class StandardSet:
     """One of DATASETS below `root`, which is `env.cache_root` of the runs that use it."""
 
     def __init__(self, dataset: DatasetConfig, root: Path) -> None:
-        self.dataset, self.root = dataset, root.absolute()
+        self.root = root.absolute()
         self.downloads = self.root / "downloads"
+        self.annotations = annotation_files(dataset, self.root)
+        self.archives = dataset.build_info.images.archives
         assert dataset.build_info.images.storage is not None
         self.images = self.root / dataset.build_info.images.storage
 
-    # --- what is there
-
-    def annotation_files(self) -> Iterator[tuple[str, str, str | None, str | None, Path]]:
-        """(split, url, md5, member, path)"""
-        for split, files in self.dataset.build_info.annotations.items():
-            for index, (url, storage) in enumerate(zip(files.url, files.storage, strict=True)):
-                yield split, url, files.md5[index] if files.md5 else None, files.member, self.root / storage
-
-    def missing_images(self) -> dict[str, tuple[int, Path]]:
-        """Archive target -> how many images that annotations name are not there, and the first of them.
-
-        Where nothing names them yet: 0 and the folder, if that is empty.
-        """
-        missing: dict[str, tuple[int, Path]] = {}
-        files = list(self.annotation_files())
-        targets = [archive.target for archive in self.dataset.build_info.images.archives]
-        if not self.images.is_dir() or not all(path.exists() for *_, path in files):
-            for target in targets:
-                folder = self.images / target
-                if not folder.is_dir() or not any(folder.iterdir()):
-                    missing[target] = (0, folder)
-            return missing
-        for split, *_, path in files:
-            for record in read_annotations([path], self.images, split == "train", split).records:
-                assert isinstance(record.image, ImageFile)
-                image = record.image.path
-                if not image.exists():
-                    below = image.relative_to(self.images).parts[0]
-                    target = below if below in targets else ""
-                    count, first = missing.get(target, (0, image))
-                    missing[target] = (count + 1, first)
-        return missing
-
-    def place_of(self, archive: ArchiveConfig) -> Path:
-        """Where an archive that was had by hand is looked for."""
-        return self.images.parent / archive.file
-
-    # --- what there is to do
+    def missing_images(self) -> list[Path]:
+        """The images that the annotations name and that do not exist; without annotations, the empty folders."""
+        if not self.images.is_dir() or not all(file.path.exists() for file in self.annotations):
+            folders = [self.images / archive.target for archive in self.archives]
+            return [folder for folder in folders if not folder.is_dir() or not any(folder.iterdir())]
+        splits = [
+            read_annotations([file.path], self.images, file.split == "train", file.split) for file in self.annotations
+        ]
+        images = {record.image.path for split in splits for record in split.records}  # type: ignore[attr-defined]
+        return sorted(image for image in images if not image.exists())
 
     def steps(self, with_images: bool) -> list[Step]:
-        """UserError for an annotation file of other content than the published one."""
-        found = [
-            step
-            for split, url, md5, member, path in self.annotation_files()
-            if (step := self.annotation_step(split, url, md5, member, path)) is not None
-        ]
-        if with_images:
-            missing = self.missing_images()
-            for archive in self.dataset.build_info.images.archives:
-                if archive.target in missing and (step := self.archive_step(archive)) is not None:
-                    found.append(step)
-        return found
-
-    def annotation_step(self, split: str, url: str, md5: str | None, member: str | None, path: Path) -> Step | None:
-        if path.exists():
-            if md5 is not None and (other := file_md5(path)) != md5:
-                raise UserError(f"{path}: its md5 is {other}, not {md5} as published; take it away to download it anew")
-            return None
-
-        def do() -> None:
-            if member is None:
-                place(self.download(url, path, md5=md5, check=readable_json), path)
-                return
-            by_hand = self.images.parent / url.rpartition("/")[2]
-            archive = by_hand if by_hand.is_file() else self.download(url, by_hand)
-            try:
-                write_split(archive, member, split, path, self.downloads)
-            except BadArchive:
-                if archive != by_hand:
-                    archive.unlink()
-                raise
-
-        return Step(f"{path}  from {url}", ANNOTATION_BYTES, ANNOTATION_BYTES, do)
+        """What there is to do. UserError for an annotation file of other content than the published one."""
+        steps = []
+        for file in self.annotations:
+            if not file.path.exists():
+                do = partial(file.fetch, self.downloads)
+                steps.append(Step(f"{file.path}  from {file.url}", ANNOTATION_BYTES, ANNOTATION_BYTES, do))
+            elif file.md5 is not None and file.member is None and (other := file_md5(file.path)) != file.md5:
+                raise UserError(
+                    f"{file.path}: its md5 is {other}, not {file.md5} as published; remove it to download it again"
+                )
+        missing = self.missing_images() if with_images else []
+        wanted = [archive for archive in self.archives if below(missing, self.images / archive.target)]
+        return steps + [step for archive in wanted if (step := self.archive_step(archive)) is not None]
 
     def archive_step(self, archive: ArchiveConfig) -> Step | None:
-        """None where it can neither be downloaded nor lies in its place: `by_hand` says so."""
-        placed = self.place_of(archive)
-        target = self.images / archive.target
-        if archive.file and placed.is_file():
-            size = placed.stat().st_size
-
-            def take() -> None:
-                if archive.md5 is not None and (found := file_md5(placed)) != archive.md5:
-                    raise UserError(f"{placed}: its md5 is {found}, not {archive.md5}: damaged, or another file")
-                unpack(placed, target, archive.source, max_bytes=MOST_UNPACKED * size)
-
-            return Step(f"{target}  from {placed}, which stays", 0, size, take)
-        if archive.url is None:
-            return None
-        url = archive.url
+        """None where it can neither be downloaded nor lies in its place; `missing_lines` says what to do then."""
+        by_hand, target, url = self.images.parent / archive.file, self.images / archive.target, archive.url or ""
 
         def do() -> None:
-            fetched = self.download(url, placed, md5=archive.md5, size=archive.size or None)
-            unpack_download(fetched, target, archive.source, max_bytes=MOST_UNPACKED * fetched.stat().st_size)
+            checks = {"md5": archive.md5, "size": archive.size or None}
+            with obtained(url, by_hand, self.downloads, **checks) as path:
+                if path == by_hand and archive.md5 is not None and (found := file_md5(path)) != archive.md5:
+                    raise UserError(f"{path}: its md5 is {found}, not {archive.md5}: damaged, or another file")
+                unpack(path, target, archive.source, max_bytes=MOST_UNPACKED * path.stat().st_size)
+                if path != by_hand:
+                    path.unlink()
 
+        if archive.file and by_hand.is_file():
+            return Step(f"{target}  from {by_hand}, which stays", 0, by_hand.stat().st_size, do)
         part = self.downloads / (cache_name(url) + ".part")
-        left = archive.size - (part.stat().st_size if part.exists() else 0)
-        return Step(f"{target}  from {url}", max(left, 0), max(left, 0) + archive.size, do)
-
-    def download(
-        self,
-        url: str,
-        by_hand: Path,
-        md5: str | None = None,
-        size: int | None = None,
-        check: Callable[[Path], None] | None = None,
-    ) -> Path:
-        try:
-            return fetch(url, self.downloads, md5=md5, size=size, check=check)
-        except UserError as error:
-            raise UserError(f"{error}. Where there is no network, put it at {by_hand}") from error
+        left = max(archive.size - (part.stat().st_size if part.exists() else 0), 0)
+        return Step(f"{target}  from {url}", left, left + archive.size, do) if url else None
 
     def missing_lines(self) -> list[str]:
         """A line for each archive whose images are not all there: what is missing, and which file goes where."""
-        lines = []
-        missing = self.missing_images()
-        for archive in self.dataset.build_info.images.archives:
-            if archive.target in missing:
-                count, first = missing[archive.target]
-                there = f"{count:,} images, {first} for one" if count else f"all images, in {first}"
-                lines.append(f"{there}; {self.how(archive)}")
+        lines, missing = [], self.missing_images()
+        for archive in self.archives:
+            folder, by_hand = self.images / archive.target, self.images.parent / archive.file
+            if not (absent := below(missing, folder)):
+                continue
+            what = "all images" if absent == [folder] else f"{len(absent):,} images, such as {absent[0]}"
+            remedy = f"{archive.request} says how to get them; put them into {folder}"
+            if archive.url is not None:
+                remedy = f"they are not in {archive.url}"
+            elif archive.file:
+                remedy = f"request {archive.file} at {archive.request}, put it at {by_hand} and run this command again"
+            lines.append(f"{what}; {remedy}")
         return lines
-
-    def how(self, archive: ArchiveConfig) -> str:
-        images = self.images / archive.target
-        if archive.url is not None:
-            return f"they are not in {archive.url}"
-        if not archive.file:
-            return f"{archive.request} says how to get them; put them into {images}"
-        return (
-            f"ask for {archive.file} at {archive.request}, put it at {self.place_of(archive)} and give this command "
-            f"again (or put the images themselves into {images})"
-        )
 
     def tidy(self) -> None:
         """Removes from `downloads` what is not needed any more."""
-        for _, url, *_ in self.annotation_files():
-            for name in (cache_name(url), f"{cache_name(url)}.lock"):
-                (self.downloads / name).unlink(missing_ok=True)
-        for archive in self.dataset.build_info.images.archives:
-            if archive.url is not None:
-                (self.downloads / f"{cache_name(archive.url)}.lock").unlink(missing_ok=True)
+        for file in self.annotations:
+            (self.downloads / cache_name(file.url)).unlink(missing_ok=True)
+        for lock in self.downloads.glob("*.lock"):
+            lock.unlink()
         with suppress(OSError):  # others have something in it, or it never was
             self.downloads.rmdir()
 
 
-def place(path: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    path.replace(target)
-
-
-def unpack_download(archive: Path, target: Path, source: str, **options: Any) -> None:
-    """As `unpack`; the archive goes when it is done, or when it is bad: kept, it would never be downloaded anew."""
-    try:
-        unpack(archive, target, source, **options)
-    except BadArchive:
-        archive.unlink()
-        raise
-    archive.unlink()
-
-
-def readable_json(path: Path) -> None:
-    try:
-        with path.open(encoding="utf-8") as file:
-            json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path.name.removesuffix('.part')}: the server sent no JSON ({error})") from error
-
-
-def write_split(archive: Path, member: str, split: str, path: Path, scratch: Path) -> None:
-    """A split of Karpathy's file `member` in a zip as a list of {image, caption: [...], image_id}."""
-    folder = scratch / f"{archive.name}-{split}"
-    try:
-        unpack(archive, folder, max_bytes=10 * ANNOTATION_BYTES, wanted=lambda name: name == member, progress=False)
-        splits = read_splits([folder / member], folder, None)
-        if split not in splits:
-            raise UserError(f"{archive}: {member} has no split '{split}'")
-        entries = [
-            {"image": Path(str(record.image)).name, "caption": list(record.captions), "image_id": record.image_id}
-            for record in splits[split].records
-        ]
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(entries, ensure_ascii=False, indent=0), encoding="utf-8")
-    partial.replace(path)
+def below(paths: list[Path], folder: Path) -> list[Path]:
+    return [path for path in paths if path.is_relative_to(folder)]
 
 
 def spice_steps(downloads: Path) -> list[Step]:
@@ -247,9 +266,10 @@ def spice_steps(downloads: Path) -> list[Step]:
         return []
 
     def do() -> None:
-        archive = fetch(CORENLP, downloads)
         source, wanted = get_stanford_models.CORENLP, lambda name: name in jars
-        unpack_download(archive, folder, source, max_bytes=2 * SPICE_BYTES, wanted=wanted)
+        with obtained(CORENLP, downloads / Path(CORENLP).name, downloads) as archive:
+            unpack(archive, folder, source, max_bytes=2 * SPICE_BYTES, wanted=wanted)
+            archive.unlink()
 
     return [Step(f"{folder}  from {CORENLP}", SPICE_BYTES // 2, SPICE_BYTES, do)]
 

@@ -18,6 +18,7 @@ from blipds.config.run import Config, RunConfig
 from blipds.data.annotations import read_splits
 from blipds.data.datasets import CaptionDataset, build_dataset, has_split
 from blipds.data.loader import EvalBatch, EvalLoader
+from blipds.data.preparation import fetch_annotations
 from blipds.engine import DTYPES
 from blipds.errors import UserError
 from blipds.models import build_model
@@ -234,6 +235,7 @@ def evaluate_checkpoint(
     cider_corpus: Captions | None = None,
 ) -> list[SplitScores]:
     """Builds the model on every rank, loads a checkpoint (None: random weights) and evaluates splits. Collective."""
+    fetch_annotations(config, splits, monitor.say)
     captioner = Captioner.from_config(config)
     evaluators = build_evaluators(config, splits, captioner)  # fails fast on what a user can mend
     model = build_model(config.model, keep_activations)

@@ -168,6 +168,7 @@ def answer(question: Question) -> dict[str, Any]:
 def answer_about_run(question: Question) -> dict[str, Any]:
     """About the run config, its data, and the disk that checkpoints go to."""
     from blipds.data.datasets import build_dataset
+    from blipds.data.preparation import fetch_annotations
     from blipds.data.streams import streams_of
     from blipds.planning.planner import Sizes
 
@@ -185,6 +186,7 @@ def answer_about_run(question: Question) -> dict[str, Any]:
         streams = streams_of(config)
         records.update("\0".join(streams).encode())
         splits = {*config.run.valid_splits, *([] if streams else config.run.train_splits)}
+        fetch_annotations(config, splits, lambda line: None)
         for name in config.datasets:
             for split in sorted(splits):
                 dataset = build_dataset(name, config, split, training=split in config.run.train_splits)

@@ -27,6 +27,7 @@ from blipds.config.run import Config, RunConfig
 from blipds.data.caption_checks import cut_lines, spelling_lines
 from blipds.data.datasets import CaptionDataset, build_dataset, splits_of
 from blipds.data.loader import RankShare, TrainLoader, epoch_loader
+from blipds.data.preparation import fetch_annotations
 from blipds.data.streams import build_stream, stream_loader, streams_of
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.engine import (
@@ -69,6 +70,7 @@ def build_trainer(
     run = config.run
     torch.manual_seed(run.seed)
     objective: Objective = OBJECTIVES[run.objective](config)
+    fetch_annotations(config, [*run.train_splits, *run.valid_splits, *run.test_splits], monitor.say)
     captioner = Captioner.from_config(config)
     trained_on, loader = build_loader(config, captioner.tokenizer, monitor.say)
     evaluators = build_evaluators(config, run.valid_splits, captioner)

@@ -75,7 +75,7 @@ def my_share(store: EmbedStore) -> list[int]:
                 token.touch()
         except UserError as refused:
             error = refused
-    raise_first(distributed.gather(error))
+    distributed.raise_together(error)
     one_folder = all(distributed.gather(token.exists()))
     if distributed.is_main():
         token.unlink()
@@ -113,11 +113,4 @@ def fill(
                     error = UserError(f"model.cache_image_embeds: cannot write to {store.rows_path}: {failed}")
                     break
             bar.update(len(batch.indices) + len(batch.errors))
-    raise_first(distributed.gather(error))
-
-
-def raise_first(errors: Sequence[UserError | None]) -> None:
-    """Errors are raised on every rank: those without one would wait for the others."""
-    for error in errors:
-        if error is not None:
-            raise error
+    distributed.raise_together(error)

@@ -39,7 +39,7 @@ def below(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("pack", [zipped, tarred])
 def test_a_folder_of_it_comes_out(pack, tmp_path):
     archive = pack(tmp_path / "archive", FILES)
-    assert unpack(archive, tmp_path / "out" / "train", "set", max_bytes=2000, progress=False) == 2
+    unpack(archive, tmp_path / "out" / "train", "set", max_bytes=2000)
     assert below(tmp_path / "out") == {"train/a.jpg": b"a" * 1000, "train/below/b.jpg": b"b" * 10}
 
 
@@ -48,7 +48,7 @@ def test_what_is_there_stays_and_the_rest_is_added(tmp_path):
     (tmp_path / "out" / "a.jpg").write_bytes(b"mine")
     (tmp_path / ".out.unpacking").mkdir()
     (tmp_path / ".out.unpacking" / "half.jpg").write_bytes(b"of an unpacking that was killed")
-    unpack(zipped(tmp_path / "archive", FILES), tmp_path / "out", "set", max_bytes=2000, progress=False)
+    unpack(zipped(tmp_path / "archive", FILES), tmp_path / "out", "set", max_bytes=2000)
     assert below(tmp_path / "out") == {"a.jpg": b"mine", "below/b.jpg": b"b" * 10}
     assert not (tmp_path / ".out.unpacking").exists()
 
@@ -64,7 +64,7 @@ def refused(archive: Path, message: str, max_bytes: int = 10_000, source: str = 
     """In one line, and nothing is left of it."""
     before = set(archive.parent.parent.rglob("*"))
     with pytest.raises(UserError, match=message):
-        unpack(archive, archive.parent / "out", source, max_bytes=max_bytes, progress=False)
+        unpack(archive, archive.parent / "out", source, max_bytes=max_bytes)
     assert set(archive.parent.parent.rglob("*")) == before
 
 
@@ -97,7 +97,7 @@ def test_damage_at_any_place(pack, tmp_path):
             folder.mkdir()
             (folder / "archive").write_bytes(damaged)
             try:
-                unpack(folder / "archive", folder / "out", "set", max_bytes=2000, progress=False)
+                unpack(folder / "archive", folder / "out", "set", max_bytes=2000)
                 found = below(folder / "out")
                 assert found.items() <= expected.items() or sorted(found.values()) == sorted(expected.values())
             except UserError as error:

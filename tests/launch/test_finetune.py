@@ -221,7 +221,7 @@ AUGMENTED = "datasets.shapes_caption.vis_processor.train.name=blip_image_train"
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["datasets.flickr8k_caption.images=nowhere"], r"no such annotation file: .*flickr8k/annotations/train.json"),
+        (["datasets.flickr8k_caption.images=nowhere"], r"no such images: .*/nowhere; .*prepare_data.py flickr8k"),
         (["datasets.nonsense_caption.images=x"], r"unknown dataset 'nonsense_caption'; .*shapes_caption"),
         (["run.lr_sched=cosine"], r"unknown lr_sched 'cosine'; did you mean 'cosine_step_lr'\?"),
         (
