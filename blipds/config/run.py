@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -33,6 +33,13 @@ REPLACED_RUN_KEYS = {
 @dataclass
 class ModelConfig:
     """`model:`"""
+
+    # Sets of keys that switch activation checkpointing, by the computation that they add; the first adds none.
+    CHECKPOINTING: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"vit_grad_ckpt": False, "vit_ckpt_layer": None, "text_grad_ckpt": False},
+        {"vit_grad_ckpt": True, "vit_ckpt_layer": None, "text_grad_ckpt": False},
+        {"vit_grad_ckpt": True, "vit_ckpt_layer": None, "text_grad_ckpt": True},
+    )
 
     arch: str = "blip_caption"
     model_type: str = "base_coco"
@@ -73,6 +80,11 @@ class ModelConfig:
             )
         if self.vit_ckpt_layer is not None:
             check("model.vit_ckpt_layer", self.vit_ckpt_layer, self.vit_ckpt_layer >= 0, "0 or more blocks")
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether any activations are computed again in the backward pass."""
+        return self.vit_grad_ckpt or self.text_grad_ckpt
 
 
 @dataclass
@@ -451,12 +463,18 @@ def check_schema(value: Any, schema: Any, key: str) -> None:
     elif is_dataclass(schema) and value is not None and not is_storage(value, schema):
         if not isinstance(value, dict):
             raise UserError(f"{key} is {value!r}; expected a section with {', '.join(f.name for f in fields(schema))}")
-        hints = get_type_hints(schema)
+        hints = key_types(schema)
         for name, inner in value.items():
             here = f"{key}.{name}" if key else str(name)
             if name not in hints:
                 raise UserError(f"unknown key {here}; {nearest(str(name), hints)}")
             check_schema(inner, hints[name], here)
+
+
+def key_types(schema: Any) -> dict[str, Any]:
+    """The type of each field; class variables are no keys."""
+    hints = get_type_hints(schema)
+    return {field.name: hints[field.name] for field in fields(schema)}
 
 
 def is_storage(value: Any, schema: Any) -> bool:
@@ -471,7 +489,7 @@ def conform(value: Any, schema: Any) -> Any:
             return {}
         if is_storage(value, schema):
             value = {"storage": value}
-        hints = get_type_hints(schema)
+        hints = key_types(schema)
         return {name: conform(inner, hints[name]) for name, inner in value.items()}
     if get_origin(schema) is dict:
         return {str(name): conform(inner, get_args(schema)[1]) for name, inner in (value or {}).items()}
