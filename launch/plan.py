@@ -5,11 +5,12 @@
         --gpus 8 --gpu-memory 24GB
     python launch/plan.py ... --recommend my_ds.json     the fastest of ds_configs/ that fits, written out
 
-Captions count as long as model.max_txt_len: the forecast is for the fullest batch. "auto" precision is bf16 where the
-GPUs are elsewhere. launch/README.md says how far the figures can be trusted.
+The forecast is for the fullest batch: every caption is model.max_txt_len tokens long. "auto" precision is bf16 where
+this machine has no GPU. launch/README.md says how far the figures can be trusted.
 """
 
 import argparse
+import json
 import os
 import re
 from dataclasses import replace
@@ -21,22 +22,19 @@ from tqdm import tqdm
 from blipds import cli
 from blipds.config.deepspeed import Section, load_ds_config, precision
 from blipds.config.run import Config
-from blipds.data.tokenizer import CaptionTokenizer
 from blipds.engine import DTYPES
 from blipds.errors import UserError
 from blipds.planning.planner import (
-    CAPTIONS_OF_AN_IMAGE,
-    CHECKPOINTING,
+    CAPTIONS_PER_IMAGE,
     GB,
     RESERVED,
+    Cluster,
     Forecast,
-    Machines,
+    ParameterSizes,
     Shape,
-    Sizes,
     activations,
     forecast,
     recommend,
-    with_checkpointing,
 )
 from blipds.training import building
 
@@ -63,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
 def size(text: str) -> float:
     match = re.fullmatch(r"([0-9.]+) ?(GB|GiB|TB|TiB)", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"'{text}' is no size; expected a number and GB or GiB, such as 24GB")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size; expected a number and GB or GiB, such as 24GB")
     return float(match[1]) * UNITS[match[2]]
 
 
@@ -71,75 +69,74 @@ def main() -> None:
     args = parse_arguments()
     config = cli.load_config(args)
     if args.gpus < 1 or args.nodes < 1:
-        raise UserError("--gpus and --nodes are 1 or more")
-    machines = Machines(args.gpus, args.nodes, args.gpu_memory, args.host_memory)
+        raise UserError("--gpus and --nodes must be at least 1")
+    cluster = Cluster(args.gpus, args.nodes, args.gpu_memory, args.host_memory)
     # the ranks of the plan, where a launcher would say how many there are
-    os.environ.update(WORLD_SIZE=str(machines.ranks), LOCAL_WORLD_SIZE=str(machines.gpus))
-    prompt = len(CaptionTokenizer(config.model.tokenizer, config.model.prompt, config.model.max_txt_len).prompt_ids)
+    os.environ.update(WORLD_SIZE=str(cluster.ranks), LOCAL_WORLD_SIZE=str(args.gpus))
     if args.recommend is not None:
-        write_recommendation(args, config, machines, prompt)
+        write_recommendation(args, config, cluster)
         return
     ds = resolve(config, args.ds_config)
     if args.print_config:
         print(f"{cli.as_yaml(config)}---\n{cli.as_json(ds)}", end="")
         return
-    found = forecast(config, ds, machines, prompt)
+    found = forecast(config, ds, cluster)
     print(f"{args.cfg_path} with {args.ds_config} on {args.nodes} x {args.gpus} GPUs, {precision(ds)}\n")
-    print("\n".join([*table(config, found, prompt), "", *activation_table(config, ds, prompt), "", found.verdict()]))
+    print("\n".join([*table(config, found), "", *activation_table(config, ds), "", found.verdict()]))
 
 
 def resolve(config: Config, path: Path) -> Section:
     return building.resolve(config, load_ds_config(path), torch.device("cuda"), str(path))
 
 
-def table(config: Config, found: Forecast, prompt: int) -> list[str]:
-    states, sizes, shape = found.states, Sizes.of(config), Shape.of(config, prompt)
-    rows = [
-        ("parameters", states.parameters),
-        ("gradients", states.gradients),
-        ("optimizer states", states.optimizer),
-        ("activations, the peak", found.activations.peak),
-        ("communication buffers and gathered parameters", states.buffers),
-        ("an allowance for CUDA, NCCL and the allocator", RESERVED),
-        ("= forward and backward", found.training),
-        ("= update (no activations or buffers, but fp32 gradients)", found.updating),
-    ]
-    of_node = [("host memory, for model states", found.host), ("NVMe", found.nvme)]
-    guessed = f" ({CAPTIONS_OF_AN_IMAGE} captions an image assumed)" if any_number_of_captions(config) else ""
+def table(config: Config, found: Forecast) -> list[str]:
+    states, sizes, shape = found.states, ParameterSizes.of(config), Shape.of(config)
+    all_captions = any(dataset.captions_per_image == "all" for dataset in config.datasets.values())
+
+    def row(name: str, value: float) -> str:
+        return f"  {name:58}{value / GB:8.2f}"
+
     return [
         f"{sizes.trainable:,} parameters, and {sum(sizes.frozen):,} frozen",
         f"micro-batch: {shape.images} images x {shape.captions} captions x {shape.tokens} tokens at "
-        f"{config.model.image_size} x {config.model.image_size}{guessed}",
+        f"{config.model.image_size} x {config.model.image_size}"
+        + f" ({CAPTIONS_PER_IMAGE} captions per image assumed)"
+        * all_captions,
         "",
         f"{'on each GPU':60}{'GB':>8}",
-        *(f"  {name:58}{value / GB:8.2f}" for name, value in rows),
+        row("parameters", states.parameters),
+        row("gradients", states.gradients),
+        row("optimizer states", states.optimizer),
+        row("activations, the peak", found.activations),
+        row("communication buffers and gathered parameters", states.buffers),
+        row("an allowance for CUDA, NCCL and the allocator", RESERVED),
+        row("= forward and backward", found.training),
+        row("= update (no activations or buffers, but fp32 gradients)", found.updating),
         "on each node",
-        *(f"  {name:58}{value / GB:8.2f}" for name, value in of_node),
+        row("host memory, for model states", found.host),
+        row("NVMe", found.nvme),
         "sent by each GPU in an optimizer step",
-        f"  {'gradients and parameters':58}{found.network / GB:8.2f}",
+        row("gradients and parameters", found.network),
     ]
 
 
-def any_number_of_captions(config: Config) -> bool:
-    return any(dataset.captions_per_image == "all" for dataset in config.datasets.values())
-
-
-def activation_table(config: Config, ds: Section, prompt: int) -> list[str]:
+def activation_table(config: Config, ds: Section) -> list[str]:
     """Peaks with and without checkpointing, for half, once and twice the micro-batch."""
     micro = config.run.batch_size_train
     batches = sorted({max(micro // 2, 1), micro, 2 * micro})
-    rows = {"as configured": config, "no checkpointing": with_checkpointing(config, CHECKPOINTING[0])}
-    rows["model.vit_grad_ckpt, all blocks"] = with_checkpointing(config, CHECKPOINTING[1])
-    rows["the same and model.text_grad_ckpt"] = with_checkpointing(config, CHECKPOINTING[2])
+    rows = {"as configured": config}
+    for options in config.model.CHECKPOINTING:
+        name = ", ".join(f"model.{key}" for key, value in options.items() if value) or "no checkpointing"
+        rows[name] = replace(config, model=replace(config.model, **options))
     lines = [f"{'activations in GB, by run.batch_size_train':44}" + "".join(f"{batch:>8}" for batch in batches)]
     for name, changed in tqdm(rows.items(), desc="activations", leave=False, disable=None):
-        shapes = [replace(Shape.of(changed, prompt), images=batch) for batch in batches]
-        peaks = [activations(changed, shape, DTYPES[precision(ds)], "cuda").peak for shape in shapes]
+        shapes = [replace(Shape.of(changed), images=batch) for batch in batches]
+        peaks = [activations(changed, shape, DTYPES[precision(ds)])[1] for shape in shapes]
         lines.append(f"  {name:42}" + "".join(f"{peak / GB:8.2f}" for peak in peaks))
     return lines
 
 
-def write_recommendation(args: argparse.Namespace, config: Config, machines: Machines, prompt: int) -> None:
+def write_recommendation(args: argparse.Namespace, config: Config, cluster: Cluster) -> None:
     if args.recommend.exists():
         raise UserError(f"--recommend {args.recommend}: that file exists already")
     candidates = {}
@@ -147,22 +144,21 @@ def write_recommendation(args: argparse.Namespace, config: Config, machines: Mac
         try:
             candidates[path.name] = resolve(config, path)
         except UserError as error:
-            print(f"left out: {error}")
-    best = recommend(config, candidates, machines, prompt)
+            print(f"skipped: {error}")
+    best = recommend(config, candidates, cluster)
     if best is None:
         raise UserError(
-            "nothing in ds_configs/ fits, even with one image at a time and all activations computed twice: more "
-            "memory, more GPUs, or a smaller model.image_size"
+            "nothing in ds_configs/ fits, even with one image at a time and all activations recomputed: more memory, "
+            "more GPUs, or a smaller model.image_size"
         )
-    args.recommend.write_text((DS_CONFIGS / best.name).read_text())
-    options = " ".join(
-        f"{key}={'null' if value is None else str(value).lower()}" for key, value in best.options.items()
-    )
-    start = f"--num_gpus {machines.gpus}" if machines.nodes == 1 else "--hostfile HOSTS"
+    name, values, found = best
+    args.recommend.write_text((DS_CONFIGS / name).read_text())
+    options = [f"{key}={json.dumps(value)}" for key, value in values.items()]  # JSON's null and true are YAML's
+    start = f"--num_gpus {args.gpus}" if args.nodes == 1 else "--hostfile HOSTS"
     print(
-        f"ds_configs/{best.name}, written to {args.recommend}; {best.forecast.verdict()}\n\n"
+        f"ds_configs/{name}, written to {args.recommend}; {found.verdict()}\n\n"
         f"deepspeed {start} launch/finetune.py --cfg-path {args.cfg_path} --ds-config {args.recommend} \\\n"
-        f"    --options {' '.join([*args.options, options])}"
+        f"    --options {' '.join([*args.options, *options])}"
     )
 
 

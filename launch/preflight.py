@@ -16,7 +16,7 @@ from pathlib import Path
 
 from blipds import cli
 from blipds.errors import UserError
-from blipds.planning.preflight import checks
+from blipds.planning.preflight import run_checks
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     failed = False
-    for check in checks(args.hostfile, args.command):
+    for check in run_checks(args.hostfile, args.command):
         print(check, flush=True)
         failed |= not check.good
     if failed:

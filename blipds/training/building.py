@@ -173,9 +173,11 @@ def memory_warning(config: Config, ds_config: Section, device: torch.device) -> 
         return None
     memory = torch.cuda.get_device_properties(device).total_memory
     ranks = distributed.local_world_size()
-    machines = planner.Machines(ranks, distributed.world_size() // ranks, memory)
-    tokenizer = CaptionTokenizer(config.model.tokenizer, config.model.prompt, config.model.max_txt_len)
-    return planner.memory_warning(config, ds_config, machines, len(tokenizer.prompt_ids))
+    cluster = planner.Cluster(ranks, distributed.world_size() // ranks, memory)
+    found = planner.forecast(config, ds_config, cluster)
+    if found.fits:
+        return None
+    return f"warning: this {found.verdict()} (launch/plan.py --recommend finds settings that fit)"
 
 
 def build_loader(
