@@ -105,15 +105,19 @@ class RecordBuilder:
     """Collects entries by image."""
 
     def __init__(self) -> None:
-        self.images: dict[ImageSource, tuple[str | int, list[str]]] = {}
-        self.order: list[tuple[ImageSource, int]] = []
+        self.numbers: dict[ImageSource, int] = {}
+        self.images: list[tuple[str | int, list[str]]] = []
+        self.pairs: list[tuple[int, int]] = []
         self.kinds: dict[str, None] = {}
         self.notices: list[str] = []
         self.blank: list[str] = []
         self.cut: list[str] = []
 
     def add(self, entry: Entry) -> None:
-        _, captions = self.images.setdefault(entry.source, (entry.image_id, []))
+        number = self.numbers.setdefault(entry.source, len(self.images))
+        if number == len(self.images):
+            self.images.append((entry.image_id, []))
+        captions = self.images[number][1]
         for text in entry.captions:
             caption = CONTROL.sub(" ", text).strip()
             if not WORD.search(caption):
@@ -122,22 +126,18 @@ class RecordBuilder:
             if len(caption) > LONGEST_CAPTION:
                 self.cut.append(entry.place)
                 caption = caption[:LONGEST_CAPTION]
-            self.order.append((entry.source, len(captions)))
+            self.pairs.append((number, len(captions)))
             captions.append(caption)
 
     def annotations(self) -> Annotations:
-        index = {source: number for number, source in enumerate(self.images)}
-        records = [Record(source, tuple(texts), image_id) for source, (image_id, texts) in self.images.items()]
-        pairs = [(index[source], caption) for source, caption in self.order]
-        notices = [
-            f"{len(places)} {what}; the first: {places[0]}"
-            for places, what in (
-                (self.blank, "captions without a word left out"),
-                (self.cut, f"captions cut to {LONGEST_CAPTION:,} characters"),
-            )
-            if places
-        ]
-        return Annotations(records, pairs, tuple(self.kinds), (*self.notices, *notices))
+        pairs = zip(self.numbers, self.images, strict=True)
+        records = [Record(source, tuple(texts), image_id) for source, (image_id, texts) in pairs]
+        notices = list(self.notices)
+        if self.blank:
+            notices.append(f"{len(self.blank)} captions without a word left out; the first: {self.blank[0]}")
+        if self.cut:
+            notices.append(f"{len(self.cut)} captions cut to {LONGEST_CAPTION:,} characters; the first: {self.cut[0]}")
+        return Annotations(records, self.pairs, tuple(self.kinds), tuple(notices))
 
 
 def entries_of(
@@ -148,10 +148,9 @@ def entries_of(
     files = [file for path in paths for file in ([path] if path.exists() else map(Path, expand_braces(str(path))))]
     hidden = None if distributed.is_main() and len(files) > 1 else True
     for path in tqdm(files, desc="annotations", unit="file", delay=3, leave=False, disable=hidden):
-        layout = read_layout(path, image_root, split, index_cache)
-        builder.kinds[layout.kind] = None
-        yield from layout.entries
-        builder.notices += layout.notices
+        kind, entries = read_layout(path, image_root, builder.notices, split, index_cache)
+        builder.kinds[kind] = None
+        yield from entries
 
 
 def expand_braces(text: str) -> list[str]:

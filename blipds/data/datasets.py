@@ -139,22 +139,19 @@ def check_readable(annotations: Annotations, place: str) -> None:
     errors: list[str] = []
     tried = 0
     for record in annotations.records:
-        image = record.image
-        if isinstance(image, ImageFile) and not image.path.exists():
-            error = f"{image}: no such file"
-        else:
-            try:
-                image.open()
-                return
-            except OSError as unreadable:
-                error = str(unreadable)
-                tried += 1
-        if len(errors) < SHOWN:
-            errors.append(error)
+        try:
+            if isinstance(record.image, ImageFile) and not record.image.path.exists():
+                errors.append(f"{record.image}: no such file")
+                continue
+            record.image.open()
+            return
+        except OSError as error:
+            errors.append(str(error))
+            tried += 1
         if tried == PROBED:
             break
     which = f"its {len(annotations.records):,} images" if tried < PROBED else f"the first {PROBED} images"
-    raise UserError(f"{place}: none of {which} can be read: {'; '.join([*errors, *annotations.notices])}")
+    raise UserError(f"{place}: none of {which} can be read: {'; '.join([*errors[:SHOWN], *annotations.notices])}")
 
 
 def build_processors(

@@ -4,6 +4,7 @@ README.md, "Your own captions", has an example of each.
 """
 
 import csv
+import functools
 import io
 import json
 import os
@@ -11,8 +12,8 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -55,30 +56,22 @@ class Entry:
     split: str | None = None
 
 
-@dataclass(frozen=True)
-class Layout:
-    """`notices` fill up while the entries are read: what was left aside, a line each."""
-
-    kind: str
-    entries: Iterator[Entry]
-    notices: list[str] = field(default_factory=list)
-
-
 def canonical_split(name: str) -> str:
     return CANONICAL.get(name.lower(), name)
 
 
 def read_layout(
-    path: Path, image_root: Path | None, split: str | None = None, index_cache: Path | None = None
-) -> Layout:
-    """Recognises what `path` is and reads it; entries come as they are asked for.
+    path: Path, image_root: Path | None, notices: list[str], split: str | None = None, cache: Path | None = None
+) -> tuple[str, Iterable[Entry]]:
+    """Recognises what `path` is: its kind, and its entries, which are read as they are asked for.
 
     `image_root`: where the names in an annotation file start; None: the file's own folder. A folder and a shard bring
-    their images along. `split`: the only one to look into, in a folder of splits; None: all. Raises UserError, naming
-    the file and the line or entry, for what it cannot make sense of.
+    their images along. `notices` is told what is left aside, a line each. `split`: the only one to look into, in a
+    folder of splits; None: all. `cache`: the folder that keeps the indices of shards. Raises UserError, naming the file
+    and the line or entry, for what it cannot make sense of.
     """
     if path.is_dir():
-        return read_folder(path, split, index_cache)
+        return read_folder(path, notices, split, cache)
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -87,8 +80,7 @@ def read_layout(
     except (OSError, ValueError) as error:
         raise UserError(f"annotation file {path}: {error}") from error
     if head[257:262] == b"ustar" or (path.suffix == ".tar" and head):
-        notices: list[str] = []
-        return Layout("shards", shard_entries(path, None, index_cache, notices), notices)
+        return "shards", shard_entries(path, None, cache, notices)
     if head[:2] == b"\x1f\x8b" or path.name.endswith((".tar.bz2", ".tar.xz", ".tar.zst")):
         raise UserError(f"{path} is compressed: unpack it first (a shard must be plain tar to be read in any order)")
     try:
@@ -97,11 +89,10 @@ def read_layout(
         raise unclear(path, f"it is no text in UTF-8: {error}") from error
     folder = ImageFolder(image_root if image_root is not None else path.parent)
     kind, entries = recognise(path, text, folder)
-    notices = []
-    return Layout(kind, then_note(entries, folder, notices), notices)
+    return kind, then_note(entries, folder, notices)
 
 
-def then_note(entries: Iterator[Entry], folder: ImageFolder, notices: list[str]) -> Iterator[Entry]:
+def then_note(entries: Iterable[Entry], folder: ImageFolder, notices: list[str]) -> Iterator[Entry]:
     yield from entries
     notices += folder.notices()
 
@@ -182,7 +173,7 @@ def captions_of(row: dict[str, Any], place: str) -> list[str]:
     return captions
 
 
-@cache
+@functools.cache
 def caption_keys(keys: tuple[str, ...]) -> list[str]:
     """Those that hold captions: caption, captions, caption_0, ...; only where there are none, text, and so on."""
     for name in CAPTION_KEYS:
@@ -317,7 +308,7 @@ def karpathy_entries(content: dict[str, Any], path: Path, folder: ImageFolder) -
 # --- folders and shards ----------------------------------------------------------------------------------------------
 
 
-def read_folder(folder: Path, split: str | None, index_cache: Path | None) -> Layout:
+def read_folder(folder: Path, notices: list[str], split: str | None, cache: Path | None) -> tuple[str, Iterable[Entry]]:
     names = files_in(folder)
     split_of = folder_splits(names)
     if split is not None and split_of:
@@ -327,18 +318,19 @@ def read_folder(folder: Path, split: str | None, index_cache: Path | None) -> La
     metadata = [name for name in names if PurePosixPath(name).name in METADATA]
     shards = [name for name in names if name.endswith(".tar")]
     images = [name for name in names if is_image(name)]
-    notices = passed_over(Counter(suffix for name in names if (suffix := unread_suffix(name))))
+    unread = passed_over(Counter(suffix for name in names if (suffix := unread_suffix(name))))
+    notices += unread
     if metadata:
-        entries = metadata_entries(folder, metadata, images, split_of, notices)
-        return Layout("metadata folder", entries, notices)
+        return "metadata folder", metadata_entries(folder, metadata, images, split_of, notices)
     if images and not shards:
-        return Layout("image folder", image_entries(folder, names, split_of, notices), notices)
+        return "image folder", image_entries(folder, names, split_of, notices)
     if shards and not images:
-        return Layout("shards", all_shards(folder, shards, split_of, index_cache, notices), notices)
+        found = (shard_entries(folder / name, split_of.get(name.split("/")[0]), cache, notices) for name in shards)
+        return "shards", chain.from_iterable(found)
     files = [name for name in names if name.endswith((".json", ".jsonl", ".csv", ".tsv"))]
     reason = "a folder with images and tar files" if images else "a folder without images, metadata or tar files"
     held = [f"it holds {files[0]}: give that file"] if files else []
-    raise unclear(folder, "; ".join([reason, *held, *notices]))
+    raise unclear(folder, "; ".join([reason, *held, *unread]))
 
 
 def folder_splits(names: Sequence[str]) -> dict[str, str]:
@@ -386,25 +378,16 @@ def metadata_entries(
     root = os.path.abspath(folder)  # noqa: PTH100
     for file in files:
         path = folder / file
-        layout = read_layout(path, path.parent)
-        for entry in layout.entries:
+        for entry in read_layout(path, None, notices)[1]:
             below = os.path.relpath(str(entry.source), root)
             named.add(below)
             yield Entry(entry.source, entry.image_id, entry.captions, entry.place, split_of.get(below.split("/")[0]))
-        notices += layout.notices
     if unnamed := [image for image in images if image not in named]:
         notices.append(f"{folder}: {len(unnamed)} images are in no metadata file; the first is {unnamed[0]}")
 
 
-def all_shards(
-    folder: Path, shards: list[str], split_of: dict[str, str], index_cache: Path | None, notices: list[str]
-) -> Iterator[Entry]:
-    for name in shards:
-        yield from shard_entries(folder / name, split_of.get(name.split("/")[0]), index_cache, notices)
-
-
-def shard_entries(shard: Path, split: str | None, index_cache: Path | None, notices: list[str]) -> Iterator[Entry]:
-    samples, left_out = shard_index(shard, index_cache)
+def shard_entries(shard: Path, split: str | None, cache: Path | None, notices: list[str]) -> Iterator[Entry]:
+    samples, left_out = shard_index(shard, cache)
     notices += left_out
     for sample in samples:
         source = ShardImage(str(shard), sample.image, sample.offset, sample.size)

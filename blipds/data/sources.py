@@ -118,14 +118,14 @@ class ImageFolder:
         return self.by_loose_key.get(loose_key(path.removeprefix(f"{self.root}/")))
 
     def notices(self) -> list[str]:
-        lines = []
+        lines = passed_over(self.unread)
         if self.mended:
             name, found = self.mended[0]
             lines.append(
                 f"{len(self.mended)} image names differ from the file that is there by letter case, Unicode form, "
                 f"backslashes or URL quoting, and are read; the first: {name!r} is {found!r}"
             )
-        return [*lines, *passed_over(self.unread)]
+        return lines
 
 
 def loose_key(name: str) -> str:
@@ -158,7 +158,7 @@ def inside(root: str, image: str) -> Path:
         raise UserError(f"image name {image!r} holds control characters")
     if path == root:
         raise UserError(f"image name {image!r} names the image folder {root} itself")
-    if os.path.commonpath([root, path]) != root:
+    if not path.startswith(root.rstrip("/") + "/"):
         raise UserError(
             f"image {image!r} lies outside of the image folder {root}; where it is meant, give a folder above it as "
             f"datasets.<name>.images"

@@ -85,7 +85,7 @@ def test_recognised_by_content(layout, photographs, tmp_path):
     path = Path(expand_braces(str(LAYOUTS[layout](photographs[:3], tmp_path)))[0])
     if path.is_file():
         path = path.rename(path.with_name("captions"))
-    assert read_layout(path, None).kind == layout.split(",")[0]
+    assert read_layout(path, None, [])[0] == layout.split(",")[0]
 
 
 # --- details of a layout ---
