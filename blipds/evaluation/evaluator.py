@@ -24,7 +24,7 @@ from blipds.models import BlipCaption, build_model
 from blipds.models.initialisation import initialise
 from blipds.models.parameters import copy_into
 from blipds.models.weights import load_weights
-from blipds.monitor import NullMonitor
+from blipds.monitor import Monitor
 from blipds.report import Shown, write_cider
 from blipds.scoring.metrics import METRICS, Captions, Scores
 from blipds.scoring.process import Scoring, ScoringTask
@@ -62,6 +62,7 @@ class Evaluator:
         captioner: Captioner,
         references: References | None,
         *,
+        unscored: str = "no references",
         batch_size: int,
         num_workers: int,
     ) -> None:
@@ -69,6 +70,7 @@ class Evaluator:
         self.dataset = dataset
         self.captioner = captioner
         self.references = references
+        self.unscored = unscored if references is None else ""  # why its captions are not scored
         self.tokenized: Captions = {}  # the references' tokens, once there has been an evaluation
         if references is not None:
             ids = [str(record.image_id) for record in dataset.records]
@@ -218,8 +220,9 @@ def build_evaluators(config: Config, splits: Sequence[str], captioner: Captioner
             dataset = build_dataset(name, config, split, training=False)
             scored = (references or dataset_references(dataset)) if config.run.report_metric else None
             label = split if len(config.datasets) == 1 else f"{name}_{split}"
+            unscored = "no references" if config.run.report_metric else "run.report_metric is false"
             sizes = {"batch_size": config.run.batch_size_eval, "num_workers": config.run.num_workers}
-            evaluators.append(Evaluator(label, dataset, captioner, scored, **sizes))
+            evaluators.append(Evaluator(label, dataset, captioner, scored, unscored=unscored, **sizes))
     return evaluators
 
 
@@ -239,7 +242,7 @@ def evaluate_checkpoint(
     device: torch.device,
     precision: str,
     run_dir: Path,
-    monitor: NullMonitor,
+    monitor: Monitor,
     step: int = 0,
     epoch: int | None = None,
     metrics: Sequence[str] = METRICS,
@@ -265,7 +268,7 @@ def evaluate_checkpoint(
         note = f"{checkpoint or 'random weights'}, {precision}"
         for name, found in scores.items():
             seconds = {"generation": captioned.seconds, **found.seconds}
-            monitor.evaluation(name, epoch, step, found.values, found.missing, note, seconds)
+            monitor.evaluation(name, epoch, step, found.values, found.missing, note, seconds, evaluator.unscored)
             for line in found.warnings:
                 monitor.say(f"  {line}")
         for error in captioned.errors[:10]:

@@ -14,7 +14,7 @@ from blipds.data.loader import Batch, TrainLoader, derive_seed
 from blipds.engine import Engine
 from blipds.engine.checkpoints import CheckpointFolder, shape_of
 from blipds.errors import UserError
-from blipds.monitor import NullMonitor
+from blipds.monitor import Monitor
 from blipds.signals import STOPPING, StallWatch, Stopped, StopSignals
 from blipds.training.run_state import Plan, RunState
 from blipds.training.schedules import Schedule
@@ -55,7 +55,7 @@ class Trainer:
         schedule: Schedule,
         validation: Validation,
         checkpoints: CheckpointFolder,
-        monitor: NullMonitor,
+        monitor: Monitor,
         plan: Plan,
         run_dir: Path,
         *,

@@ -8,7 +8,7 @@ from blipds import distributed
 from blipds.engine import Engine
 from blipds.engine.checkpoints import CheckpointFolder
 from blipds.evaluation.evaluator import Evaluator
-from blipds.monitor import NullMonitor
+from blipds.monitor import Monitor
 from blipds.report import write_cider, write_report
 from blipds.scoring.metrics import METRICS, Scores
 from blipds.scoring.process import Scoring, ScoringTask
@@ -27,7 +27,7 @@ class Validation:
         engine: Engine,
         evaluators: Sequence[Evaluator],
         checkpoints: CheckpointFolder,
-        monitor: NullMonitor,
+        monitor: Monitor,
         plan: Plan,
         run_dir: Path,
         state: RunState,
@@ -61,7 +61,7 @@ class Validation:
                 self.monitor.captions(evaluator.split, step, **evaluator.contact_sheet(captioned.captions))
             self.generation_seconds[evaluator.split] = captioned.seconds
             if evaluator.references is None:
-                self.log(evaluator.split, step, Scores(), captioned.seconds)
+                self.log(evaluator.split, step, Scores(), captioned.seconds, evaluator.unscored)
         if self.evaluators and not self.has_references:
             self.report()
         return errors
@@ -121,11 +121,11 @@ class Validation:
                 write_cider(self.results(evaluator, step), scores.per_image_cider)
         self.report()
 
-    def log(self, split: str, step: int, scores: Scores, generation: float | None) -> None:
+    def log(self, split: str, step: int, scores: Scores, generation: float | None, unscored: str = "") -> None:
         seconds = scores.seconds if generation is None else {"generation": generation, **scores.seconds}
         note = f"training weights, {self.engine.precision}"
         epoch = self.plan.epoch_of(step)
-        self.monitor.evaluation(split, epoch, step, scores.values, scores.missing, note, seconds)
+        self.monitor.evaluation(split, epoch, step, scores.values, scores.missing, note, seconds, unscored)
         for warning in scores.warnings:
             self.monitor.say(f"  {warning}")
 
