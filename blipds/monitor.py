@@ -13,66 +13,14 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from blipds.files.replacing import replace_text
+
 QUIET_SECONDS = 30.0  # between progress lines where no terminal can redraw a bar
 
 Values = Mapping[str, float | None]
 
 
-class NullMonitor:
-    """What ranks other than 0 hold: every method of Monitor, doing nothing."""
-
-    def start_epoch(self, epoch: int, max_epoch: int, steps: int, done: int = 0) -> None:
-        """Opens the progress bar of an epoch of `steps` optimiser steps, `done` of them before a resume."""
-
-    def advance(self, done: int, postfix: Mapping[str, Any]) -> None:
-        """`done` steps of this epoch are behind us; `postfix` (loss, lr, ...) goes behind the bar."""
-
-    def start(self, step: int, facts: Mapping[str, Any]) -> None:
-        """Logs that a run begins, or goes on, after `step`, and what it is: a line of kind "start"."""
-
-    def train(self, step: int, epoch: int, values: Values) -> None:
-        """Logs a training step: `values` under `train/` in TensorBoard, and a line of kind "train"."""
-
-    def evaluation(
-        self,
-        split: str,
-        epoch: int | None,
-        step: int,
-        values: Values,
-        missing: Mapping[str, str],
-        note: str = "",
-        seconds: Mapping[str, float] | None = None,
-    ) -> None:
-        """Logs an evaluation: `values` under `{split}/`, a line of kind "eval", and a line for the terminal.
-
-        `epoch` is None outside of training. `missing` says why a metric has no value; `note` which weights and
-        precision were used; `seconds` what "generation", "tokenization" and each metric took.
-        """
-
-    def checkpoint(self, step: int, seconds: float) -> None:
-        """Logs what a checkpoint cost the run, `save/seconds` in TensorBoard, and a line of kind "save"."""
-
-    def captions(
-        self,
-        split: str,
-        step: int,
-        images: Sequence[Image.Image],
-        captions: Sequence[str],
-        references: Sequence[Sequence[str]],
-    ) -> None:
-        """Saves a contact sheet as `samples/{split}_step{step}.png` and shows it in TensorBoard."""
-
-    def say(self, line: str) -> None:
-        """Prints a line above the progress bar."""
-
-    def flush(self) -> None:
-        """Hands the curves over to the system, so that a checkpoint is never ahead of them."""
-
-    def close(self) -> None:
-        """Closes the bar and the files; may be called twice."""
-
-
-class Monitor(NullMonitor):
+class Monitor:
     """Rank 0's monitor, writing below `run_dir`.
 
     With `resume_step` (the last step the checkpoint holds) what the run before wrote beyond it is dropped, from
@@ -94,6 +42,7 @@ class Monitor(NullMonitor):
         self._bar: tqdm | None = None
 
     def start_epoch(self, epoch: int, max_epoch: int, steps: int, done: int = 0) -> None:
+        """Opens the progress bar of an epoch of `steps` optimiser steps, `done` of them before a resume."""
         self._close_bar()
         terminal = sys.stderr.isatty()
         columns, rows = shutil.get_terminal_size()  # 80 x 24 where a terminal says 0 x 0, which tqdm takes as no room
@@ -112,6 +61,7 @@ class Monitor(NullMonitor):
         )
 
     def advance(self, done: int, postfix: Mapping[str, Any]) -> None:
+        """`done` steps of this epoch are behind us; the bar shows `postfix` (loss, lr, ...) at its end."""
         assert self._bar is not None, "advance() before start_epoch()"
         self._bar.set_postfix(postfix, refresh=False)
         self._bar.update(done - self._bar.n)
@@ -119,9 +69,11 @@ class Monitor(NullMonitor):
             self._close_bar()
 
     def start(self, step: int, facts: Mapping[str, Any]) -> None:
+        """Logs that a run starts or resumes after `step`, and what it is: a line of kind "start"."""
         self._log("start", {"kind": "start", "step": step}, {}, facts)
 
     def train(self, step: int, epoch: int, values: Values) -> None:
+        """Logs a training step: `values` under `train/` in TensorBoard, and a line of kind "train"."""
         self._log("train", {"kind": "train", "step": step, "epoch": epoch}, values)
 
     def evaluation(
@@ -133,17 +85,26 @@ class Monitor(NullMonitor):
         missing: Mapping[str, str],
         note: str = "",
         seconds: Mapping[str, float] | None = None,
+        unscored: str = "",
     ) -> None:
+        """Logs an evaluation: `values` under `{split}/`, a line of kind "eval", and a line for the terminal.
+
+        `epoch` is None outside of training. `missing` says why a metric has no value, `unscored` why nothing was to be
+        scored. `note`: which weights and precision were used. `seconds`: what "generation", "tokenization" and each
+        metric took.
+        """
         head = {"kind": "eval", "split": split, "epoch": epoch, "step": step}
         costs = {name: round(value, 2) for name, value in (seconds or {}).items()}
         self._log(split, head, values, {"missing": dict(missing), "note": note, "seconds": costs})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
         when = "" if epoch is None else f" at step {step} (epoch {epoch + 1})"
-        self.say(f"{split}{when}: {shown or 'captions only, no references'}{f'  [{note}]' if note else ''}")
+        shown = shown or ", ".join(filter(None, ["captions only", unscored]))
+        self.say(f"{split}{when}: {shown}{f'  [{note}]' if note else ''}")
         for name, reason in missing.items():
             self.say(f"  {name} is missing: {reason}")
 
     def checkpoint(self, step: int, seconds: float) -> None:
+        """Logs what a checkpoint cost the run: `save/seconds` in TensorBoard, and a line of kind "save"."""
         self._log("save", {"kind": "save", "step": step}, {"seconds": seconds})
 
     def captions(
@@ -154,6 +115,7 @@ class Monitor(NullMonitor):
         captions: Sequence[str],
         references: Sequence[Sequence[str]],
     ) -> None:
+        """Saves a contact sheet as `samples/{split}_step{step}.png` and shows it in TensorBoard."""
         import numpy
 
         sheet = contact_sheet(images, captions, references)
@@ -163,13 +125,16 @@ class Monitor(NullMonitor):
         self._board.add_image(f"{split}/captions", numpy.asarray(sheet), step, dataformats="HWC")
 
     def say(self, line: str) -> None:
+        """Prints a line above the progress bar."""
         tqdm.write(line)
         sys.stdout.flush()
 
     def flush(self) -> None:
+        """Writes the curves to their file, so that a checkpoint is never ahead of them."""
         self._board.flush()
 
     def close(self) -> None:
+        """Closes the bar and the files; may be called twice."""
         self._close_bar()
         self._lines.close()
         self._board.close()
@@ -196,6 +161,16 @@ class Monitor(NullMonitor):
                 self._board.add_scalar(f"{section}/{name}", number, head["step"])
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+class NullMonitor(Monitor):
+    """What ranks other than 0 hold: every method of Monitor, doing nothing."""
+
+    __init__ = start_epoch = advance = start = train = evaluation = checkpoint = captions = _nothing
+    say = flush = close = _nothing
+
+
 def _plain(value: Any) -> float | int | None:
     """Python's own number for whatever holds one (numpy, a tensor on the CPU)."""
     return value if value is None or isinstance(value, int) else float(value)
@@ -211,9 +186,7 @@ def _drop_lines(metrics: Path, after: int, awaited: int | None) -> None:
             continue
         if entry["step"] <= after and not (entry["kind"] == "eval" and entry["step"] == awaited):
             kept.append(line + "\n")
-    partial = metrics.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(metrics)
+    replace_text(metrics, "".join(kept))
 
 
 class _LineByLine:

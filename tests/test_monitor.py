@@ -1,6 +1,5 @@
 """The monitor: what it writes can be read back, also after a crash and a resume."""
 
-import inspect
 import json
 import subprocess
 import sys
@@ -81,6 +80,19 @@ def test_evaluation(monitor, tmp_path, capsys):
     ]
     monitor.close()
     assert [event.value for event in board(tmp_path).Scalars("val/CIDEr")] == [0.25]
+
+
+def test_captions_without_scores(monitor, capsys):
+    """Why they have none is said: there are no references, nobody wants scores, or no metric could run."""
+    monitor.evaluation("val", 0, 20, {}, {}, "best, fp32", unscored="run.report_metric is false")
+    monitor.evaluation("test", None, 20, {}, {}, unscored="no references")
+    monitor.evaluation("val", None, 20, {}, {"CIDEr": "no Java"})
+    assert capsys.readouterr().out.splitlines() == [
+        "val at step 20 (epoch 1): captions only, run.report_metric is false  [best, fp32]",
+        "test: captions only, no references",
+        "val: captions only",
+        "  CIDEr is missing: no Java",
+    ]
 
 
 def test_resume_drops_what_is_taken_again(tmp_path):
@@ -192,21 +204,18 @@ def test_progress_without_a_terminal_is_lines(tmp_path):
     assert shown[1].endswith("loss=2.5, lr=1e-05]")
 
 
-def test_null_monitor_has_the_same_methods(tmp_path):
+def test_null_monitor_does_nothing():
     def methods(kind):
-        return {n: inspect.signature(f) for n, f in vars(kind).items() if inspect.isfunction(f) and n[0] != "_"}
+        return {
+            name for name, value in vars(kind).items() if callable(value) and (name[0] != "_" or name == "__init__")
+        }
 
-    assert methods(Monitor) == methods(NullMonitor)
+    assert methods(NullMonitor) == methods(Monitor)
     null = NullMonitor()
     null.start_epoch(0, 1, 1)
-    null.advance(1, {})
-    null.start(0, {})
-    null.train(1, 0, {})
-    null.evaluation("val", 0, 1, {}, {})
-    null.checkpoint(1, 0.5)
-    null.captions("val", 1, [], [], [])
+    null.evaluation("val", 0, 1, {}, {}, unscored="no references")
     null.say("nothing")
-    null.close()
+    assert vars(null) == {}
 
 
 def test_importing_is_light():

@@ -26,7 +26,7 @@ from blipds.models.initialisation import initialise
 from blipds.models.parameters import copy_into
 from blipds.models.protocol import CaptioningModel, keep_activations
 from blipds.models.weights import load_weights, open_weights
-from blipds.monitor import NullMonitor
+from blipds.monitor import Monitor
 from blipds.report import Shown, write_cider
 from blipds.report.run_files import replace_text
 from blipds.scoring.metrics import METRICS, Captions, Scores
@@ -65,6 +65,9 @@ class Evaluator:
         self.dataset = dataset
         self.captioner = captioner
         self.references = references
+        self.unscored = ""  # why its captions are not scored
+        if references is None:
+            self.unscored = "no references" if run.report_metric else "run.report_metric is false"
         self.tokenized: Captions = {}  # the references' tokens, once there has been an evaluation
         if references is not None:
             ids = [str(record.image_id) for record in dataset.records]
@@ -228,7 +231,7 @@ def evaluate_checkpoint(
     device: torch.device,
     precision: str,
     run_dir: Path,
-    monitor: NullMonitor,
+    monitor: Monitor,
     step: int = 0,
     epoch: int | None = None,
     metrics: Sequence[str] = METRICS,
@@ -257,7 +260,7 @@ def evaluate_checkpoint(
         note = f"{checkpoint or 'random weights'}, {precision}"
         for name, found in scores.items():
             seconds = {"generation": generated.seconds, **found.seconds}
-            monitor.evaluation(name, epoch, step, found.values, found.missing, note, seconds)
+            monitor.evaluation(name, epoch, step, found.values, found.missing, note, seconds, evaluator.unscored)
             for line in found.warnings:
                 monitor.say(f"  {line}")
         for error in generated.errors[:10]:

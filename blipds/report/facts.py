@@ -35,12 +35,11 @@ def facts(run_dir: Path, config: Config, lines: Sequence[Line], splits: Sequence
     sections = [
         Facts("Model", model_rows(config, start)),
         Facts("Data", data_rows(config, start, splits)),
+        Facts("Training", training_rows(run_dir, config, start, trained) if trained else []),
+        Facts("Captions", decoding_rows(config)),
+        Facts("Speed", speed_rows(trained, lines)),
+        Facts("Machine", machine_rows(start)),
     ]
-    if trained:
-        sections.append(Facts("Training", training_rows(run_dir, config, start, trained)))
-    sections.append(Facts("Captions", decoding_rows(config)))
-    sections.append(Facts("Speed", speed_rows(trained, lines)))
-    sections.append(Facts("Machine", machine_rows(start)))
     return [section for section in sections if section.rows]
 
 
@@ -71,9 +70,10 @@ def data_rows(config: Config, start: Line, splits: Sequence[SplitSize]) -> list[
     rows = [("Datasets", ", ".join(config.datasets))]
     if "images" in start:
         rows.append(("Trained on", f"{start['images']:,} images, {start['captions']:,} captions"))
+    no_references = "no references" if config.run.report_metric else "not scored (run.report_metric is false)"
     for split in splits:
-        references = f", {split.references:,} references" if split.references else ", no references"
-        rows.append((f"Split {split.name}", f"{split.images:,} images{references}"))
+        references = f"{split.references:,} references" if split.references else no_references
+        rows.append((f"Split {split.name}", f"{split.images:,} images, {references}"))
     return rows
 
 

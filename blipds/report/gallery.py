@@ -50,10 +50,10 @@ class Card:
 
 
 def choose(ids: Sequence[str], cider: Mapping[str, float] | None, count: int) -> dict[str, str]:
-    """{image id: why it was chosen} of at most `count` images: a third the worst, a third the best, the rest by lot.
+    """{image id: why it was chosen} of at most `count` images: the worst third, the best third, the rest at random.
 
-    The lot falls by a hash of the id, so that it falls alike after each evaluation, and a smaller choice is part of a
-    larger one. Without scores all are chosen by lot. In the order of `ids`.
+    A hash of the id stands for a random number: each evaluation chooses the same images, and a smaller choice is part
+    of a larger one. Without scores all are chosen at random. In the order of `ids`.
     """
     chosen: dict[str, str] = {}
     if cider is not None:
@@ -61,12 +61,12 @@ def choose(ids: Sequence[str], cider: Mapping[str, float] | None, count: int) ->
         third = min(count, len(ranked)) // 3
         chosen |= dict.fromkeys(ranked[:third], WORST)
         chosen |= dict.fromkeys(ranked[len(ranked) - third :], BEST)
-    rest = sorted((image_id for image_id in ids if image_id not in chosen), key=lot)
+    rest = sorted((image_id for image_id in ids if image_id not in chosen), key=random_key)
     chosen |= dict.fromkeys(rest[: count - len(chosen)], RANDOM)
     return {image_id: chosen[image_id] for image_id in ids if image_id in chosen}
 
 
-def lot(image_id: str) -> bytes:
+def random_key(image_id: str) -> bytes:
     return hashlib.blake2b(image_id.encode(errors="replace"), digest_size=8).digest()
 
 

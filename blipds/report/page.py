@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,11 @@ from blipds.report.run_files import (
     seconds_spent,
 )
 from blipds.scoring.metrics import score_captions
+from blipds.scoring.published import COLUMNS
 
 REPORT = "report.html"
-# (name in metrics.jsonl, as papers write it, also where there is little room)
-METRICS = (
-    ("CIDEr", "CIDEr", True),
-    ("Bleu_4", "BLEU-4", True),
-    ("METEOR", "METEOR", True),
-    ("ROUGE_L", "ROUGE-L", True),
-    ("SPICE", "SPICE", True),
-    ("Bleu_1", "BLEU-1", False),
-    ("Bleu_2", "BLEU-2", False),
-    ("Bleu_3", "BLEU-3", False),
-)
+METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE")
+MINOR_METRICS = ("Bleu_1", "Bleu_2", "Bleu_3")  # on wide screens
 CURVES = (
     ("loss", "Training loss", False),
     ("lr", "Learning rate", True),
@@ -48,7 +40,7 @@ CURVES = (
 
 @dataclass(frozen=True)
 class Shown:
-    """An evaluated split and where its pictures come from. `references`: {image id: captions}; None: there are none."""
+    """An evaluated split and its images. `references`: {image id: captions}; None where nothing was scored."""
 
     split: str
     records: Sequence[Record]
@@ -57,7 +49,8 @@ class Shown:
 
 @dataclass(frozen=True)
 class Table:
-    """Evaluations of a split. `missing`: metric -> why it has no value, of the newest."""
+    """Evaluations of a split. `columns`: (key, title, whether narrow screens show it). `missing`: metric -> why it has
+    no value, of the newest."""
 
     split: str
     columns: list[tuple[str, str, bool]]
@@ -118,7 +111,7 @@ def page(run_dir: Path, splits: Sequence[Shown], heat_maps: Mapping[str, Mapping
         folder=str(run_dir.resolve()),
         written=time.strftime("%Y-%m-%d %H:%M"),
         tiles=tiles(lines, evaluations),
-        charts=metric_charts(lines, evaluations) + training_charts(lines),
+        charts=charts_of(lines, evaluations),
         tables=[table_of(split, rows) for split, rows in evaluations.items()],
         galleries=galleries,
         facts=facts(run_dir, config, lines, sizes),
@@ -178,41 +171,31 @@ def when(line: Line) -> str:
 # --- curves and tables
 
 
-def training_charts(lines: Sequence[Line]) -> list[Chart]:
+def charts_of(lines: Sequence[Line], evaluations: Mapping[str, list[Line]]) -> list[Chart]:
+    """Metrics, with a line for each split, and curves of training; none for a run that did not train."""
     trained = of_kind(lines, "train")
     if not trained:
         return []
-    drawn = []
-    for key, title, from_zero in CURVES:
-        points = [(line["step"], line[key]) for line in trained if line.get(key) is not None]
-        drawn.append(chart(title, {title: points}, trained[-1]["step"], epoch_ends(trained), from_zero=from_zero))
-    return [one for one in drawn if one is not None]
-
-
-def metric_charts(lines: Sequence[Line], evaluations: Mapping[str, list[Line]]) -> list[Chart]:
-    """One for each metric, a line for each split; of evaluations in training, as others have no step."""
-    trained = of_kind(lines, "train")
-    if not trained:
-        return []
+    last_step, epoch_ends = trained[-1]["step"], {line["epoch"] + 1: line["step"] for line in trained}
     best = next(filter(None, map(best_of, evaluations.values())), None)
     drawn = []
-    for key, title, _ in [metric for metric in METRICS if metric[2]]:
-        curves = {
-            split: [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            for split, rows in evaluations.items()
-        }
+    for key in METRICS:
+        curves = {split: curve(rows, key) for split, rows in evaluations.items()}
         mark = None if best is None or best.get(key) is None else (best["step"], best[key])
-        drawn.append(chart(title, curves, trained[-1]["step"], epoch_ends(trained), best=mark, dots=True))
+        drawn.append(chart(COLUMNS[key], curves, last_step, epoch_ends.items(), best=mark, dots=True))
+    for key, title, from_zero in CURVES:
+        curves = {title: curve(trained, key)}
+        drawn.append(chart(title, curves, last_step, epoch_ends.items(), from_zero=from_zero))
     return [one for one in drawn if one is not None]
 
 
-def epoch_ends(trained: Iterable[Line]) -> list[tuple[int, float]]:
-    """(epoch from 1, its last logged step)"""
-    return list({line["epoch"] + 1: line["step"] for line in trained}.items())
+def curve(lines: Sequence[Line], key: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
 
 
 def table_of(split: str, rows: list[Line]) -> Table:
-    columns = [column for column in METRICS if any(row.get(column[0]) is not None for row in rows)]
+    keys = [key for key in (*METRICS, *MINOR_METRICS) if any(row.get(key) is not None for row in rows)]
+    columns = [(key, COLUMNS[key], key in METRICS) for key in keys]
     return Table(split, columns, rows, best_of(rows) if len(rows) > 1 else None, rows[-1].get("missing") or {})
 
 
@@ -282,8 +265,8 @@ def choice(chosen: Mapping[str, str], images: int) -> str:
         return f"All {images:,} images."
     counts = {why: sum(reason == why for reason in chosen.values()) for why in (WORST, BEST, RANDOM)}
     if not counts[WORST]:
-        return f"Of {images:,} images, {counts[RANDOM]:,} drawn by lot."
+        return f"Of {images:,} images, {counts[RANDOM]:,} chosen at random."
     return (
         f"Of {images:,} images: the {counts[WORST]:,} with the lowest CIDEr, the {counts[BEST]:,} with the highest, "
-        f"and {counts[RANDOM]:,} of the others, drawn by lot."
+        f"and {counts[RANDOM]:,} of the others, chosen at random."
     )

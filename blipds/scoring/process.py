@@ -32,15 +32,6 @@ class ScoringTask:
     tokenized: Captions = field(default_factory=dict)
     cider_corpus: Mapping[str, list[str]] = field(default_factory=dict)
 
-    def run(self) -> Scores:
-        return score_captions(
-            self.candidates,
-            self.references,
-            self.metrics,
-            tokenized=self.tokenized,
-            cider_corpus=self.cider_corpus,
-        )
-
 
 class Scoring:
     """Tasks being scored by a niced process, one after the other. It ends with the process that started it.
@@ -99,10 +90,10 @@ def main() -> None:
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     answers = []
-    for task in (ScoringTask(**question) for question in json.load(sys.stdin)):
-        known = set(task.tokenized)
-        scores = task.run()
-        new = {image_id: texts for image_id, texts in task.tokenized.items() if image_id not in known}
+    for task in json.load(sys.stdin):
+        known = set(task["tokenized"])
+        scores = score_captions(**task)
+        new = {image_id: texts for image_id, texts in task["tokenized"].items() if image_id not in known}
         answers.append({"scores": asdict(scores), "tokenized": new})
     json.dump(answers, sys.stdout)
 

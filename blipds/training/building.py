@@ -47,7 +47,7 @@ from blipds.models import build_model
 from blipds.models.lr_scales import lr_scales
 from blipds.models.parameters import whole_shape
 from blipds.models.weights import load_initial_weights, load_weights, open_weights
-from blipds.monitor import NullMonitor
+from blipds.monitor import Monitor
 from blipds.planning import planner
 from blipds.registry import OBJECTIVES, SCHEDULES
 from blipds.report import REPORT, Shown, machine_facts, write_report
@@ -61,7 +61,7 @@ from blipds.training.validation import Validation
 
 
 def build_trainer(
-    config: Config, ds_config: Section, run_dir: Path, monitor: NullMonitor, resumed: Path | None = None
+    config: Config, ds_config: Section, run_dir: Path, monitor: Monitor, resumed: Path | None = None
 ) -> Trainer:
     """Everything from annotation files to the engine, ready to train; `resumed` is a checkpoint of a run. Collective.
 
@@ -216,9 +216,7 @@ def build_schedule(run: RunConfig, plan: StepPlan) -> Schedule:
     )
 
 
-def build_engine(
-    config: Config, ds_config: Section, run_dir: Path, resumed: Path | None, monitor: NullMonitor
-) -> Engine:
+def build_engine(config: Config, ds_config: Section, run_dir: Path, resumed: Path | None, monitor: Monitor) -> Engine:
     """The model with its initial weights in a DeepSpeed engine. Collective."""
     run = config.run
     if offload_folders(ds_config):
@@ -244,7 +242,7 @@ def build_engine(
     return engine
 
 
-def read_from_cache(config: Config, engine: Engine, datasets: Sequence[CaptionDataset], monitor: NullMonitor) -> None:
+def read_from_cache(config: Config, engine: Engine, datasets: Sequence[CaptionDataset], monitor: Monitor) -> None:
     """Makes the datasets give features instead of pixels. Collective."""
     model, run = config.model, config.run
     given = model.cache_image_embeds

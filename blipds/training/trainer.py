@@ -15,7 +15,7 @@ from blipds.data.loader import Batch, TrainLoader, derive_seed
 from blipds.engine import Engine
 from blipds.engine.checkpoints import CheckpointFolder, shape_of
 from blipds.errors import UserError
-from blipds.monitor import NullMonitor
+from blipds.monitor import Monitor
 from blipds.signals import STOPPING, StallWatch, Stopped, StopSignals
 from blipds.training.objectives import Objective
 from blipds.training.run_state import RunState, StepPlan
@@ -62,7 +62,7 @@ class Trainer:
     schedule: Schedule
     validation: Validation
     checkpoints: CheckpointFolder
-    monitor: NullMonitor
+    monitor: Monitor
     plan: StepPlan
     state: RunState
 

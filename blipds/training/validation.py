@@ -10,7 +10,7 @@ from blipds.config.run import RunConfig
 from blipds.engine import Engine
 from blipds.engine.checkpoints import CheckpointFolder
 from blipds.evaluation.evaluator import Evaluator
-from blipds.monitor import NullMonitor
+from blipds.monitor import Monitor
 from blipds.report import write_cider, write_report
 from blipds.scoring.metrics import METRICS, Scores
 from blipds.scoring.process import Scoring, ScoringTask
@@ -31,7 +31,7 @@ class Validation:
     engine: Engine
     evaluators: Sequence[Evaluator]
     checkpoints: CheckpointFolder
-    monitor: NullMonitor
+    monitor: Monitor
     plan: StepPlan
     state: RunState
 
@@ -136,7 +136,8 @@ class Validation:
         seconds = scores.seconds if generation is None else {"generation": generation, **scores.seconds}
         note = f"training weights, {self.engine.precision}"
         epoch = self.plan.epoch_of(step)
-        self.monitor.evaluation(split, epoch, step, scores.values, scores.missing, note, seconds)
+        unscored = next((evaluator.unscored for evaluator in self.evaluators if evaluator.split == split), "")
+        self.monitor.evaluation(split, epoch, step, scores.values, scores.missing, note, seconds, unscored)
         for warning in scores.warnings:
             self.monitor.say(f"  {warning}")
 

@@ -50,6 +50,12 @@ def test_a_run_in_its_third_epoch(tmp_path, config):
     assert said["Began as"] == "random weights"
 
 
+def test_report_metric_false_is_not_called_no_references(tmp_path, config):
+    config.run.report_metric = False
+    said = rows(tmp_path, config, [], [SplitSize("val", 1000, 0)])
+    assert said["Split val"] == "1,000 images, not scored (run.report_metric is false)"
+
+
 def test_what_is_not_known_is_not_said(tmp_path, config):
     """An evaluation of some checkpoint: no training, and here not even the start is noted."""
     titles = [section.title for section in facts(tmp_path, config, [], [])]
