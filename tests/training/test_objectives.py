@@ -55,5 +55,5 @@ def test_an_objective_of_ones_own_weights_labels(batch, engine):
 
 def test_names():
     assert OBJECTIVES["cross_entropy"] is CrossEntropy
-    with pytest.raises(UserError, match=r"^unknown objective 'cross_entrpy'; did you mean 'cross_entropy'\?"):
+    with pytest.raises(UserError, match=r"^unknown run.objective 'cross_entrpy'; did you mean 'cross_entropy'\?"):
         OBJECTIVES["cross_entrpy"]
