@@ -5,9 +5,9 @@
     python launch/prepare_data.py flickr30k|flickr8k|nocaps --root DATA
     python launch/prepare_data.py spice                   what the metric SPICE needs
 
-The annotations (and COCO's images) are downloaded to where the packaged dataset configs look. It says first what it
-needs of disk and time, and asks; a download that breaks off, or is broken off, goes on where it was. What has to be
-asked for by hand (the photographs of Flickr) it names: which file goes where; it recognises and unpacks it there.
+The annotations (and COCO's images) are downloaded to where the packaged dataset configs look. It first says how much
+disk and time it needs, and asks; interrupted downloads resume. It lists the files that you must request yourself
+(Flickr's photographs) and where to put them, and unpacks them from there.
 
     python launch/prepare_data.py check my_captions/train.json my_captions/val.json --images my_captions/images
     python launch/prepare_data.py check dataset_flickr8k.json --images Flicker8k_Dataset
@@ -89,7 +89,7 @@ def add_standard_sets(commands: Any) -> None:
             metavar="DIR",
             help=f"env.cache_root of the runs that use it; default: {EnvConfig.cache_root}",
         )
-        command.add_argument("--yes", action="store_true", help="do not ask before it starts")
+        command.add_argument("--yes", action="store_true", help="start without asking")
         if name != "spice":
             command.add_argument("--no-images", action="store_true", help="annotations only")
 
@@ -103,11 +103,10 @@ def run_standard_set(args: argparse.Namespace) -> None:
     root = args.root.expanduser()
     wanted = StandardSet(packaged_dataset(DATASETS[args.command]), root)
     done: set[str] = set()
-    # once more where the annotations, once they are there, name images that nobody missed before
+    # new annotations may name images that are missing: plan again until nothing new is left
     while steps := [step for step in wanted.steps(not args.no_images) if step.line not in done]:
         carry_out(steps, root, args.yes)
         done |= {step.line for step in steps}
-    wanted.tidy()
     missing = [] if args.no_images else wanted.missing_lines()
     for line in missing:
         print(f"missing    {line}")
@@ -127,7 +126,7 @@ def carry_out(steps: list[Step], root: Path, yes: bool) -> None:
     """Says what is needed, asks, and does it."""
     print(*announcement(steps, root), sep="\n", flush=True)
     if not yes and not sys.stdin.isatty():
-        raise UserError("nobody can be asked where standard input is no terminal: --yes starts it")
+        raise UserError("standard input is no terminal, so nobody can confirm: give --yes to start")
     if not yes and input("start? [y/N] ").strip().lower() not in ("y", "yes"):
         raise UserError("not started")
     for step in steps:

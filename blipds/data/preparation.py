@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -12,7 +12,7 @@ from typing import Any
 
 from blipds import distributed
 from blipds.config.run import ArchiveConfig, Config, DatasetConfig
-from blipds.data.annotations import read_annotations, read_splits
+from blipds.data.annotations import ImageFile, read_annotations, read_splits
 from blipds.errors import UserError
 from blipds.files.archives import BadArchive, unpack
 from blipds.files.download import cache_name, check_address, fetch, file_md5, locked
@@ -185,10 +185,10 @@ class StandardSet:
         if not self.images.is_dir() or not all(file.path.exists() for file in self.annotations):
             folders = [self.images / archive.target for archive in self.archives]
             return [folder for folder in folders if not folder.is_dir() or not any(folder.iterdir())]
-        splits = [
-            read_annotations([file.path], self.images, file.split == "train", file.split) for file in self.annotations
-        ]
-        images = {record.image.path for split in splits for record in split.records}  # type: ignore[attr-defined]
+        images = set()
+        for file in self.annotations:
+            annotations = read_annotations([file.path], self.images, file.split == "train", file.split)
+            images |= {record.image.path for record in annotations.records if isinstance(record.image, ImageFile)}
         return sorted(image for image in images if not image.exists())
 
     def steps(self, with_images: bool) -> list[Step]:
@@ -203,8 +203,11 @@ class StandardSet:
                     f"{file.path}: its md5 is {other}, not {file.md5} as published; remove it to download it again"
                 )
         missing = self.missing_images() if with_images else []
-        wanted = [archive for archive in self.archives if below(missing, self.images / archive.target)]
-        return steps + [step for archive in wanted if (step := self.archive_step(archive)) is not None]
+        for archive in self.archives:
+            folder = self.images / archive.target
+            if any(path.is_relative_to(folder) for path in missing) and (step := self.archive_step(archive)):
+                steps.append(step)
+        return steps
 
     def archive_step(self, archive: ArchiveConfig) -> Step | None:
         """None where it can neither be downloaded nor lies in its place; `missing_lines` says what to do then."""
@@ -230,7 +233,7 @@ class StandardSet:
         lines, missing = [], self.missing_images()
         for archive in self.archives:
             folder, by_hand = self.images / archive.target, self.images.parent / archive.file
-            if not (absent := below(missing, folder)):
+            if not (absent := [path for path in missing if path.is_relative_to(folder)]):
                 continue
             what = "all images" if absent == [folder] else f"{len(absent):,} images, such as {absent[0]}"
             remedy = f"{archive.request} says how to get them; put them into {folder}"
@@ -240,19 +243,6 @@ class StandardSet:
                 remedy = f"request {archive.file} at {archive.request}, put it at {by_hand} and run this command again"
             lines.append(f"{what}; {remedy}")
         return lines
-
-    def tidy(self) -> None:
-        """Removes from `downloads` what is not needed any more."""
-        for file in self.annotations:
-            (self.downloads / cache_name(file.url)).unlink(missing_ok=True)
-        for lock in self.downloads.glob("*.lock"):
-            lock.unlink()
-        with suppress(OSError):  # others have something in it, or it never was
-            self.downloads.rmdir()
-
-
-def below(paths: list[Path], folder: Path) -> list[Path]:
-    return [path for path in paths if path.is_relative_to(folder)]
 
 
 def spice_steps(downloads: Path) -> list[Step]:

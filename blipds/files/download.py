@@ -26,7 +26,7 @@ from blipds.errors import UserError
 
 CHUNK = 1 << 20
 HEADERS = {"User-Agent": "blipds", "Accept-Encoding": "identity"}
-TIMEOUT = 60.0  # seconds after which a connection is given up that brings nothing, or less than MIN_RATE
+TIMEOUT = 30.0  # seconds after which a connection is given up that brings nothing, or less than MIN_RATE
 MIN_RATE = 1000  # bytes a second
 ATTEMPTS = 5  # that may fail in a row
 PROGRESS = 1 << 16  # new bytes after which an attempt does not count as failed
