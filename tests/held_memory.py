@@ -1,6 +1,10 @@
 """What memory really is used for, on a CPU: the allocator's own record, and DeepSpeed's own tensors."""
 
+from contextlib import ExitStack
+from unittest.mock import patch
+
 import torch
+import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from blipds.engine import checkpointed
@@ -8,23 +12,36 @@ from blipds.models import build_model
 from blipds.models import loss as loss_module
 
 
+def flash_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+    """The CPU's, which keeps what CUDA's keeps. It has no dropout; CUDA's draws the same numbers again instead."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=attn_mask)[0]
+
+
+def dropout(x, p=0.5, training=True, inplace=False):
+    """The kernel that CUDA takes: its mask is a byte per element; that of `F.dropout` on a CPU is as wide as `x`."""
+    return torch.ops.aten.native_dropout(x, p, training)[0] if training and p > 0 else x
+
+
 def activations_on_cpu(config, shape, dtype):
     """(bytes kept from forward for backward, peak in forward and backward): every allocation of one real step.
 
-    As in training the gradient of a parameter goes as soon as it is there, and flash attention is off in bf16.
+    Of the kernels that a GPU would take, where CPUs have them too. As in training the gradient of a parameter goes as
+    soon as it is there.
     """
     model = build_model(config.model, checkpointed).to(dtype).train()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     inputs = shape.inputs(config.model.image_size, dtype, "cpu")
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    torch.backends.cuda.enable_flash_sdp(dtype == torch.float32)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", flash_attention))
+        stack.enter_context(patch.object(F, "dropout", dropout))
+        # the loss takes its logits in smaller pieces on a CPU
+        stack.enter_context(patch.object(loss_module, "CPU_CHUNK", loss_module.GPU_CHUNK))
+        recorded = stack.enter_context(profile(activities=[ProfilerActivity.CPU], profile_memory=True))
         with record_function("the forward pass"):
             loss = model(**inputs)
         loss.backward()
-    torch.backends.cuda.enable_flash_sdp(flash)
     events = recorded.profiler.kineto_results.events()
     end = next(event.end_ns() for event in events if event.name() == "the forward pass")
     live = kept = peak = 0
@@ -33,11 +50,6 @@ def activations_on_cpu(config, shape, dtype):
         peak = max(peak, live)
         kept = live if event.start_ns() <= end else kept
     return kept, peak
-
-
-def plan_for_cpu(monkeypatch):
-    """The loss takes its logits in smaller pieces on a CPU: a forecast that is held against one must do so too."""
-    monkeypatch.setattr(loss_module, "GPU_CHUNK", loss_module.CPU_CHUNK)
 
 
 def bytes_of(tensors):

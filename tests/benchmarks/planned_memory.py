@@ -2,7 +2,8 @@
 
     PYTHONPATH=.:tests python tests/benchmarks/planned_memory.py
 
-On a CPU: a forward and backward pass of each, every allocation counted. 3 GB of memory at most.
+A forward and backward pass of each on a CPU, with the kernels that a GPU would take; every allocation is counted. Needs
+3 GB of memory at most.
 """
 
 import gc
@@ -12,7 +13,6 @@ from held_memory import activations_on_cpu
 
 from blipds.config.run import load_run_config
 from blipds.engine import DTYPES
-from blipds.models import loss
 from blipds.planning.planner import Shape, activations
 
 RUN_CONFIGS = Path(__file__).resolve().parents[2] / "run_configs"
@@ -37,16 +37,15 @@ COMBINATIONS = [
 
 
 def main() -> None:
-    loss.GPU_CHUNK = loss.CPU_CHUNK  # the forecast is for this CPU
     for model, size, precision, (images, captions), options in COMBINATIONS:
         path = RUN_CONFIGS / f"caption_coco_{model}.yaml"
         config, _ = load_run_config(path, [f"model.image_size={size}", *options])
         shape = Shape(images, captions, tokens=20, prompt_tokens=4)
-        found = activations(config, shape, DTYPES[precision], "cpu")
-        kept, peak = activations_on_cpu(config, shape, DTYPES[precision])
+        kept, peak = activations(config, shape, DTYPES[precision])
+        measured_kept, measured_peak = activations_on_cpu(config, shape, DTYPES[precision])
         gc.collect()
         said = ", ".join(option.removeprefix("model.") for option in options if option not in NONE) or "-"
-        megabytes = " | ".join(f"{value / 1e6:.0f}" for value in (found.kept, kept, found.peak, peak))
+        megabytes = " | ".join(f"{value / 1e6:.0f}" for value in (kept, measured_kept, peak, measured_peak))
         print(f"| {model} {size}, {precision} | {images} x {captions} | {said} | {megabytes} |", flush=True)
 
 
