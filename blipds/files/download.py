@@ -183,8 +183,7 @@ class _Transfer:
                 if response.headers.get("Content-Range", "").replace(" ", "") == f"bytes*/{self.have}":
                     return  # nothing follows: all of it is here
                 self._restart("the server's file is shorter than what is here")
-            position, total = _span(response, self.have if resume else 0)
-            self._check_version(position, total, _validator(response))
+            position = self._accept(response, resume)
             for chunk in _chunks(response):
                 fresh = chunk[max(self.have - position, 0) :]  # a server without Range sends the beginning again
                 position += len(chunk)
@@ -199,15 +198,27 @@ class _Transfer:
         if self.total is not None and self.have < self.total:
             raise _Broken(f"the connection ended after {self.have} of {self.total} bytes")
 
-    def _check_version(self, position: int, total: int | None, validator: str) -> None:
-        if None not in (total, self.total) and total != self.total:
+    def _accept(self, response: Any, resumed: bool) -> int:
+        """The position of the answer's first byte. It must be of the file that is here so far."""
+        position, size = 0, response.headers.get("Content-Length", "")
+        if response.status != 200:
+            found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+            if not resumed or response.status != 206 or found is None or int(found[1]) != self.have:
+                raise _Broken("the server sent another range than asked for")
+            position, size = self.have, found[2]
+        total = int(size) if re.fullmatch(r"[0-9]{1,19}", size) else self.total
+        if self.total not in (None, total):
             self._restart(f"the server's file has {total:,} bytes instead of {self.total:,}: another file")
-        other = self.validator and validator and validator != self.validator
+        etag = response.headers.get("ETag", "")
+        strong = etag.startswith('"')  # a weak one does not promise equal bytes
+        validator = etag if strong else response.headers.get("Last-Modified", "")
+        other = self.validator != "" and validator not in ("", self.validator)
         if self.have and (other or (position == 0 and not self.confirmed)):
             self._restart("the file changed while it was read")
-        self.confirmed = True
-        self.validator = self.validator if self.have else validator
-        self.total = total if self.total is None else self.total
+        self.confirmed, self.total = True, total
+        if not self.have:
+            self.validator = validator
+        return position
 
     def _restart(self, reason: str) -> NoReturn:
         if not self.restarts:
@@ -315,23 +326,6 @@ def _retry_after(given: str) -> float:
         return max(email.utils.parsedate_to_datetime(given).timestamp() - time.time(), 0.0)
     except (ValueError, TypeError, OverflowError):
         return 0.0
-
-
-def _span(response: Any, have: int) -> tuple[int, int | None]:
-    """(position of the answer's first byte, size of the whole file). _Broken for another range than from `have`."""
-    if response.status == 200:
-        length = response.headers.get("Content-Length", "")
-        return 0, int(length) if re.fullmatch(r"[0-9]{1,19}", length) else None
-    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-    if response.status != 206 or found is None or int(found[1]) != have or not have:
-        raise _Broken("the server sent another range than asked for")
-    return have, int(found[2]) if found[2] != "*" else None
-
-
-def _validator(response: Any) -> str:
-    """What tells the versions of a file apart, for If-Range: a weak ETag does not promise equal bytes."""
-    etag = response.headers.get("ETag", "")
-    return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
 
 
 def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
