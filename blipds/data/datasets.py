@@ -130,7 +130,8 @@ def build_dataset(name: str, config: Config, split: str, training: bool) -> Capt
     if not annotations.records:
         raise UserError(f"datasets.{name}: split '{split}' holds no image")
     limited = annotations.limited(config.run.limit_train if training else config.run.limit_val)
-    check_readable(limited, f"datasets.{name}: split '{split}'")
+    if training:  # an evaluation counts what it could not read
+        check_readable(limited, f"datasets.{name}: split '{split}'")
     processors = build_processors(dataset, config, training)
     return CaptionDataset(name, limited, *processors, dataset.captions_per_image, training)
 
@@ -155,7 +156,7 @@ def check_readable(annotations: Annotations, place: str) -> None:
         if tried == PROBED:
             break
     which = f"its {len(annotations.records):,} images" if tried < PROBED else f"the first {PROBED} images"
-    raise UserError(f"{place}: none of {which} can be read: {'; '.join([*errors[:SHOWN], *annotations.notices])}")
+    raise UserError("; ".join([f"{place}: none of {which} can be read", *errors[:SHOWN], *annotations.notices]))
 
 
 def build_processors(
