@@ -126,7 +126,8 @@ def build_dataset(name: str, config: Config, split: str, training: bool) -> Capt
     limited = annotations.limited(config.run.limit_train if training else config.run.limit_val)
     first = [record.image.path for record in limited.records[:100] if isinstance(record.image, ImageFile)]
     check_images(name, config, first)
-    check_readable(limited, f"datasets.{name}: split '{split}'")
+    if training:  # an evaluation counts what it could not read
+        check_readable(limited, f"datasets.{name}: split '{split}'")
     processors = build_processors(dataset, config, training)
     return CaptionDataset(name, limited, *processors, dataset.captions_per_image, training)
 
@@ -151,7 +152,7 @@ def check_readable(annotations: Annotations, place: str) -> None:
         if tried == PROBED:
             break
     which = f"its {len(annotations.records):,} images" if tried < PROBED else f"the first {PROBED} images"
-    raise UserError(f"{place}: none of {which} can be read: {'; '.join([*errors[:SHOWN], *annotations.notices])}")
+    raise UserError("; ".join([f"{place}: none of {which} can be read", *errors[:SHOWN], *annotations.notices]))
 
 
 def build_processors(
