@@ -1,4 +1,4 @@
-"""Caption metrics: BLEU, METEOR, ROUGE-L, CIDEr (SPICE, if its models are installed) over PTB tokens, as in the papers."""
+"""Caption metrics: BLEU, METEOR, ROUGE-L, CIDEr and, if its models are installed, SPICE, over PTB tokens as in papers."""
 
 import contextlib
 import os
