@@ -1,4 +1,4 @@
-"""Everything a person watches: the progress bar, TensorBoard, `metrics.jsonl`, and sheets of captioned images."""
+"""What a person watches: the progress bar, TensorBoard, `metrics.jsonl`, and sheets of captioned images."""
 
 import json
 import math
@@ -24,8 +24,8 @@ class Monitor:
     """Rank 0's monitor, writing below `run_dir`.
 
     With `resume_step` (the last step the checkpoint holds) what the run before wrote beyond it is dropped, from
-    `metrics.jsonl` and from TensorBoard's curves: those steps are about to be taken again. `awaited_step`: the scores
-    of that step, if there, are about to come again too.
+    `metrics.jsonl` and from TensorBoard's curves: those steps are repeated. The scores of `awaited_step` are dropped
+    too, since they are computed again.
     """
 
     def __init__(self, run_dir: Path, resume_step: int | None = None, awaited_step: int | None = None) -> None:
@@ -45,7 +45,7 @@ class Monitor:
         """Opens the progress bar of an epoch of `steps` optimiser steps, `done` of them before a resume."""
         self._close_bar()
         terminal = sys.stderr.isatty()
-        columns, rows = shutil.get_terminal_size()  # 80 x 24 where a terminal says 0 x 0, which tqdm takes as no room
+        columns, rows = shutil.get_terminal_size()  # 80 x 24 for a terminal that says 0 x 0: tqdm would show nothing
         self._bar = tqdm(
             desc=f"epoch {epoch + 1}/{max_epoch}",
             total=steps,
@@ -61,7 +61,7 @@ class Monitor:
         )
 
     def advance(self, done: int, postfix: Mapping[str, Any]) -> None:
-        """`done` steps of this epoch are behind us; the bar shows `postfix` (loss, lr, ...) at its end."""
+        """`done` steps of this epoch are finished; the bar ends in `postfix` (loss, lr, ...)."""
         assert self._bar is not None, "advance() before start_epoch()"
         self._bar.set_postfix(postfix, refresh=False)
         self._bar.update(done - self._bar.n)
@@ -69,7 +69,7 @@ class Monitor:
             self._close_bar()
 
     def start(self, step: int, facts: Mapping[str, Any]) -> None:
-        """Logs that a run starts or resumes after `step`, and what it is: a line of kind "start"."""
+        """Logs that a run starts or resumes after `step`, with `facts` about it: a line of kind "start"."""
         self._log("start", {"kind": "start", "step": step}, {}, facts)
 
     def train(self, step: int, epoch: int, values: Values) -> None:
@@ -172,12 +172,12 @@ class NullMonitor(Monitor):
 
 
 def _plain(value: Any) -> float | int | None:
-    """Python's own number for whatever holds one (numpy, a tensor on the CPU)."""
+    """A Python number from one of numpy or a tensor."""
     return value if value is None or isinstance(value, int) else float(value)
 
 
 def _drop_lines(metrics: Path, after: int, awaited: int | None) -> None:
-    """Those after a step, those of an evaluation that is scored again, and one that a crash tore."""
+    """Drops lines after a step, those of an evaluation that is scored again, and a line that a crash cut off."""
     kept = []
     for line in metrics.read_text(encoding="utf-8").splitlines():
         try:
@@ -190,7 +190,7 @@ def _drop_lines(metrics: Path, after: int, awaited: int | None) -> None:
 
 
 class _LineByLine:
-    """Stands in for the terminal when stderr is a file or a pipe: what tqdm redraws in place becomes a line each."""
+    """For a stderr that is a file or a pipe: tqdm's updates become lines."""
 
     def write(self, text: str) -> None:
         if text := text.strip():

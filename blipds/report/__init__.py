@@ -1,6 +1,6 @@
-"""`report.html` in a run directory: what the run was, its curves, its metrics, and captions to look at.
+"""`report.html` in a run directory: facts about the run, its curves and metrics, and a gallery of captions.
 
-One file that needs nothing else: no network, no server. It is made anew from the run directory after each evaluation,
+One self-contained file: no network, no server. It is written again from the run directory after each evaluation,
 and by `launch/report.py` at any time.
 """
 

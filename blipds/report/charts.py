@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-WIDTH, HEIGHT = 420, 240  # of the SVG's own coordinates: about a phone's width, so that letters keep their size
+WIDTH, HEIGHT = 420, 240  # in SVG units: about a phone's width, so that text keeps its size
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 22, 34  # margins
 MOST_POINTS = 300  # of a line
 MOST_EPOCHS = 12  # that are labelled

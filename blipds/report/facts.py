@@ -1,4 +1,4 @@
-"""What a run was, in words: for the head of the report."""
+"""Facts about a run, for the head of the report."""
 
 import json
 import statistics
@@ -15,7 +15,7 @@ Row = tuple[str, str]
 
 @dataclass(frozen=True)
 class Facts:
-    """Rows of (what, value) under a heading; what is not known has no row."""
+    """Rows of (what, value) under a heading; unknown values have none."""
 
     title: str
     rows: list[Row]
@@ -29,7 +29,7 @@ class SplitSize:
 
 
 def facts(run_dir: Path, config: Config, lines: Sequence[Line], splits: Sequence[SplitSize]) -> list[Facts]:
-    """`lines`: of metrics.jsonl. The newest start counts: a run may have gone on on another machine."""
+    """`lines`: of metrics.jsonl. The newest start counts: a run may resume on another machine."""
     start = (of_kind(lines, "start") or [{}])[-1]
     trained = of_kind(lines, "train")
     sections = [
@@ -50,14 +50,14 @@ def model_rows(config: Config, start: Line) -> list[Row]:
         ("Image size", f"{model.image_size} x {model.image_size}"),
         ("Image encoder learns", "no" if model.freeze_vit else "yes"),
         *model.facts(),
-        ("Began as", beginning(config)),
+        ("Initial weights", initial_weights(config)),
     ]
     if "parameters" in start:
-        rows.append(("Parameters", f"{start['parameters']:,} that learn, {start['frozen_parameters']:,} frozen"))
+        rows.append(("Parameters", f"{start['parameters']:,} trainable, {start['frozen_parameters']:,} frozen"))
     return rows
 
 
-def beginning(config: Config) -> str:
+def initial_weights(config: Config) -> str:
     model = config.model
     if model.load_finetuned and model.finetuned:
         return str(model.finetuned)
@@ -84,7 +84,7 @@ def training_rows(run_dir: Path, config: Config, start: Line, trained: Sequence[
     micro, accumulated = run.batch_size_train, run.accum_grad_iters
     warmup = f", {run.warmup_steps:,} steps of warm-up" if run.warmup_steps else ""
     rows = [
-        ("Stands at", f"step {step:,}{of_steps}, epoch {trained[-1]['epoch'] + 1}{epochs}"),
+        ("Progress", f"step {step:,}{of_steps}, epoch {trained[-1]['epoch'] + 1}{epochs}"),
         ("Learning rate", f"{run.lr_sched} from {run.init_lr:g}{warmup}"),
         ("Weight decay", f"{run.weight_decay:g} on {run.weight_decay_on}"),
     ]

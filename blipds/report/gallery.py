@@ -1,4 +1,4 @@
-"""Captioned images to look at: which of them, small enough to be carried inside the page."""
+"""The gallery of captioned images: chosen, and small enough to embed in the page."""
 
 import base64
 import hashlib
@@ -13,7 +13,7 @@ from blipds.report.run_files import Evaluation
 
 IMAGES = 240  # in a report, all splits together: with the limit below at most 8 MB
 THUMBNAIL = 384  # longest side in pixels
-THUMBNAIL_BYTES = 25_000  # of a JPEG, before base64 makes it a third more
+THUMBNAIL_BYTES = 25_000  # of a JPEG; base64 adds a third
 QUALITIES = (80, 65, 50, 35, 20)  # the first that is small enough
 
 WORST, BEST, RANDOM = "worst", "best", "random"
@@ -30,7 +30,7 @@ class HeatMap:
 @dataclass(frozen=True)
 class Word:
     text: str
-    overlay: str  # data URI of a picture that is laid over the image
+    overlay: str  # data URI of a picture to show on top of the image
 
 
 @dataclass(frozen=True)

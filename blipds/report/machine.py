@@ -1,4 +1,4 @@
-"""What a run was computed on, and by what."""
+"""The hardware and software of a run."""
 
 import platform
 import shlex

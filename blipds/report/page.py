@@ -77,15 +77,15 @@ def write_report(
     heat_maps: Mapping[str, Mapping[str, Sequence[HeatMap]]] | None = None,
     path: Path | None = None,
 ) -> bool:
-    """Makes `report.html` anew from the files of the run directory; rank 0 only. False: it could not be written.
+    """Writes `report.html` from the files of the run directory; rank 0 only. False: it could not be written.
 
     `splits`: where images and references come from; of others the page has numbers alone. `heat_maps`: by
-    split and image id. A failure is a line and no more, as the run that is reported on is worth more than its report.
+    split and image id. A failure is a line and no more, since the run is worth more than its report.
     """
     target = path or run_dir / REPORT
     try:
         replace_text(target, page(run_dir, splits, heat_maps or {}))
-    except Exception as error:  # whatever it is, the training run must outlive it
+    except Exception as error:  # of any kind: the training run must survive it
         reason = " ".join(str(error).split())[:300]
         say(f"{target} is not written: {type(error).__name__}: {reason}")
         return False
@@ -147,7 +147,7 @@ def read_text(path: Path) -> str | None:
 
 
 def tiles(lines: Sequence[Line], evaluations: Mapping[str, list[Line]]) -> list[tuple[str, str, str]]:
-    """(label, value, what it is of) of what one looks for first."""
+    """(label, value, what it is about) of the numbers to see first."""
     found = []
     for split, rows in evaluations.items():
         best = best_of(rows)
@@ -164,7 +164,7 @@ def tiles(lines: Sequence[Line], evaluations: Mapping[str, list[Line]]) -> list[
 
 
 def when(line: Line) -> str:
-    """The epoch, from 1 as people count; the weights where it was no evaluation of a run's own."""
+    """The epoch, counted from 1; the weights for an evaluation outside of training."""
     return weights_of(line) if line["epoch"] is None else f"epoch {line['epoch'] + 1}"
 
 
@@ -215,7 +215,7 @@ def gallery_of(
     count: int,
     heat_maps: Mapping[str, Sequence[HeatMap]],
 ) -> Gallery | None:
-    """What `shown_evaluation` says about some of the images."""
+    """Some images of `shown_evaluation`; None where it is None."""
     evaluation = shown_evaluation(run_dir, shown, evaluations)
     if evaluation is None:
         return None
@@ -235,14 +235,14 @@ def gallery_of(
 
 
 def shown_evaluation(run_dir: Path, shown: Shown, evaluations: Mapping[str, list[Line]]) -> Evaluation | None:
-    """The best of a split, the newest where nothing was scored; None where its captions are not there."""
+    """The best of a split, the newest if none was scored; None if its captions are missing."""
     rows = evaluations.get(shown.split)
     found = read_evaluation(run_dir, best_of(rows) or rows[-1]) if rows else None
     return None if found is None else with_cider(found, shown.references)
 
 
 def shown_captions(run_dir: Path, shown: Shown, count: int) -> dict[str, str]:
-    """{image id: caption} of `count` images of a split's gallery, chosen as its own are."""
+    """{image id: caption} of `count` images, chosen as for the split's gallery."""
     evaluation = shown_evaluation(run_dir, shown, by_split(of_kind(read_lines(run_dir), "eval")))
     if evaluation is None:
         return {}
@@ -251,7 +251,7 @@ def shown_captions(run_dir: Path, shown: Shown, count: int) -> dict[str, str]:
 
 
 def with_cider(evaluation: Evaluation, references: Mapping[str, Sequence[str]] | None) -> Evaluation:
-    """With the CIDEr of each image; of a run that did not keep it, it is computed anew."""
+    """With the CIDEr of each image, computed here if the run did not keep it."""
     if evaluation.cider is not None or references is None:
         return evaluation
     known = {image_id: caption for image_id, caption in evaluation.captions if references.get(image_id)}

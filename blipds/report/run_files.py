@@ -1,4 +1,4 @@
-"""What a run directory holds, as the report reads it. Files that a crash tore are passed over."""
+"""What a run directory holds, as the report reads it. Incomplete lines, as a crash leaves them, are skipped."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -42,7 +42,7 @@ def of_kind(lines: Iterable[Line], kind: str) -> list[Line]:
 
 
 def by_split(evaluations: Iterable[Line]) -> dict[str, list[Line]]:
-    """Lines of kind "eval" of each split, in order; of one step evaluated twice in the same way the later."""
+    """Lines of kind "eval" of each split, in order; of repeated evaluations the last."""
     splits: dict[str, dict[tuple[Any, ...], Line]] = {}
     for line in evaluations:
         splits.setdefault(line["split"], {})[line["step"], line["epoch"], line.get("note")] = line
@@ -50,13 +50,13 @@ def by_split(evaluations: Iterable[Line]) -> dict[str, list[Line]]:
 
 
 def best_of(evaluations: list[Line]) -> Line | None:
-    """The highest agg_metrics, as the best checkpoint is chosen; of equal ones the first. None: nothing was scored."""
+    """The first with the highest agg_metrics, as for the best checkpoint; None if nothing was scored."""
     scored = [line for line in evaluations if line.get("agg_metrics") is not None]
     return max(scored, key=lambda line: line["agg_metrics"], default=None)
 
 
 def seconds_spent(lines: Iterable[Line]) -> float | None:
-    """From each start of the run to its last line, added up; None for a run that notes no times."""
+    """From each start of the run to its last line, added up; None if its lines have no times."""
     total, started, last = 0.0, None, None
     for line in lines:
         time = line.get("time")
@@ -71,7 +71,7 @@ def seconds_spent(lines: Iterable[Line]) -> float | None:
 
 
 def read_evaluation(run_dir: Path, line: Line) -> Evaluation | None:
-    """None where the captions of the line are not there."""
+    """None if the captions of the line are missing."""
     split, step, epoch = line["split"], line["step"], line["epoch"]
     for name in (f"{split}_step{step}", f"{split}_epoch{epoch}", split):
         results = run_dir / "results" / f"{name}.json"

@@ -1,4 +1,4 @@
-"""Caption metrics: BLEU, METEOR, ROUGE-L, CIDEr (and SPICE where its models are) over PTB tokens, as in the papers."""
+"""Caption metrics: BLEU, METEOR, ROUGE-L, CIDEr and, if its models are installed, SPICE, over PTB tokens as in papers."""
 
 import contextlib
 import os
@@ -31,11 +31,11 @@ Captions = dict[str, list[str]]  # image id -> tokenized captions; one each for 
 
 @dataclass
 class Scores:
-    """What `score_captions` found out.
+    """Results of `score_captions`.
 
     values: Bleu_1..Bleu_4, METEOR, ROUGE_L, CIDEr, SPICE as fractions (CIDEr up to 10), and agg_metrics =
     CIDEr + Bleu_4, by which LAVIS picks the best checkpoint. missing: metric -> why it has no value, in one line.
-    seconds: "tokenization" and each metric -> what it took. images: how many were scored.
+    seconds: "tokenization" and each metric -> its time. images: how many were scored.
     """
 
     values: dict[str, float] = field(default_factory=dict)
@@ -56,8 +56,8 @@ def score_captions(
 ) -> Scores:
     """Scores one candidate caption an image against the image's references; ids are strings.
 
-    The numbers are those of pycocoevalcap. A metric that fails is named in `missing` and harms no other.
-    `tokenized` keeps the references' tokens from one call to the next: what it lacks is added to it. `cider_corpus`:
+    The numbers are those of pycocoevalcap. A metric that fails is listed in `missing`; the others go on.
+    `tokenized` keeps the references' tokens for the next call: missing ones are added. `cider_corpus`:
     captions by image from which CIDEr takes its document frequencies, in place of those of the references.
     Raises UserError where candidates and references are not about the same images.
     """
@@ -76,7 +76,7 @@ def score_captions(
     try:
         lists = [[text] for text in candidates.values()], new.values(), corpus.values()
         tokens = iter(_tokenize([text for captions in lists for texts in captions for text in texts]))
-    except Exception as error:  # whatever it is, the training run must outlive it
+    except Exception as error:  # of any kind: the training run must survive it
         reason = f"PTB tokenization cannot run: {_one_line(error)}"
         scores.missing = dict.fromkeys(metrics, reason)
         return scores
@@ -151,7 +151,7 @@ def _java() -> str:
 
 
 def _java_command(*arguments: str) -> list[str]:
-    """With one thread for garbage: the default, one a core, would be in the way of the training beside it."""
+    """With one thread to collect garbage: one a core, the default, would slow down the training at the same time."""
     return [_java(), "-XX:+UseSerialGC", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *arguments]
 
 
@@ -221,13 +221,13 @@ def _meteor(candidates: Captions, references: Captions, scores: Scores) -> None:
             statistics = [java.stdout.readline().strip() for _ in references]
             asking.join()
             print("EVAL", *statistics, sep=" ||| ", file=java.stdin, flush=True)
-            answers = [java.stdout.readline() for _ in (*references, "all")]  # of each image, then of them all
+            answers = [java.stdout.readline() for _ in (*references, "all")]  # one for each image, then one for all
             scores.values["METEOR"] = float(answers[-1])
         except (OSError, ValueError) as error:
             java.kill()
             java.wait()
             asking.join()
-            with contextlib.suppress(OSError):  # what could not be written any more
+            with contextlib.suppress(OSError):  # unwritten questions
                 java.stdin.close()
             complaints.seek(0)
             first = complaints.readline().decode(errors="replace").strip()
@@ -235,7 +235,7 @@ def _meteor(candidates: Captions, references: Captions, scores: Scores) -> None:
 
 
 def _ask(java: IO[str], questions: Iterable[tuple[str, ...]]) -> None:
-    """Ends where Java does: who waits for the answers sees that they end."""
+    """Ends when Java does; the caller notices by the missing answers."""
     with contextlib.suppress(OSError):
         for texts in questions:
             print("SCORE", *texts, sep=" ||| ", file=java)

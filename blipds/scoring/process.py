@@ -1,7 +1,7 @@
-"""Scoring in a process of its own, so that training goes on beside it: CIDEr and BLEU are pure Python, METEOR is Java.
+"""Scoring in a process of its own, while training continues: CIDEr and BLEU are pure Python, METEOR is Java.
 
-`python -m blipds.scoring.process` is that process: tasks as JSON come by its standard input, their scores go to its
-output.
+`python -m blipds.scoring.process` is that process: it reads tasks as JSON from standard input and writes their
+scores to standard output.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ NICENESS = 10  # training goes first
 
 @dataclass
 class ScoringTask:
-    """Arguments of `metrics.score_captions`. `tokenized` is filled in when the scores are there, for the next task."""
+    """Arguments of `metrics.score_captions`. With the scores, `tokenized` is filled for the next task."""
 
     candidates: dict[str, str]
     references: dict[str, list[str]]
@@ -34,7 +34,7 @@ class ScoringTask:
 
 
 class Scoring:
-    """Tasks being scored by a niced process, one after the other. It ends with the process that started it.
+    """Scores tasks one after the other in a low-priority process, which ends when this one does.
 
     Questions and answers are files, so that neither side ever waits for the other to read.
     """
@@ -57,7 +57,7 @@ class Scoring:
         return self._process.poll() is not None
 
     def scores(self) -> list[Scores]:
-        """Of each task; waits for them. A process that died is why a metric is missing, and no more."""
+        """One for each task; waits for them. If the process died, that is the reason why metrics are missing."""
         status = self._process.wait()
         try:
             answers = json.loads(_content(self._answers)) if status == 0 else None
@@ -78,7 +78,7 @@ def _content(file: IO[bytes]) -> bytes:
 
 
 def _end_with(parent: int) -> None:
-    """A rank that is killed takes its scoring along; Java ends when nobody asks any more."""
+    """Ends with a rank that is killed; Java ends when its input does."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

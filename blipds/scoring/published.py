@@ -1,4 +1,4 @@
-"""Published scores of released checkpoints, and the table that shows one's own beside them."""
+"""Published scores of released checkpoints, and the table that compares a checkpoint with them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -38,16 +38,16 @@ def test_a_run_in_its_third_epoch(tmp_path, config):
     speeds = [{"images_per_s": 10.0, "captions_per_s": speed, "data_wait": 0.01} for speed in (50.0, 90.0, 100.0)]
     train = [{"kind": "train", "step": 500, "epoch": 2, "time": 4600.0, **speed} for speed in speeds]
     said = rows(tmp_path, config, [START, *train], [SplitSize("val", 1000, 5000), SplitSize("test", 7, 0)])
-    assert said["Parameters"] == "18,000,000 that learn, 22,000,000 frozen"
+    assert said["Parameters"] == "18,000,000 trainable, 22,000,000 frozen"
     assert said["Trained on"] == "6,000 images, 30,000 captions"
     assert said["Split val"] == "1,000 images, 5,000 references"
     assert said["Split test"] == "7 images, no references"
-    assert said["Stands at"] == "step 500 of 1,880, epoch 3 of 10"
+    assert said["Progress"] == "step 500 of 1,880, epoch 3 of 10"
     assert said["Batch"] == "16 x 2 accumulated x 2 ranks = 64 samples a step"
     assert said["Engine"] == "ZeRO stage 2, bf16"
     assert said["Captions"] == "90.0 a second (the median of training)"
     assert said["Time so far"] == "1 h 0 min"
-    assert said["Began as"] == "random weights"
+    assert said["Initial weights"] == "random weights"
 
 
 def test_report_metric_false_is_not_called_no_references(tmp_path, config):
@@ -60,7 +60,7 @@ def test_what_is_not_known_is_not_said(tmp_path, config):
     """An evaluation of some checkpoint: no training, and here not even the start is noted."""
     titles = [section.title for section in facts(tmp_path, config, [], [])]
     assert titles == ["Model", "Data", "Captions"]
-    assert not {"Parameters", "Trained on", "Time so far", "Stands at"} & rows(tmp_path, config, []).keys()
+    assert not {"Parameters", "Trained on", "Time so far", "Progress"} & rows(tmp_path, config, []).keys()
 
 
 def test_machine(tmp_path, config):

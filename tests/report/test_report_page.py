@@ -201,7 +201,7 @@ def test_says_what_the_run_was(page):
     said = dict(zip(terms, values, strict=True))
     assert said["Trained on"] == f"{IMAGES} images, {3 * IMAGES} captions"
     assert said["Split val"] == f"{IMAGES} images, {3 * IMAGES} references"
-    assert said["Stands at"] == "step 48 of 48, epoch 24 of 24"
+    assert said["Progress"] == "step 48 of 48, epoch 24 of 24"
     assert {"Parameters", "Ranks", "Processor", "Versions", "Captions", "Time so far"} <= said.keys()
     (command,) = texts(page, "#run > pre")
     assert "launch/finetune.py --cfg-path" in command
