@@ -109,6 +109,8 @@ class TrainingState:
         self.wrapper = type(self.optimizer).__name__
         check_fields(self.optimizer, self.inner, [p for p in self.parameters.values() if p.requires_grad])
         self.masters = self.find_masters()
+        # In ZeRO-0 bf16 and fp16 DeepSpeed makes Adam's state by a step without gradients, which would count as one.
+        self.inner.state.clear()
 
     # --- where DeepSpeed keeps it
 
