@@ -9,12 +9,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin
 
+import yaml
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from blipds.config.quoting import quoted, quoted_option, type_hints
 from blipds.errors import UserError, nearest
 from blipds.registry import ARCHS
 
@@ -96,6 +97,8 @@ class AnnotationConfig:
 
     `member`: the url is a zip, and this is Karpathy's file in it, of which `storage` gets the split.
     """
+
+    IN_PLACE: ClassVar = str | list[str]  # the storage may stand in the section's place
 
     url: list[str] = field(default_factory=list)
     md5: list[str] = field(default_factory=list)
@@ -370,10 +373,11 @@ def load_run_config(cfg_path: Path, options: Sequence[str] = ()) -> tuple[Config
     `options` are `key.path=value`, the value read as YAML. Raises UserError with one line that names the key, what was
     given and what is allowed.
     """
-    given = with_options(read_yaml(cfg_path), options)
+    model = model_config_class(with_options(read_yaml(cfg_path), options))
+    sections = type_hints(Config) | {"model": model}
+    given = with_options(read_yaml(cfg_path, sections), [quoted_option(option, sections) for option in options])
     notices = drop_replaced_keys(given)
     check_schema({name: section for name, section in given.items() if name != "model"}, Config, "")
-    model = model_config_class(given)
     check_model_keys(given.get("model"), model)
     schema = OmegaConf.structured(Config)
     schema.model = OmegaConf.structured(model)
@@ -424,14 +428,14 @@ def drop_replaced_keys(given: dict[Any, Any]) -> list[str]:
     return [f"run.{key}: {REPLACED_RUN_KEYS[key]}" for key in dropped]
 
 
-def read_yaml(path: Path) -> DictConfig:
+def read_yaml(path: Path, schema: Any = Any) -> DictConfig:
     try:
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.load(path) if schema is Any else OmegaConf.create(quoted(path.read_text("utf-8"), schema))
     except FileNotFoundError:
         raise UserError(f"no such config file: {path}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a directory; a YAML file is expected") from None
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise UserError(f"{path} is not a YAML file of settings: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path} holds no mapping; expected the sections model, datasets, run")
@@ -444,7 +448,9 @@ def with_options(given: DictConfig, options: Sequence[str]) -> dict[Any, Any]:
             raise UserError(f"--options {option}: expected key.path=value")
     try:
         return container(OmegaConf.merge(given, OmegaConf.from_dotlist(list(options))))
-    except (OmegaConfBaseException, YAMLError, TypeError) as error:
+    except UnicodeError as error:  # bytes that the locale could not read
+        raise UserError(f"--options {' '.join(options)}: not text in this locale; set LC_ALL=C.UTF-8") from error
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
         raise UserError(f"--options {' '.join(options)}: {str(error).splitlines()[0]}") from error
 
 
@@ -483,12 +489,6 @@ def container(config: Container) -> dict[Any, Any]:
     plain = OmegaConf.to_container(config)
     assert isinstance(plain, dict)
     return plain
-
-
-def type_hints(schema: Any) -> dict[str, Any]:
-    """{key: its type} of a dataclass."""
-    hints = get_type_hints(schema)
-    return {field.name: hints[field.name] for field in fields(schema)}
 
 
 def check_schema(value: Any, schema: Any, key: str) -> None:

