@@ -1,4 +1,4 @@
-"""Caption metrics: BLEU, METEOR, ROUGE-L, CIDEr and, if its models are installed, SPICE, over PTB tokens as in papers."""
+"""Caption metrics over PTB tokens, as in the papers: BLEU, METEOR, ROUGE-L, CIDEr, and SPICE if its models are installed."""
 
 import contextlib
 import os
