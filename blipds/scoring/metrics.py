@@ -1,4 +1,4 @@
-"""Caption metrics over PTB tokens, as in the papers: BLEU, METEOR, ROUGE-L, CIDEr, and SPICE if its models are installed."""
+"""Caption metrics over PTB tokens, as in the papers: BLEU, METEOR, ROUGE-L, CIDEr, and SPICE where installed."""
 
 import contextlib
 import os
