@@ -78,8 +78,7 @@ class ModelConfig:
             raise UserError(
                 "model.cache_image_embeds needs model.freeze_vit: features of an encoder that learns change"
             )
-        if self.vit_ckpt_layer is not None:
-            check("model.vit_ckpt_layer", self.vit_ckpt_layer, self.vit_ckpt_layer >= 0, "0 or more blocks")
+        check("model.vit_ckpt_layer", self.vit_ckpt_layer, (self.vit_ckpt_layer or 0) >= 0, "0 or more blocks")
 
     @property
     def recomputes(self) -> bool:
@@ -260,6 +259,7 @@ class RunConfig:
     async_save: bool = False
     max_bad_steps: int = 20
     stall_minutes: float = 30.0
+    collective_minutes: float = 30.0
 
     def __post_init__(self) -> None:
         one_of("run.task", self.task, ["captioning"])
@@ -272,7 +272,8 @@ class RunConfig:
         for name in ("num_workers", "warmup_steps", "max_bad_images", "weight_decay", "init_lr", "min_lr", "min_len"):
             check(f"run.{name}", getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
         check("run.length_penalty", self.length_penalty, math.isfinite(self.length_penalty), "a number")
-        check("run.stall_minutes", self.stall_minutes, self.stall_minutes > 0, "more than 0 minutes")
+        for name in ("stall_minutes", "collective_minutes"):
+            check(f"run.{name}", getattr(self, name), getattr(self, name) > 0, "more than 0 minutes")
         for name in (
             "max_iters",
             "iters_per_inner_epoch",
@@ -472,9 +473,8 @@ def check_schema(value: Any, schema: Any, key: str) -> None:
 
 
 def key_types(schema: Any) -> dict[str, Any]:
-    """The type of each field; class variables are no keys."""
-    hints = get_type_hints(schema)
-    return {field.name: hints[field.name] for field in fields(schema)}
+    """The type of each field; class variables are not keys."""
+    return {name: hint for name, hint in get_type_hints(schema).items() if get_origin(hint) is not ClassVar}
 
 
 def is_storage(value: Any, schema: Any) -> bool:
