@@ -1,4 +1,4 @@
-"""Caption metrics: BLEU, METEOR, ROUGE-L, CIDEr and, if its models are installed, SPICE, over PTB tokens as in papers."""
+"""Caption metrics as in the papers, over PTB tokens: BLEU, METEOR, ROUGE-L, CIDEr and, where installed, SPICE."""
 
 import contextlib
 import os
