@@ -163,14 +163,13 @@ def _stage_3(sizes: ParameterSizes, ds: Section, ranks: int) -> ModelStates:
     persistent = sum(numel for numel in sizes.tensors if numel <= threshold) * width
     gathered = min(sizes.total, _number(ds, "stage3_max_live_parameters", 10**9)) * width
     buffers = _number(ds, "reduce_bucket_size", 5 * 10**8) * width + max(gathered - persistent, 0)
-    sub_group = min(sizes.largest_group / ranks, _number(ds, "sub_group_size", 10**9))
-    update = sub_group * 4
+    update = min(sizes.largest_group / ranks, _number(ds, "sub_group_size", 10**9)) * 4
     host = nvme = 0.0
     if (device := _offload_device(ds, "optimizer")) != "none":
         if device == "cpu":
             host = optimizer + gradients + share * 4  # with the gradients in fp32
         else:
-            host = gradients + _number(ds, "offload_optimizer.buffer_count", 4) * sub_group * 4
+            host = gradients + _number(ds, "offload_optimizer.buffer_count", 4) * update
             nvme = 16 * share
         optimizer = gradients = update = 0
     if (device := _offload_device(ds, "param")) != "none":
