@@ -243,7 +243,8 @@ def test_a_command_that_captions_nothing_fails(
         caption(tmp_path, *oracle)
     for name in ("a.HEIC", "b.HEIC", "c.txt", "e.x", "f.y", "g.z", "d"):
         (tmp_path / name).touch()
-    listed = r"(1 \.\w+, |1 without one, ){4}(1 \.\w+|1 without one); 2 files passed over, of formats that are not read: \.HEIC \(2\); .*"
+    suffixes = r"(1 \.\w+, |1 without one, ){4}(1 \.\w+|1 without one)"
+    listed = rf"{suffixes}; 2 files passed over, of formats that are not read: \.HEIC \(2\); .*"
     with pytest.raises(
         UserError, match=rf"^no image was captioned \(0 cannot be read; not read, by suffix: {listed}\)$"
     ):
