@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     config = cli.load_config(args)
-    device = distributed.initialise()
+    device = distributed.initialise(config.run.collective_minutes)
     building.check_world_size(config)
     resume = None if args.print_config else args.resume or config.run.resume_ckpt_path
     resumed = checkpoint_to_resume(resume, config) if resume else None

@@ -11,6 +11,7 @@ this machine has no GPU. launch/README.md says how far the figures can be truste
 
 import argparse
 import json
+import math
 import os
 import re
 from dataclasses import replace
@@ -51,7 +52,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--gpu-memory", type=size, required=True, metavar="SIZE", help="of a GPU: 24GB; GiB is understood too"
     )
-    parser.add_argument("--host-memory", type=size, metavar="SIZE", help="of a node, for offloading: 256GB")
+    parser.add_argument(
+        "--host-memory", type=size, default=math.inf, metavar="SIZE", help="of a node, for offloading: 256GB"
+    )
     parser.add_argument(
         "--recommend", type=Path, metavar="JSON", help="write the fastest DeepSpeed config that fits, and its options"
     )

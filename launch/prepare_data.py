@@ -15,10 +15,10 @@ disk and time it needs, and asks; interrupted downloads resume. It lists the fil
     python launch/prepare_data.py check 'shards/{000..012}.tar'
 
 `check` takes what datasets.custom_caption takes and says what training would find: the kind of files; images, captions
-and captions an image; how long captions are in tokens, and how many would be cut; words outside of the vocabulary;
-images that are missing, cannot be read, or are there twice; ids that two images share; and what two splits have in
-common. Every image is decoded. Ten samples are drawn on a contact sheet, for a person to see that captions and images
-belong together.
+and captions an image; how long captions are in tokens, and how many would be cut; words outside of the vocabulary, and
+words that the tokenizer cannot spell as they are written; images that are missing, cannot be read, or are there twice;
+ids that two images share; and what two splits have in common. Every image is decoded. Ten samples are drawn on a
+contact sheet, for a person to see that captions and images belong together.
 """
 
 import argparse

@@ -90,7 +90,6 @@ def start_ranks(
     ranks: int, log: Path, script: Path | str, *arguments: object, port: int | None = None
 ) -> list[BaseProcess]:
     """The ranks alone, as a scheduler starts them: no launcher between them and a signal. They all write to `log`."""
-    log.touch()
     place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     place |= {"MASTER_PORT": str(port or free_port())}
     typed = [REPOSITORY / script, *arguments]
@@ -112,7 +111,7 @@ def start_script(typed: Sequence[object], variables: dict[str, str], log: Path) 
 def run_script(typed: Sequence[str], variables: dict[str, str], log: str) -> None:
     """In a fork: what `python SCRIPT ARGUMENTS` does in a process of its own."""
     os.setsid()
-    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.clear()

@@ -1,7 +1,13 @@
 """Ranks that mpirun or srun started: their variables, without deepspeed's launcher."""
 
+import os
+from datetime import timedelta
+
 import pytest
 from launching import environment, free_port, start_script, wait
+
+from blipds import distributed
+from blipds.errors import UserError
 
 SUM = """
 import torch
@@ -15,30 +21,43 @@ SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TA
 
 
 @pytest.fixture
-def start(tmp_path):
-    """start(rank, variables) starts SUM with these beside the environment: the process, and where it writes."""
+def variables(monkeypatch):
+    """Gives this process an environment of its own."""
+    return lambda **given: monkeypatch.setattr(os, "environ", dict(given))
+
+
+def test_ranks_of_another_launcher_meet(tmp_path):
+    """The names are those of SLURM's manual; the launcher itself is not at hand."""
     (tmp_path / "sum.py").write_text(SUM)
-
-    def begin(rank, variables):
-        log = tmp_path / f"log{rank}"
-        log.touch()
-        return start_script([tmp_path / "sum.py"], environment() | variables, log), log
-
-    return begin
-
-
-@pytest.mark.parametrize(("names", "a_node"), [(OPENMPI, "2"), (SLURM, "2"), (SLURM, "2(x1)")])
-def test_ranks_of_other_launchers_meet(names, a_node, start):
-    """The names are those of OpenMPI's and SLURM's manuals; the launchers themselves are not at hand."""
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meeting = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
-        start(rank, {**meeting, **dict(zip(names, (rank, "2", rank, a_node), strict=True))}) for rank in ("0", "1")
+        start_script(
+            [tmp_path / "sum.py"], meeting | dict(zip(SLURM, (rank, "2", rank, "2(x1)"), strict=True)), tmp_path / rank
+        )
+        for rank in ("0", "1")
     ]
-    assert wait([process for process, _ in ranks], timeout=300) == 0
-    assert [log.read_text().strip() for _, log in ranks] == ["0 2 0 2 3", "1 2 1 2 3"]
+    assert wait(ranks, timeout=300) == 0
+    assert [(tmp_path / rank).read_text() for rank in ("0", "1")] == ["0 2 0 2 3\n", "1 2 1 2 3\n"]
 
 
-def test_many_ranks_without_a_meeting_point_are_an_error(start):
-    process, log = start("0", dict(zip(OPENMPI, ("0", "2", "0", "2"), strict=True)))
-    assert wait([process], timeout=300) != 0
-    assert "MASTER_ADDR is not: set it to the first machine's name" in log.read_text()
+@pytest.mark.parametrize(("names", "per_node"), [(OPENMPI, "8"), (SLURM, "8"), (SLURM, "8(x2)")])
+def test_the_variables_of_other_launchers(variables, names, per_node):
+    """From OpenMPI's and SLURM's manuals: rank 9 of 16, the second on the second machine."""
+    variables(MASTER_ADDR="node1", **dict(zip(names, ("9", "16", "1", per_node), strict=True)))
+    distributed.take_launcher_names()
+    taken = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")]
+    assert taken == ["9", "16", "1", "8", "29500"]
+
+
+def test_many_ranks_without_a_meeting_point_are_an_error(variables):
+    variables(**dict(zip(OPENMPI, ("0", "2", "0", "2"), strict=True)))
+    with pytest.raises(UserError, match="MASTER_ADDR is not: set it to the first machine's name"):
+        distributed.take_launcher_names()
+
+
+def test_collective_calls_wait_no_longer_than_asked(variables, monkeypatch):
+    variables(RANK="0", WORLD_SIZE="1", DS_ACCELERATOR="cpu")
+    given = {}
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **kwargs: given.update(kwargs))
+    distributed.initialise(collective_minutes=7)
+    assert given["timeout"] == timedelta(minutes=7)

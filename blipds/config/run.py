@@ -272,6 +272,7 @@ class RunConfig:
     async_save: bool = False
     max_bad_steps: int = 20
     stall_minutes: float = 30.0
+    collective_minutes: float = 30.0
 
     def __post_init__(self) -> None:
         one_of("run.task", self.task, ["captioning"])
@@ -284,7 +285,8 @@ class RunConfig:
         for name in ("num_workers", "warmup_steps", "max_bad_images", "weight_decay", "init_lr", "min_lr", "min_len"):
             check(f"run.{name}", getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
         check("run.length_penalty", self.length_penalty, math.isfinite(self.length_penalty), "a number")
-        check("run.stall_minutes", self.stall_minutes, self.stall_minutes > 0, "more than 0 minutes")
+        for name in ("stall_minutes", "collective_minutes"):
+            check(f"run.{name}", getattr(self, name), getattr(self, name) > 0, "more than 0 minutes")
         for name in (
             "max_iters",
             "iters_per_inner_epoch",

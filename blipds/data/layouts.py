@@ -183,14 +183,17 @@ def caption_keys(keys: tuple[str, ...]) -> list[str]:
 
 
 def id_of(row: dict[str, Any], name: str, place: str) -> str | int:
-    image_id = next((row[key] for key in ID_KEYS if row.get(key) not in (None, "")), None)
+    image_id = whole(next((row[key] for key in ID_KEYS if row.get(key) not in (None, "")), None))
     if image_id is None:
         return default_id(name)
-    if isinstance(image_id, float) and image_id.is_integer():  # as pandas writes a column with gaps
-        return int(image_id)
     if not isinstance(image_id, str | int):
         raise UserError(f"{place}: 'image_id' is {image_id!r}; expected a text or a whole number")
     return image_id
+
+
+def whole(value: Any) -> Any:
+    """7 for 7.0, as pandas writes a column of numbers with gaps."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def default_id(name: str) -> str | int:
@@ -236,8 +239,8 @@ def table_rows(text: str, path: Path, delimiter: str, names: list[str] | None) -
             fitted = fit_cells(cells, names, delimiter, f"{path}, line {reader.line_num}")
             row: dict[str, Any] = dict(zip(names, fitted, strict=True))
             for key in ID_KEYS:
-                if re.fullmatch(r"0|[1-9]\d{0,17}", row.get(key) or "", re.ASCII):
-                    row[key] = int(row[key])
+                if number := re.fullmatch(r"(0|[1-9]\d{0,17})(\.0)?", row.get(key) or "", re.ASCII):
+                    row[key] = int(number[1])
             yield reader.line_num, row
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}") from error
@@ -267,7 +270,7 @@ def coco_entries(content: dict[str, Any], path: Path, folder: ImageFolder) -> It
     images: dict[str, Entry] = {}
     for number, image in enumerate(content["images"]):
         place = f"{path}, image {number}"
-        image_id, name = (image.get("id"), image.get("file_name")) if isinstance(image, dict) else (None, None)
+        image_id, name = (whole(image.get("id")), image.get("file_name")) if isinstance(image, dict) else (None, None)
         if not isinstance(name, str) or not name or not isinstance(image_id, str | int):
             raise UserError(f"{place}: expected an object with 'id' and 'file_name'; got {str(image)[:80]}")
         if str(image_id) in images:
@@ -282,7 +285,7 @@ def coco_entries(content: dict[str, Any], path: Path, folder: ImageFolder) -> It
         if not isinstance(annotation, dict) or not isinstance(annotation.get("caption"), str):
             hint = " (captions_*.json is meant, not instances_*.json)" if "bbox" in annotation else ""
             raise UserError(f"{place}: expected 'image_id' and 'caption'; got {str(annotation)[:80]}{hint}")
-        found = images.get(str(annotation.get("image_id")))
+        found = images.get(str(whole(annotation.get("image_id"))))
         if found is None:
             raise UserError(f"{place}: no image has the id {annotation.get('image_id')!r}")
         yield Entry(found.source, found.image_id, [annotation["caption"]], place)

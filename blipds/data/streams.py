@@ -31,7 +31,7 @@ from blipds.config.run import Config
 from blipds.data.annotations import Record, RecordBuilder, expand_braces
 from blipds.data.datasets import Sample, build_processors, caption_groups, is_stream, make_sample, read_pixels
 from blipds.data.layouts import Entry, sample_captions
-from blipds.data.loader import Collator, Key, RankShare, TrainLoader, derive_seed
+from blipds.data.loader import Key, RankShare, TrainLoader, derive_seed
 from blipds.data.processors import ImageProcessor, Shrink, load_image
 from blipds.data.shards import ShardSample, keyed_members, samples_of, take_member
 from blipds.data.sources import is_image
@@ -245,7 +245,7 @@ def stream_loader(
             f"and keeps every {share.world_size}th image; with as many shards as ranks it would read its own only"
         )
     batches = StreamBatches(stream, share, seed)
-    return TrainLoader([stream], batches, Collator(tokenizer, stream), num_workers=num_workers)
+    return TrainLoader([stream], batches, tokenizer, num_workers=num_workers)
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------

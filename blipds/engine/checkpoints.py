@@ -273,9 +273,8 @@ def resume_point(where: str, run_dirs: Iterable[Path]) -> tuple[Path | None, lis
 
 def newest_run(run_dirs: Iterable[Path]) -> Path | None:
     """The run directory with the newest checkpoint; where no manifest can be read, one with something like it."""
-    ages = []
-    for run_dir in run_dirs:
-        if step_folders(run_dir / "checkpoints"):
-            found = newest_first(run_dir / "checkpoints")
-            ages.append((found[0][0] if found else 0.0, run_dir))
-    return max(ages)[1] if ages else None
+
+    def age(run_dir: Path) -> tuple[float, Path]:
+        return next((written for written, _ in newest_first(run_dir / "checkpoints")), 0.0), run_dir
+
+    return max((run_dir for run_dir in run_dirs if step_folders(run_dir / "checkpoints")), key=age, default=None)

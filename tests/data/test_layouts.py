@@ -159,6 +159,7 @@ def test_cocos_own_file(shared, tmp_path):
         ),
         ("Caption;Image_ID;Image\none;7;a.jpg\n", [("a.jpg", 7, ("one",))]),
         ("image,image_id,caption\na.jpg,007,one\nb.jpg,,two\n", [("a.jpg", "007", ("one",)), ("b.jpg", "b", ("two",))]),
+        ("image,image_id,caption\na.jpg,7.0,one\n", [("a.jpg", 7, ("one",))]),  # pandas' column with gaps
         ("a.jpg,one\nb.jpg,two\n", [("a.jpg", "a", ("one",)), ("b.jpg", "b", ("two",))]),
         ("\ufeffimage,caption\r\na.jpg,one\r\n", [("a.jpg", "a", ("one",))]),  # from Excel
         ("image,caption,text\na.jpg,one,two\n", [("a.jpg", "a", ("one",))]),  # `text` counts where no `caption` is
@@ -196,7 +197,7 @@ def test_cells_that_fit_no_column_are_named(tmp_path, text, said):
         read(written(tmp_path, "captions.csv", text))
 
 
-@pytest.mark.parametrize("ids", [(7, "7"), ("7", 7), ("a", "a")])
+@pytest.mark.parametrize("ids", [(7, "7"), ("7", 7), ("a", "a"), (7, 7.0)])
 def test_cocos_ids_are_text_or_numbers(tmp_path, ids):
     first, second = ids
     content = {
