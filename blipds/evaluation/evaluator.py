@@ -172,7 +172,7 @@ def read_references(path: Path) -> References:
     The images of nocaps_val_4500_captions.json have a "domain" besides.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         references: dict[str, list[str]] = {}
         for annotation in content["annotations"]:
             references.setdefault(str(annotation["image_id"]), []).append(annotation["caption"])
@@ -180,6 +180,10 @@ def read_references(path: Path) -> References:
         domains = {str(image["id"]): str(image["domain"]) for image in images if "domain" in image}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"run.annotation_file {path}: not COCO's layout ({type(error).__name__}: {error})") from error
+    for image_id, captions in references.items():
+        for caption in captions:
+            if not isinstance(caption, str):
+                raise UserError(f"run.annotation_file {path}: a caption of image {image_id} is no text: {caption!r}")
     return References(references, domains)
 
 
