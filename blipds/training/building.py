@@ -89,6 +89,8 @@ def build_trainer(
     monitor.start(state.global_step, run_facts(engine, plan, trained_on))
     for line in start_block(config, ds_config, engine.model, plan, trained_on, loader, run_dir, state):
         monitor.say(line)
+    if notice := other_data(state, sum(map(len, trained_on)), loader.steps_per_epoch):
+        monitor.say(f"data       {notice}")
     for line in data_notices(trained_on, evaluators, captioner.tokenizer):
         monitor.say(f"data       {line}")
     checkpoints = CheckpointFolder(run_dir / "checkpoints", run.keep_last, background=run.async_save)
@@ -121,6 +123,18 @@ def keep_global_batch(run: RunConfig, written: dict[str, Any]) -> str | None:
     return (
         f"{ranks} ranks instead of {written['ranks']}: run.batch_size_train {run.batch_size_train} x "
         f"run.accum_grad_iters {run.accum_grad_iters} keep {wanted} samples a step (dropout draws other numbers)"
+    )
+
+
+def other_data(state: RunState, samples: int, steps: int) -> str | None:
+    """Notes the samples of a pass over the training data (0: a stream); a line where a checkpoint knows of others."""
+    before, state.samples = state.samples, samples or None
+    if not before or not samples or before == samples:
+        return None
+    epoch, step = divmod(state.global_step, steps)
+    return (
+        f"{samples:,} samples, but the checkpoint was made on {before:,}: goes on with step {step + 1} of {steps} in "
+        f"pass {epoch + 1} over them"
     )
 
 
