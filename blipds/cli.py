@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from blipds import distributed
 from blipds.config.run import Config, load_run_config
 from blipds.errors import UserError
+from blipds.files.paths import user_path
 from blipds.models.weights import fill_image_statistics
 from blipds.signals import REQUEUE, Stopped
 
@@ -112,6 +113,9 @@ def load_config(args: argparse.Namespace) -> Config:
     """Imports the plugins and loads the run config; rank 0 says which of its keys something else decides now."""
     import_plugins(args.plugin)
     config, notices = load_run_config(args.cfg_path, args.options)
+    cache_root = user_path(config.env.cache_root)
+    if os.path.expanduser("~") == "~":  # noqa: PTH111 (torch and the hub would make a folder of that name)
+        os.environ["HOME"] = str(cache_root.absolute())
     if not config.datasets:
         raise UserError(f"{args.cfg_path}: the section datasets names none")
     if distributed.is_main():

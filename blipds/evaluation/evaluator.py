@@ -20,6 +20,7 @@ from blipds.data.datasets import CaptionDataset, build_dataset, has_split
 from blipds.data.loader import EvalBatch, EvalLoader
 from blipds.engine import DTYPES
 from blipds.errors import UserError
+from blipds.files.paths import user_path
 from blipds.models import build_model
 from blipds.models.initialisation import initialise
 from blipds.models.parameters import copy_into
@@ -194,7 +195,7 @@ def read_cider_corpus(path: Path) -> Captions:
             f"--cider-df {path}: pickles are not read, since they can run code; give the annotation file in which the "
             "frequencies were counted (for coco-val-df.p: COCO's captions_val2014.json)"
         )
-    records = [record for part in read_splits([path.expanduser()], None, None).values() for record in part.records]
+    records = [record for part in read_splits([user_path(path)], None, None).values() for record in part.records]
     corpus = {str(number): list(record.captions) for number, record in enumerate(records) if record.captions}
     if not corpus:
         raise UserError(f"--cider-df {path}: no caption in it")
@@ -205,7 +206,7 @@ def build_evaluators(config: Config, splits: Sequence[str], captioner: Captioner
     """One evaluator for each split of each dataset that has it; a split that none has is an error."""
     evaluators = []
     given = config.run.annotation_file
-    references = read_references(Path(given).expanduser()) if given else None
+    references = read_references(user_path(given)) if given else None
     for split in splits:
         names = [name for name in config.datasets if has_split(config.datasets[name], split)] or list(config.datasets)
         for name in names:
@@ -245,7 +246,7 @@ def evaluate_checkpoint(
     if checkpoint is None:
         initialise(model, config.run.seed, partial(copy_into, model))
     else:
-        load_weights(model, open_weights(checkpoint, Path(config.env.cache_root).expanduser()), monitor.say)
+        load_weights(model, open_weights(checkpoint, user_path(config.env.cache_root)), monitor.say)
     model.to(device, DTYPES[precision]).eval()
     evaluations = []
     for evaluator in evaluators:

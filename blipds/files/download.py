@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 from tqdm import tqdm
 
 from blipds.errors import UserError
+from blipds.files.paths import user_path
 
 CHUNK = 1 << 20
 MAX_WAIT = 30.0  # seconds between two attempts, at most, unless the server names more
@@ -54,12 +55,12 @@ def fetch(
     UserError: no such path, another scheme, refused by the server, wrong content, disk full.
     """
     if "://" not in location:
-        path = Path(location).expanduser()
+        path = user_path(location)
         if not path.exists():
             raise UserError(f"{location}: no such file or folder")
         return path
     _check_address(location)
-    target = Path(cache_dir).expanduser() / cache_name(location)
+    target = user_path(cache_dir) / cache_name(location)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_name(target.name + ".lock")):

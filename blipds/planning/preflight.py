@@ -26,6 +26,7 @@ from typing import Any
 import blipds
 from blipds.config.run import load_run_config
 from blipds.errors import UserError
+from blipds.files.paths import user_path
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")  # never asks for a password
 PACKAGES = ("torch", "deepspeed", "transformers", "timm")
@@ -191,7 +192,7 @@ def answer_about_run(question: Question) -> dict[str, Any]:
                 dataset.records[0].image.open()
                 for record in dataset.records:
                     records.update(f"{record.image_id}\0{record.captions}\0".encode())
-        output = Path(config.run.output_dir).expanduser().absolute()
+        output = user_path(config.run.output_dir).absolute()
         sizes = Sizes.of(config)
     except (UserError, ImportError, OSError) as error:
         return {"run": str(error)}
@@ -301,7 +302,7 @@ def checks(hostfile: Path, words: Sequence[str]) -> Iterator[Check]:
     """All checks, one after the other; ends early where what is left would only repeat the failure."""
     try:
         hosts, command = read_hostfile(hostfile), Command.parse(words)
-        variables = exported(dict(os.environ), [Path.home(), Path.cwd()])
+        variables = exported(dict(os.environ), [user_path("~"), Path.cwd()])
     except UserError as error:
         yield Check("hostfile", False, str(error))
         return
@@ -385,7 +386,7 @@ def shared_folder(command: Command) -> Path:
     output = Path("output")
     if command.cfg_path is not None and Path(command.cfg_path).is_file():
         with suppress(UserError):  # check_run says it
-            output = Path(load_run_config(Path(command.cfg_path), command.options)[0].run.output_dir).expanduser()
+            output = user_path(load_run_config(Path(command.cfg_path), command.options)[0].run.output_dir)
     return next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
 
 

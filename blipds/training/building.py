@@ -42,6 +42,7 @@ from blipds.engine import (
 from blipds.engine.checkpoints import CheckpointFolder, load_engine, read_state
 from blipds.errors import UserError
 from blipds.evaluation.evaluator import Evaluator, build_evaluators
+from blipds.files.paths import user_path
 from blipds.models import build_model
 from blipds.models.lr_scales import lr_scales
 from blipds.models.parameters import whole_shape
@@ -248,9 +249,7 @@ def build_engine(
         if resumed is None:
             load_initial_weights(model, config, monitor.say, write)
         else:  # its optimizer's state follows in load_engine
-            load_weights(
-                model, open_weights(str(resumed), Path(config.env.cache_root).expanduser()), monitor.say, write
-            )
+            load_weights(model, open_weights(str(resumed), user_path(config.env.cache_root)), monitor.say, write)
     return engine
 
 
@@ -262,7 +261,7 @@ def read_from_cache(config: Config, engine: Engine, datasets: Sequence[CaptionDa
     cache_image_embeds(
         engine,
         datasets,
-        Path(folder).expanduser(),
+        user_path(folder),
         encoder_name=model.encoder_name,
         batch_size=run.batch_size_eval,
         num_workers=run.num_workers,
