@@ -370,9 +370,9 @@ class Trainer:
 
     def report_unsaved(self, step: int, failure: str) -> None:
         """A full disk costs the checkpoint and no more; only after the last step it is an error."""
-        line = f"no checkpoint after step {step}: {failure}"
+        line = f"the save after step {step} failed: {failure}"
         if step == self.plan.total_steps:
-            raise UserError(f"{line}; make room and go on with --resume {self.run_dir}")
+            raise UserError(f"{line}; mend that and go on with --resume {self.run_dir}")
         self.monitor.say(f"{line}; the run goes on, and the earlier checkpoints are as they were")
 
     def close(self) -> None:
