@@ -1,7 +1,10 @@
 """What the command lines share."""
 
 import argparse
+import contextlib
+import errno
 import importlib
+import io
 import json
 import os
 import signal
@@ -26,13 +29,17 @@ from blipds.signals import REQUEUE, Stopped
 def run(main: Callable[[], None]) -> None:
     """Runs a command. What the user can mend is one line on stderr and exit status 1, Ctrl-C is 130.
 
+    So is standard output on a full disk; where nobody reads it any more (`| head`), the status is a shell's, 141.
     Other signals to stop are REQUEUE; while it trains, `Trainer.train` saves first. A bug's traceback is shown once, by
     the rank that met it first, and no rank outlives it.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a caption may have letters that the locale has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: leave(REQUEUE))
     try:
         main()
+        print(end="", flush=True)
     except UserError as error:
         if distributed.rank() != 0:
             # If rank 0 failed alike it has said so, and the launcher ends this rank while it waits.
@@ -49,8 +56,13 @@ def run(main: Callable[[], None]) -> None:
         if distributed.rank() == 0:
             print("interrupted", file=sys.stderr, flush=True)
         leave(130)
-    except Exception:
-        if distributed.first_to_fail():  # the others fail because this rank is gone: gloo says so at length
+    except Exception as error:
+        first = distributed.first_to_fail()
+        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC) and not stdout_takes():
+            if first and error.errno == errno.ENOSPC:
+                print(f"error: standard output cannot be written: {error}", file=sys.stderr, flush=True)
+            leave(141 if error.errno == errno.EPIPE else 1)
+        if first:  # the others fail because this rank is gone: gloo says so at length
             print(f"rank {distributed.rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         leave(1)
     distributed.shut_down()
@@ -58,9 +70,19 @@ def run(main: Callable[[], None]) -> None:
 
 def leave(status: int) -> None:
     """Ends this process at once: an orderly shutdown would wait for ranks that may never come."""
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(end="", flush=True)
     sys.stderr.flush()
     os._exit(status)
+
+
+def stdout_takes() -> bool:
+    """Whether an empty line can still be printed."""
+    try:
+        print(flush=True)
+    except OSError:
+        return False
+    return True
 
 
 def add_config_arguments(
@@ -79,7 +101,7 @@ class ListEverything(argparse.Action):
         from blipds.catalogue import catalogue
 
         import_plugins(namespace.plugin)
-        print("\n".join(catalogue()))
+        print("\n".join(catalogue()), flush=True)
         parser.exit()
 
 
