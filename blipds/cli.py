@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -165,16 +166,26 @@ def as_json(section: dict[str, Any]) -> str:
 
 
 def open_run_dir(config: Config, resumed: Path | None = None, restart: bool = False) -> Path:
-    """`run.output_dir`/<job id>, the same on every rank; the monitor makes it. Collective.
+    """Makes `run.output_dir`/<job id>, the same on every rank. Collective.
 
     Never continues an existing run unless asked to. `restart`: a run without any checkpoint may start again.
     """
     if resumed is not None:
         return resumed.parent.parent  # RUN/checkpoints/step_N
     job_id = config.run.job_id or distributed.broadcast(time.strftime("%Y%m%d-%H%M%S"))
-    run_dir = Path(config.run.output_dir).expanduser() / job_id
-    if not restart and distributed.broadcast(run_dir.exists() and any(run_dir.iterdir())):
-        raise UserError(
-            f"{run_dir} holds a run already: give another run.job_id, or go on: finetune.py --resume {run_dir}"
-        )
+    run_dir = resumed.parent.parent if resumed else user_path(config.run.output_dir) / job_id  # RUN/checkpoints/step_N
+    problem = None
+    if distributed.is_main():
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if not (resumed or restart) and any(run_dir.iterdir()):
+                problem = (
+                    f"{run_dir} holds a run already: give another run.job_id, or go on: finetune.py --resume {run_dir}"
+                )
+            with tempfile.TemporaryFile(dir=run_dir):
+                pass
+        except OSError as error:
+            problem = f"run.output_dir: {run_dir} cannot be written to ({error})"
+    if problem := distributed.broadcast(problem):
+        raise UserError(problem)
     return run_dir
