@@ -158,7 +158,7 @@ def keep_config(config: Config, run_dir: Path) -> None:
     """Writes config.yaml where there is none yet: an evaluation in a run's own directory leaves the run's."""
     path = run_dir / "config.yaml"
     if not path.exists():
-        path.write_text(as_yaml(config))
+        path.write_text(as_yaml(config), encoding="utf-8")
 
 
 def as_json(section: dict[str, Any]) -> str:
@@ -168,10 +168,9 @@ def as_json(section: dict[str, Any]) -> str:
 def open_run_dir(config: Config, resumed: Path | None = None, restart: bool = False) -> Path:
     """Makes `run.output_dir`/<job id>, the same on every rank. Collective.
 
-    Never continues an existing run unless asked to. `restart`: a run without any checkpoint may start again.
+    Never continues an existing run unless asked to. `restart`: a run without any checkpoint may start again. UserError
+    where it cannot be written to: nothing has been read or built by then.
     """
-    if resumed is not None:
-        return resumed.parent.parent  # RUN/checkpoints/step_N
     job_id = config.run.job_id or distributed.broadcast(time.strftime("%Y%m%d-%H%M%S"))
     run_dir = resumed.parent.parent if resumed else user_path(config.run.output_dir) / job_id  # RUN/checkpoints/step_N
     problem = None

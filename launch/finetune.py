@@ -80,8 +80,8 @@ def main() -> None:
     if distributed.is_main():
         state = RunState(**read_state(resumed)["run"]) if resumed else RunState()
         monitor = Monitor(run_dir, state.global_step, state.awaited_step)
-        (run_dir / "config.yaml").write_text(cli.as_yaml(config))
-        (run_dir / "ds_config.json").write_text(cli.as_json(ds_config))
+        (run_dir / "config.yaml").write_text(cli.as_yaml(config), encoding="utf-8")
+        (run_dir / "ds_config.json").write_text(cli.as_json(ds_config), encoding="utf-8")
     try:
         trainer = building.build_trainer(config, ds_config, run_dir, monitor, resumed)
         trainer.train()

@@ -154,7 +154,7 @@ def write_recommendation(args: argparse.Namespace, config: Config, machines: Mac
             "nothing in ds_configs/ fits, even with one image at a time and all activations computed twice: more "
             "memory, more GPUs, or a smaller model.image_size"
         )
-    args.recommend.write_text((DS_CONFIGS / best.name).read_text())
+    args.recommend.write_text((DS_CONFIGS / best.name).read_text("utf-8"), "utf-8")
     options = " ".join(
         f"{key}={'null' if value is None else str(value).lower()}" for key, value in best.options.items()
     )

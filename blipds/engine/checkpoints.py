@@ -236,7 +236,7 @@ def shape_of(engine: Engine, global_batch: int) -> dict[str, Any]:
 def read_state(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """{"run": where the run stood, "shape": see `shape_of`, "engine": its counters} of a run's checkpoint."""
     try:
-        state = json.loads((checkpoint / STATE).read_text())
+        state = json.loads((checkpoint / STATE).read_text("utf-8"))
         return {key: dict(state[key]) for key in ("run", "shape", "engine")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{checkpoint} is no checkpoint of a run ({STATE}: {error})") from error

@@ -171,7 +171,7 @@ def _check_address(address: str) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Exclusive over the node's processes; the kernel frees it when a holder dies: a left-over file locks nothing."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -382,7 +382,7 @@ class _Download:
 
     def _attempt(self) -> None:
         have = self._have()
-        validator = self.validator_file.read_text() if self.validator_file.exists() else ""
+        validator = self.validator_file.read_text("utf-8") if self.validator_file.exists() else ""
         headers = {"Range": f"bytes={have}-", "If-Range": validator} if have and validator else {}
         with _request(self.address, headers, self.timeout) as response:
             if response.status == 416:
@@ -403,7 +403,7 @@ class _Download:
             raise UserError(f"{self.address}: the server has {total:,} bytes, {self.size:,} are expected: another file")
         if start == 0:  # the server ignores Range, its file changed, or this is the beginning
             self.part.unlink(missing_ok=True)  # before the new validator: they must never be of different files
-            self.validator_file.write_text(_validator(response))  # without one a break begins from the start
+            self.validator_file.write_text(_validator(response), "utf-8")  # without one a break begins from the start
         expected = total if self.size is None else self.size
         received = start
         with (

@@ -78,7 +78,7 @@ def exported(environ: dict[str, str], folders: Sequence[Path]) -> dict[str, str]
         path = folder / environ.get("DS_ENV_FILE", ".deepspeed_env")
         if not path.is_file():
             continue
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
+        for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), start=1):
             name, sign, value = line.partition("=")
             if not sign or not re.fullmatch(r"[A-Za-z_]\w*", name.strip()):
                 raise UserError(f"{path}:{number}: '{line}' is not NAME=value; DeepSpeed would stop at it")
@@ -251,7 +251,7 @@ def port_is_free(port: int) -> bool:
 
 def seen(path: Path, token: str) -> bool:
     try:
-        return path.read_text() == token
+        return path.read_text("utf-8") == token
     except OSError:
         return False
 
@@ -341,7 +341,7 @@ def check_hosts(hosts: Sequence[Host], command: Command, variables: dict[str, st
     shared = shared_folder(command)
     token = uuid.uuid4().hex
     path = shared / f".preflight-{token}"
-    path.write_text(token)
+    path.write_text(token, "utf-8")
     question = Question(
         hosts[0].name,
         command.port,

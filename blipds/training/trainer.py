@@ -288,9 +288,10 @@ class Trainer:
             return errors
         listing = self.run_dir / "bad_images.txt"
         if distributed.is_main():
-            known = set(listing.read_text().splitlines()) if listing.exists() else set()
+            known = set(listing.read_text("utf-8", "surrogateescape").splitlines()) if listing.exists() else set()
             new = [error for error in errors if error not in known]
-            listing.write_text("".join(f"{error}\n" for error in sorted(known | set(errors))))
+            text = "".join(f"{error}\n" for error in sorted(known | set(errors)))
+            listing.write_text(text, "utf-8", "surrogateescape")
             for error in new[:3]:
                 self.monitor.say(f"skipped: {error}")
             if new[3:]:
