@@ -226,10 +226,60 @@ def test_a_folder_of_splits(tmp_path, photographs):
         read(tmp_path, "test")
 
 
-def test_folders_that_are_no_splits(tmp_path, photographs):
-    for name, members in {"train": photographs[:2], "dogs": photographs[2:3]}.items():
-        LAYOUTS["image folder"](members, tmp_path / name)
-    assert len(read(tmp_path, "train")[0]) == 3
+@pytest.mark.parametrize("folders", [("train", "test"), ("data/train", "data/test"), ("train2017", "test2015")])
+@pytest.mark.parametrize("layout", ["image folder", "shards"])
+def test_where_folders_of_splits_may_lie(tmp_path, photographs, folders, layout):
+    for name, photograph in zip(folders, photographs, strict=False):
+        LAYOUTS[layout]([photograph], tmp_path / name)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "info.json").write_text("{}")
+    for split, (path, _) in zip(("train", "test"), photographs, strict=False):
+        assert [name for name, _, _ in read(tmp_path, split)[0]] == [path.name]
+
+
+@pytest.mark.parametrize("split", ["train", None])
+def test_images_beside_folders_of_splits_are_named(tmp_path, photographs, split):
+    for name, photograph in zip(("train", "data/dogs"), photographs, strict=False):
+        LAYOUTS["image folder"]([photograph], tmp_path / name)
+    with pytest.raises(UserError, match=r"splits train, and images that are in none of them \(data/dogs\)"):
+        read(tmp_path, split)
+
+
+SPLIT_ROWS = [{"image": f"{s}.jpg", "caption": "one", "split": s} for s in ("train", "validation", "test", "")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(SPLIT_ROWS),
+        "\n".join(map(json.dumps, SPLIT_ROWS)),
+        "\n".join(["image,caption,Split", *(",".join(row.values()) for row in SPLIT_ROWS)]),
+    ],
+)
+def test_rows_may_name_their_split(tmp_path, text):
+    path = written(tmp_path, "captions", text)
+    assert [name for name, _, _ in read(path, "val")[0]] == ["validation.jpg", ".jpg"]  # the last one names none
+    with pytest.raises(UserError, match="'split' is 7; expected the name of a split"):
+        read(written(tmp_path, "number.json", '[{"image": "a.jpg", "split": 7}]'))
+
+
+def test_a_metadata_file_may_name_splits(tmp_path, photographs):
+    link_images(photographs[:2], tmp_path / "images")
+    first, second = (path.name for path, _ in photographs[:2])
+    text = f"file_name,text,split\nimages/{first},one,train\nimages/{second},two,test\n"
+    written(tmp_path, "metadata.csv", text)
+    assert [name for name, _, _ in read(tmp_path, "test")[0]] == [second]
+
+
+def test_a_member_may_name_its_split(tmp_path, photographs):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for split in ("train", "test"):
+            add(tar, f"{split}.jpg", photographs[0][0].read_bytes())
+            add(tar, f"{split}.json", json.dumps({"caption": "one", "split": split}).encode())
+    assert [image_id for _, image_id, _ in read(tmp_path / "a.tar", "test")[0]] == ["test"]
+    processors = BlipImageTrain(8), BlipCaptionProcessor()
+    stream = CaptionStream("custom_caption", [f"pipe:cat {tmp_path}/a.tar"], *processors, "all", 1, print, ["test"])
+    assert [record.image_id for record, _ in stream.share(0, 1)] == ["test"]
 
 
 def test_a_folder_without_some_captions(tmp_path, photographs):
