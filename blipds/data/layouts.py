@@ -3,6 +3,7 @@
 README.md, "Your own captions", has an example of each.
 """
 
+import ast
 import csv
 import functools
 import io
@@ -12,6 +13,7 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -40,6 +42,9 @@ CANONICAL = {name: split for split, names in SPLITS.items() for name in (split, 
 COCO_NUMBER = re.compile(r"(?:^|_|(?:^|/)(?:train|val|test)20\d\d/)(\d{12})$")
 YEAR = re.compile(r"_?20\d\d$")  # of COCO's folders
 TOKEN_LINE = re.compile(r"([^\t#]+)#\d+\t(.*)")
+LIKE_A_LIST = re.compile(r"""\[\s*['"].*['"]\s*,?\s*\]\s*""", re.DOTALL)
+TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+LIST_OF_TEXTS = re.compile(rf"\[\s*{TEXT}(?:\s*,\s*{TEXT})*\s*,?\s*\]\s*", re.DOTALL)
 DELIMITERS = "\t|,;"
 
 
@@ -174,7 +179,7 @@ def captions_of(row: dict[str, Any], place: str) -> list[str]:
     for key in caption_keys(tuple(row)):
         value = row[key]
         if isinstance(value, str):
-            captions.append(value)
+            captions += texts_in(value, f"{place}: '{key}'")
         elif isinstance(value, list) and all(isinstance(caption, str) for caption in value):
             captions += value
         elif value is not None:
@@ -182,11 +187,25 @@ def captions_of(row: dict[str, Any], place: str) -> list[str]:
     return captions
 
 
+def texts_in(value: str, place: str) -> list[str]:
+    """The texts of a list that was written as text, by JSON or, as pandas does, by Python; else the text itself."""
+    if not value.startswith("[") or not LIKE_A_LIST.fullmatch(value):
+        return [value]
+    with suppress(ValueError, RecursionError):
+        found = json.loads(value)
+        if all(isinstance(text, str) for text in found):
+            return found
+    with suppress(ValueError, SyntaxError):
+        if LIST_OF_TEXTS.fullmatch(value):  # texts without a comma between them are one for literal_eval
+            return ast.literal_eval(value)
+    raise UserError(f"{place} is a list written as text that cannot be read (JSON's and Python's can): {value[:80]}")
+
+
 @functools.cache
 def caption_keys(keys: tuple[str, ...]) -> list[str]:
     """Those that hold captions: caption, captions, caption_0, ...; only where there are none, text, and so on."""
     for name in CAPTION_KEYS:
-        if found := [key for key in keys if re.fullmatch(rf"{name}s?[ _]?\d*", key)]:
+        if found := [key for key in keys if re.fullmatch(rf"{name}s?[ _.]?\d*", key)]:
             return found
     return []
 
@@ -244,6 +263,11 @@ def table_rows(text: str, path: Path, delimiter: str, names: list[str] | None) -
                 names = [cell.strip().lower() for cell in cells]
                 while not names[-1]:  # a spreadsheet's empty columns
                     names.pop()
+                if twice := [name for name in (*IMAGE_KEYS, *ID_KEYS, "split") if names.count(name) > 1]:
+                    raise UserError(f"{path}, line {reader.line_num}: several columns {', '.join(twice)}")
+                for i in range(len(names)):  # captions in columns of one name: caption, caption0, caption00
+                    while names[i] in names[:i]:
+                        names[i] += "0"
                 continue
             fitted = fit_cells(cells, names, delimiter, f"{path}, line {reader.line_num}")
             row: dict[str, Any] = dict(zip(names, fitted, strict=True))

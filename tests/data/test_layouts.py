@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packing import LAYOUTS, add, link_images, shards
+from packing import LAYOUTS, add, link_images, shards, write_rows
 
 from blipds.config.run import load_run_config
 from blipds.data.annotations import expand_braces, read_annotations, read_splits
@@ -163,10 +163,36 @@ def test_cocos_own_file(shared, tmp_path):
         ("a.jpg,one\nb.jpg,two\n", [("a.jpg", "a", ("one",)), ("b.jpg", "b", ("two",))]),
         ("\ufeffimage,caption\r\na.jpg,one\r\n", [("a.jpg", "a", ("one",))]),  # from Excel
         ("image,caption,text\na.jpg,one,two\n", [("a.jpg", "a", ("one",))]),  # `text` counts where no `caption` is
+        ("image,caption,Caption,caption,caption.1\na.jpg,1,2,3,4\n", [("a.jpg", "a", ("1", "2", "3", "4"))]),
+        ("image,caption,x,x\na.jpg,one,y,z\n", [("a.jpg", "a", ("one",))]),
     ],
 )
 def test_tables(tmp_path, text, records):
     assert read(written(tmp_path, "captions.csv", text))[0] == records
+
+
+QUOTED = """he said "it's" """.rstrip()
+SMILE = "a \U0001f642"
+
+
+@pytest.mark.parametrize(
+    ("text", "captions"),
+    [
+        (str(["a dog", QUOTED]), ("a dog", QUOTED)),
+        (json.dumps([SMILE, QUOTED]), (SMILE, QUOTED)),
+        ('["one","two",]', ("one", "two")),
+        ("[sic] a dog", ("[sic] a dog",)),
+        ("['one' 'two']", None),  # numpy's
+        ('["one", 2, "three"]', None),
+    ],
+)
+def test_lists_written_as_text(tmp_path, text, captions):
+    path = write_rows([["image", "captions"], ["a.jpg", text]], tmp_path / "captions.csv")
+    if captions is None:
+        with pytest.raises(UserError, match=r"line 2 \(a\.jpg\): 'captions' is a list written as text that cannot be"):
+            read(path)
+    else:
+        assert read(path)[0] == [("a.jpg", "a", captions)]
 
 
 @pytest.mark.parametrize(
@@ -190,6 +216,7 @@ def test_cells_beyond_the_columns_are_the_captions(tmp_path, text, records):
         ("image,caption\n1,a.jpg,one\n", "line 2: 3 cells for the 2 columns image, caption: put captions in quotes"),
         ("image,caption_1,caption_2\na.jpg,one,two,three\n", "line 2: 4 cells for the 3 columns"),
         ("image,split\na.jpg,train,x\n", "line 2: 3 cells for the 2 columns"),
+        ("image,caption,image\na.jpg,one,b.jpg\n", "line 1: several columns image"),
     ],
 )
 def test_cells_that_fit_no_column_are_named(tmp_path, text, said):
