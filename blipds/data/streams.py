@@ -130,11 +130,12 @@ class CaptionStream:
             if record.captions:
                 yield record
             else:
-                self.note(shard, "images without a caption", place)
+                self.note(shard, "images without a caption beside them", place)
 
     def read(self, shard: str) -> Iterator[tuple[ShardSample, bytes]]:
         """The samples of a shard with the bytes of their images. Members of one key stand together, as WebDataset's."""
         left_out = partial(self.note, shard)
+        lone: dict[str, bool] = {}  # keys with an image or captions only: whether it is the image
         try:
             with closing(pieces_of(shard)) as pieces, open_tar(pieces) as tar:
                 for key, members in groupby(keyed_members(tar, left_out), key=itemgetter(0)):
@@ -144,6 +145,12 @@ class CaptionStream:
                         take_member(tar, member, names, left_out)
                         if is_image(member.name) and (file := tar.extractfile(member)):
                             data[member.name] = file.read()
+                    captioned = any(sample.text is not None or sample.json is not None for sample in names.values())
+                    if names and captioned != bool(data) and lone.setdefault(key, bool(data)) != bool(data):
+                        raise UserError(
+                            f"{shard}: image and captions of '{key}' do not stand together, which a stream needs: pack "
+                            "it with tar --sort=name, or give the tar as a file"
+                        )
                     for sample in samples_of(key, names, left_out):
                         yield sample, data[sample.image]
         except UserError:  # of the pieces
