@@ -1,21 +1,21 @@
 """Ranks that mpirun or srun started: their variables, without deepspeed's launcher."""
 
 import os
-import subprocess
-import sys
 from datetime import timedelta
 
 import pytest
-from launching import REPOSITORY, environment, free_port
+from launching import environment, free_port, start_script, wait
 
 from blipds import distributed
 from blipds.errors import UserError
 
-SUM = (
-    "import torch; from blipds import distributed as d; d.initialise(); "
-    "print(d.rank(), d.world_size(), d.local_rank(), d.local_world_size(), "
-    "int(d.sum_over_ranks(torch.tensor([d.rank() + 1]))))"
-)
+SUM = """
+import torch
+from blipds import distributed as d
+d.initialise()
+total = d.sum_over_ranks(torch.tensor([d.rank() + 1]))
+print(d.rank(), d.world_size(), d.local_rank(), d.local_world_size(), int(total))
+"""
 OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
 SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
 
@@ -26,23 +26,18 @@ def variables(monkeypatch):
     return lambda **given: monkeypatch.setattr(os, "environ", dict(given))
 
 
-def test_ranks_of_another_launcher_meet():
+def test_ranks_of_another_launcher_meet(tmp_path):
     """The names are those of SLURM's manual; the launcher itself is not at hand."""
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = []
-    for rank in ("0", "1"):
-        names = dict(zip(SLURM, (rank, "2", rank, "2(x1)"), strict=True))
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-c", SUM],
-                env={**environment(), **meeting, **names},
-                cwd=REPOSITORY,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
+    (tmp_path / "sum.py").write_text(SUM)
+    meeting = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        start_script(
+            [tmp_path / "sum.py"], meeting | dict(zip(SLURM, (rank, "2", rank, "2(x1)"), strict=True)), tmp_path / rank
         )
-    printed = [process.communicate(timeout=300)[0].strip() for process in ranks]
-    assert printed == ["0 2 0 2 3", "1 2 1 2 3"]
+        for rank in ("0", "1")
+    ]
+    assert wait(ranks, timeout=300) == 0
+    assert [(tmp_path / rank).read_text() for rank in ("0", "1")] == ["0 2 0 2 3\n", "1 2 1 2 3\n"]
 
 
 @pytest.mark.parametrize(("names", "per_node"), [(OPENMPI, "8"), (SLURM, "8"), (SLURM, "8(x2)")])

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from launching import launch
+from launching import launch, launch_as_typed
 from PIL import Image
 
 ZERO2, ZERO3 = "ds_configs/zero2.json", "ds_configs/zero3.json"
@@ -29,9 +29,8 @@ def lines(run_dir, kind):
 def finished(tmp_path_factory):
     """The run directory of two epochs on two ranks under ZeRO-3, and what was printed."""
     output = tmp_path_factory.mktemp("output")
-    process = launch(
-        2, "launch/finetune.py", *arguments(output, "run.max_epoch=2", "run.test_splits=[test]", ds_config=ZERO3)
-    )
+    options = arguments(output, "run.max_epoch=2", "run.test_splits=[test]", ds_config=ZERO3)
+    process = launch_as_typed(2, "launch/finetune.py", *options)
     assert process.returncode == 0, process.stdout[-4000:]
     return output / "test", process.stdout
 
@@ -110,7 +109,7 @@ def test_evaluate_writes_what_the_run_wrote(finished, tmp_path):
     run_dir, _ = finished
     options = [*arguments(tmp_path)[arguments(tmp_path).index("--options") :]]
     where = ["--cfg-path", "run_configs/shapes_tiny.yaml", "--checkpoint", run_dir, "--split", "test"]
-    process = launch(1, "launch/evaluate.py", *where, *options)
+    process = launch_as_typed(1, "launch/evaluate.py", *where, *options)
     assert process.returncode == 0, process.stdout[-4000:]
     written = next((run_dir / "results").glob("test_epoch*.json")).read_text()
     assert (tmp_path / "test" / "results" / "test.json").read_text() == written
@@ -206,7 +205,7 @@ def test_too_many_unreadable_images_end_the_run(collection):
 
 def test_a_mistake_is_one_line_on_two_ranks(tmp_path):
     started = time.monotonic()
-    process = launch(2, "launch/finetune.py", *arguments(tmp_path, "run.max_epohc=2"), timeout=120)
+    process = launch_as_typed(2, "launch/finetune.py", *arguments(tmp_path, "run.max_epohc=2"), timeout=120)
     assert process.returncode != 0
     errors = [line for line in process.stdout.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and "unknown key run.max_epohc; did you mean 'max_epoch'?" in errors[0]
