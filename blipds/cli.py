@@ -20,7 +20,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from blipds import distributed
-from blipds.config.run import Config, load_run_config
+from blipds.config.run import load_run_config
+from blipds.config.sections import Config
 from blipds.errors import UserError
 from blipds.files.paths import user_path
 from blipds.models.weights import fill_image_statistics

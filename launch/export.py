@@ -29,7 +29,7 @@ from torch import Tensor
 
 from blipds import cli
 from blipds.captioning.captioner import Captioner, image_processor_of, run_directory
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.engine.checkpoints import STATE, read_state
 from blipds.errors import UserError
 from blipds.files.paths import user_path

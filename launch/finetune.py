@@ -17,7 +17,7 @@ import torch
 
 from blipds import cli, distributed
 from blipds.config.deepspeed import load_ds_config
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.engine.checkpoints import read_state, resume_point
 from blipds.errors import UserError
 from blipds.evaluation.evaluator import evaluate_checkpoint

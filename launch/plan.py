@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from blipds import cli
 from blipds.config.deepspeed import Section, load_ds_config, precision
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.engine import DTYPES
 from blipds.errors import UserError
 from blipds.planning.planner import (

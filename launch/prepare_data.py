@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from blipds import cli
-from blipds.config.run import EnvConfig, ModelConfig, RunConfig, packaged_dataset
+from blipds.config.run import packaged_dataset
+from blipds.config.sections import EnvConfig, ModelConfig, RunConfig
 from blipds.data.annotations import read_splits
 from blipds.data.inspection import Findings, describe, inspect, overlap, problems
 from blipds.data.preparation import DATASETS, StandardSet, Step, announcement, spice_steps

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from blipds import cli
-from blipds.config.run import Config, load_run_config
+from blipds.config.run import load_run_config
+from blipds.config.sections import Config
 from blipds.errors import UserError
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from blipds import distributed
-from blipds.config.run import Config, RunConfig, load_run_config
+from blipds.config.run import load_run_config
+from blipds.config.sections import Config, RunConfig
 from blipds.data.datasets import build_image_processor
 from blipds.data.images import Images
 from blipds.data.loader import derive_seed

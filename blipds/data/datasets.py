@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from blipds.config.run import Config, DatasetConfig, ImageProcessorConfig
+from blipds.config.sections import Config, DatasetConfig, ImageProcessorConfig
 from blipds.data.annotations import Annotations, ImageFile, ImageSource, Record, annotations_of, read_annotations
 from blipds.data.images import EmbedStore
 from blipds.data.preparation import check_images

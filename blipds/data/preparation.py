@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from blipds import distributed
-from blipds.config.run import ArchiveConfig, Config, DatasetConfig
+from blipds.config.sections import ArchiveConfig, Config, DatasetConfig
 from blipds.data.annotations import ImageFile, read_annotations, read_splits
 from blipds.errors import UserError
 from blipds.files.archives import BadArchive, unpack

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.data.annotations import Record, RecordBuilder, expand_braces
 from blipds.data.datasets import Sample, build_processors, caption_groups, is_stream, make_sample, read_pixels
 from blipds.data.layouts import canonical_split, sample_entry

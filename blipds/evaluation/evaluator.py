@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from blipds import distributed
 from blipds.captioning.captioner import Captioner
-from blipds.config.run import Config, RunConfig
+from blipds.config.sections import Config, RunConfig
 from blipds.data.annotations import read_splits
 from blipds.data.datasets import CaptionDataset, build_dataset, has_split
 from blipds.data.loader import EvalBatch, EvalLoader

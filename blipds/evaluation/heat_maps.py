@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.data.images import stack
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.evaluation.evaluator import Evaluator

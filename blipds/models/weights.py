@@ -5,7 +5,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
-from blipds.config.run import Config, ModelConfig
+from blipds.config.sections import Config, ModelConfig
 from blipds.errors import UserError
 from blipds.files.download import fetch
 from blipds.files.paths import target, user_path

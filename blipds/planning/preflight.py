@@ -28,7 +28,8 @@ import torch
 
 import blipds
 from blipds import cli
-from blipds.config.run import Config, load_run_config
+from blipds.config.run import load_run_config
+from blipds.config.sections import Config
 from blipds.errors import UserError
 from blipds.files.paths import user_path
 

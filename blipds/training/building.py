@@ -23,7 +23,7 @@ from blipds.config.deepspeed import (
     with_torch_adam,
     zero_stage,
 )
-from blipds.config.run import Config, RunConfig
+from blipds.config.sections import Config, RunConfig
 from blipds.data.caption_checks import cut_lines, spelling_lines
 from blipds.data.datasets import CaptionDataset, build_dataset, splits_of
 from blipds.data.loader import RankShare, TrainLoader, epoch_loader

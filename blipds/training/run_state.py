@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from blipds.config.run import RunConfig
+from blipds.config.sections import RunConfig
 
 
 @dataclass

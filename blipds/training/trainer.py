@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from blipds import distributed
-from blipds.config.run import RunConfig
+from blipds.config.sections import RunConfig
 from blipds.data.loader import Batch, TrainLoader, derive_seed
 from blipds.engine import Engine
 from blipds.engine.checkpoints import CheckpointFolder, shape_of

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from blipds import distributed
-from blipds.config.run import RunConfig
+from blipds.config.sections import RunConfig
 from blipds.data.annotations import Annotations, ImageFile, Record
 from blipds.data.datasets import CaptionDataset
 from blipds.data.processors import BlipImageEval

@@ -3,7 +3,7 @@
 import pytest
 
 from blipds import distributed
-from blipds.config.run import RunConfig
+from blipds.config.sections import RunConfig
 from blipds.errors import UserError
 from blipds.training.building import keep_global_batch, other_data
 from blipds.training.run_state import RunState

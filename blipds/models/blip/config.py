@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from blipds.config.run import ModelConfig, check
+from blipds.config.sections import ModelConfig, check
 from blipds.files.paths import user_path
 from blipds.models.blip.text_decoder import TextConfig
 
