@@ -101,7 +101,8 @@ def start_ranks(
 
 def start_script(typed: Sequence[object], variables: dict[str, str], log: Path) -> BaseProcess:
     """Forks a process for a script and its arguments; `variables` are its whole environment."""
-    with mock.patch.dict(os.environ, environment()):
+    one_thread = {"OMP_NUM_THREADS": "1"}  # as in conftest.py, unless a rank asks for more
+    with mock.patch.dict(os.environ, environment() | one_thread):
         forkserver.ensure_running()
     process = FORKS.Process(target=run_script, args=([str(word) for word in typed], variables, str(log)))
     process.start()
@@ -137,6 +138,7 @@ def wait(processes: Sequence[BaseProcess], timeout: float) -> int:
                 process.terminate()
             for process in processes:
                 process.join(30)
+                process.kill()
             return failed[0]
     return 0
 
