@@ -152,7 +152,8 @@ def test_evaluate_writes_the_captions_of_the_original_code(shared, tmp_path):
         "model.image_size=96",
         f"model.med_config_path={shared}/oracle/med_config.json",
         f"env.cache_root={shared}/data",
-        *("run.limit_val=64", "run.num_workers=0", f"run.output_dir={tmp_path}", "run.job_id=oracle"),
+        *("run.limit_val=64", "run.num_workers=0", "run.report_metric=false"),
+        *(f"run.output_dir={tmp_path}", "run.job_id=oracle"),
     )
     assert process.returncode == 0, process.stdout[-4000:]
     results = json.loads((tmp_path / "oracle" / "results" / "val.json").read_text())
@@ -179,7 +180,8 @@ datasets:
     build_info:
       annotations: {{train: {{storage: {tmp_path}/train.json}}, val: {{storage: {tmp_path}/train.json}}}}
     images: {tmp_path}/images
-run: {{output_dir: {tmp_path}/output, job_id: test, max_epoch: 1, batch_size_train: 2, num_workers: 1, log_freq: 1}}
+run: {{output_dir: {tmp_path}/output, job_id: test, max_epoch: 1, batch_size_train: 2, num_workers: 1, log_freq: 1,
+       report_metric: false}}
 """
     )
     return tmp_path
