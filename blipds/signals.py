@@ -78,7 +78,7 @@ class StallWatch:
         self.seconds = 60 * minutes
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w")
+            self._file = path.open("w", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error}") from error
 

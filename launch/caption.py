@@ -136,11 +136,12 @@ def most_common(suffixes: Counter[str]) -> str:
 
 def open_output(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
     from blipds.captioning.outputs import CaptionFile, CaptionLines, Sidecars
+    from blipds.files.paths import user_path
 
     if args.output is not None:
-        return CaptionFile(args.output.expanduser(), settings, args.num_captions, args.force)
+        return CaptionFile(user_path(args.output), settings, args.num_captions, args.force)
     if args.sidecar is not None:
-        return Sidecars(Path(args.sidecar).expanduser() if args.sidecar else None, settings)
+        return Sidecars(user_path(args.sidecar) if args.sidecar else None, settings)
     return CaptionLines()
 
 

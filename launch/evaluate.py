@@ -21,7 +21,7 @@ import torch
 
 from blipds import cli, distributed
 from blipds.config.deepspeed import load_ds_config, precision
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.engine import DTYPES
 from blipds.evaluation.evaluator import SplitScores, evaluate_checkpoint, read_cider_corpus
 from blipds.models.weights import find_checkpoint, initial_weights

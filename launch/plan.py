@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from blipds import cli
 from blipds.config.deepspeed import Section, load_ds_config, precision
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.engine import DTYPES
 from blipds.errors import UserError
 from blipds.planning.planner import (
@@ -155,7 +155,7 @@ def write_recommendation(args: argparse.Namespace, config: Config, cluster: Clus
             "more GPUs, or a smaller model.image_size"
         )
     name, values, found = best
-    args.recommend.write_text((DS_CONFIGS / name).read_text())
+    args.recommend.write_text((DS_CONFIGS / name).read_text("utf-8"), "utf-8")
     options = [f"{key}={json.dumps(value)}" for key, value in values.items()]  # JSON's null and true are YAML's
     start = f"--num_gpus {args.gpus}" if args.nodes == 1 else "--hostfile HOSTS"
     print(

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from blipds.config.deepspeed import Section, precision, setting, zero_stage
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.data.caption_rows import caption_rows
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.engine import DTYPES, checkpointed, parameter_groups

@@ -28,8 +28,10 @@ import torch
 
 import blipds
 from blipds import cli
-from blipds.config.run import Config, load_run_config
+from blipds.config.run import load_run_config
+from blipds.config.sections import Config
 from blipds.errors import UserError
+from blipds.files.paths import user_path
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")  # never asks for a password
 PACKAGES = ("torch", "deepspeed", "transformers", "timm")
@@ -81,7 +83,7 @@ def run_checks(hostfile: Path, words: Sequence[str]) -> Iterator[Check]:
     output = Path("output")
     if command.cfg_path is not None:
         with suppress(UserError):  # the hosts' answers say it
-            output = Path(load_run_config(command.cfg_path, command.options)[0].run.output_dir).expanduser()
+            output = user_path(load_run_config(command.cfg_path, command.options)[0].run.output_dir)
     folder = existing_part(output)
     try:
         answers = ask(hosts, folder, words, variables)
@@ -150,7 +152,7 @@ def exported_variables(environ: dict[str, str], folders: Sequence[Path]) -> dict
     found = {name: value for name, value in environ.items() if name.startswith(EXPORTED)}
     for folder in folders:
         path = folder / environ.get("DS_ENV_FILE", ".deepspeed_env")
-        lines = path.read_text().splitlines() if path.is_file() else []
+        lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
         for number, line in enumerate(lines, start=1):
             name, sign, value = line.partition("=")
             if not sign or not re.fullmatch(r"[A-Za-z_]\w*", name.strip()):
@@ -263,7 +265,7 @@ def inspect_run(command: argparse.Namespace) -> tuple[Config, dict[str, dict[str
 def check_disk(config: Config) -> str:
     from blipds.planning.planner import ParameterSizes
 
-    output, sizes = Path(config.run.output_dir).expanduser().absolute(), ParameterSizes.of(config)
+    output, sizes = user_path(config.run.output_dir).absolute(), ParameterSizes.of(config)
     # fp32 weights to load; parameters, master copies and two moments to resume
     needed = COPIES * (sizes.total * 4 + sizes.total * 4 + sizes.trainable * 12)
     free = shutil.disk_usage(existing_part(output)).free

@@ -362,7 +362,7 @@ UNUSUAL = {  # the pixel at (1, 1), by what the format is defined to mean
         (0, 0, 255),
     ),
     "turned by EXIF": (encoded(Image.new("RGB", (24, 16), "blue"), "PNG", exif=turned(6)), (16, 24), (0, 0, 255)),
-    "transparent: on white": (encoded(Image.new("RGBA", (24, 16), (0, 0, 0, 0)), "PNG"), (24, 16), (255, 255, 255)),
+    "transparent: on white": (encoded(Image.new("RGBA", (24, 16), (0, 0, 0, 1)), "PNG"), (24, 16), (255, 255, 255)),
     "a palette": (encoded(Image.new("RGB", (24, 16), "blue").convert("P"), "PNG"), (24, 16), (0, 0, 255)),
     "black and white": (encoded(Image.new("1", (24, 16), 1), "PNG"), (24, 16), (255, 255, 255)),
     "one pixel": (encoded(Image.new("RGB", (2, 2), "blue"), "PNG"), (2, 2), (0, 0, 255)),

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blipds.captioning.captioner import Captioner
-from blipds.config.run import Config, load_run_config
+from blipds.config.run import load_run_config
+from blipds.config.sections import Config
 from blipds.errors import UserError
 from blipds.models import build_model
 from blipds.models.blip.model import BlipCaption

@@ -211,7 +211,7 @@ def test_a_host_that_does_not_answer_is_named(hostfile, monkeypatch):
 
 def test_a_run_with_too_few_ranks_stops_at_once(tmp_path, monkeypatch):
     """Without its hostfile deepspeed starts the ranks of this machine alone."""
-    monkeypatch.setattr(distributed, "initialise", lambda: torch.device("cpu"))
+    monkeypatch.setattr(distributed, "initialise", lambda minutes: torch.device("cpu"))
     words = ["finetune.py", "--cfg-path", str(TINY), "--options", f"run.output_dir={tmp_path}/out"]
     monkeypatch.setattr(sys, "argv", [*words, "run.expect_world_size=16"])
     main = runpy.run_path(str(REPOSITORY / "launch" / "finetune.py"))["main"]
