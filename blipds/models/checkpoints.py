@@ -45,8 +45,8 @@ class StoredTensors:
         self.location = self.location or str(self.path)
 
     @property
-    def first(self) -> Reader:
-        return next(iter(self.readers.values()))[0]
+    def first(self) -> Reader | None:
+        return next((reader for reader, _ in self.readers.values()), None)
 
     @property
     def is_pickle(self) -> bool:

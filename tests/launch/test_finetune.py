@@ -224,7 +224,7 @@ AUGMENTED = "datasets.shapes_caption.vis_processor.train.name=blip_image_train"
     [
         (["datasets.flickr8k_caption.images=nowhere"], r"no such images: .*/nowhere; .*prepare_data.py flickr8k"),
         (["datasets.nonsense_caption.images=x"], r"unknown dataset 'nonsense_caption'; .*shapes_caption"),
-        (["run.lr_sched=cosine"], r"unknown lr_sched 'cosine'; did you mean 'cosine_step_lr'\?"),
+        (["run.lr_sched=cosine"], r"unknown run.lr_sched 'cosine'; did you mean 'cosine_step_lr'\?"),
         (
             ["model.freeze_vit=true", "model.cache_image_embeds=true", AUGMENTED],
             r"cache_image_embeds keeps one encoding an image.*name=blip_image_eval",
