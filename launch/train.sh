@@ -4,13 +4,13 @@
 # ranks instead of one for each GPU; without a GPU they share the CPU.
 
 train() {
-    local launch command
-    launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+    local root command
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     command=(deepspeed ${HOSTFILE:+--hostfile "$HOSTFILE"} ${RANKS:+--num_accelerators "$RANKS"}
-        "$launch/finetune.py" --cfg-path "$launch/../run_configs/$1" --ds-config "$launch/../ds_configs/zero2.json"
+        "$root/launch/finetune.py" --cfg-path "$root/run_configs/$1" --ds-config "$root/ds_configs/zero2.json"
         --resume auto "${@:2}")
     if [ -n "${HOSTFILE:-}" ]; then
-        command=(python "$launch/preflight.py" --hostfile "$HOSTFILE" -- "${command[@]}")
+        command=(python "$root/launch/preflight.py" --hostfile "$HOSTFILE" -- "${command[@]}")
     fi
     exec "${command[@]}"
 }
