@@ -1,11 +1,15 @@
 """What the command lines share."""
 
 import argparse
+import contextlib
+import errno
 import importlib
+import io
 import json
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,8 +20,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from blipds import distributed
-from blipds.config.run import Config, load_run_config
+from blipds.config.run import load_run_config
+from blipds.config.sections import Config
 from blipds.errors import UserError
+from blipds.files.paths import user_path
 from blipds.models.weights import fill_image_statistics
 from blipds.signals import REQUEUE, Stopped
 
@@ -25,13 +31,17 @@ from blipds.signals import REQUEUE, Stopped
 def run(main: Callable[[], None]) -> None:
     """Runs a command. What the user can mend is one line on stderr and exit status 1, Ctrl-C is 130.
 
+    So is standard output on a full disk; where nobody reads it any more (`| head`), the status is a shell's, 141.
     Other signals to stop are REQUEUE; while it trains, `Trainer.train` saves first. A bug's traceback is shown once, by
     the rank that met it first, and no rank outlives it.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a caption may have letters that the locale has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: leave(REQUEUE))
     try:
         main()
+        print(end="", flush=True)
     except UserError as error:
         if distributed.rank() != 0:
             # If rank 0 failed alike it has said so, and the launcher ends this rank while it waits.
@@ -48,8 +58,13 @@ def run(main: Callable[[], None]) -> None:
         if distributed.rank() == 0:
             print("interrupted", file=sys.stderr, flush=True)
         leave(130)
-    except Exception:
-        if distributed.first_to_fail():  # the others fail because this rank is gone: gloo says so at length
+    except Exception as error:
+        first = distributed.first_to_fail()
+        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC) and not stdout_takes():
+            if first and error.errno == errno.ENOSPC:
+                print(f"error: standard output cannot be written: {error}", file=sys.stderr, flush=True)
+            leave(141 if error.errno == errno.EPIPE else 1)
+        if first:  # the others fail because this rank is gone: gloo says so at length
             print(f"rank {distributed.rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         leave(1)
     distributed.shut_down()
@@ -57,9 +72,19 @@ def run(main: Callable[[], None]) -> None:
 
 def leave(status: int) -> None:
     """Ends this process at once: an orderly shutdown would wait for ranks that may never come."""
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(end="", flush=True)
     sys.stderr.flush()
     os._exit(status)
+
+
+def stdout_takes() -> bool:
+    """Whether an empty line can still be printed."""
+    try:
+        print(flush=True)
+    except OSError:
+        return False
+    return True
 
 
 def add_config_arguments(
@@ -78,7 +103,7 @@ class ListEverything(argparse.Action):
         from blipds.catalogue import catalogue
 
         import_plugins(namespace.plugin)
-        print("\n".join(catalogue()))
+        print("\n".join(catalogue()), flush=True)
         parser.exit()
 
 
@@ -112,6 +137,9 @@ def load_config(args: argparse.Namespace) -> Config:
     """Imports the plugins and loads the run config; rank 0 says which of its keys something else decides now."""
     import_plugins(args.plugin)
     config, notices = load_run_config(args.cfg_path, args.options)
+    cache_root = user_path(config.env.cache_root)
+    if os.path.expanduser("~") == "~":  # noqa: PTH111 (torch and the hub would make a folder of that name)
+        os.environ["HOME"] = str(cache_root.absolute())
     if not config.datasets:
         raise UserError(f"{args.cfg_path}: the section datasets names none")
     if distributed.is_main():
@@ -131,7 +159,7 @@ def keep_config(config: Config, run_dir: Path) -> None:
     """Writes config.yaml where there is none yet: an evaluation in a run's own directory leaves the run's."""
     path = run_dir / "config.yaml"
     if not path.exists():
-        path.write_text(as_yaml(config))
+        path.write_text(as_yaml(config), encoding="utf-8")
 
 
 def as_json(section: dict[str, Any]) -> str:
@@ -139,16 +167,25 @@ def as_json(section: dict[str, Any]) -> str:
 
 
 def open_run_dir(config: Config, resumed: Path | None = None, restart: bool = False) -> Path:
-    """`run.output_dir`/<job id>, the same on every rank; the monitor makes it. Collective.
+    """Makes `run.output_dir`/<job id>, the same on every rank. Collective.
 
-    Never continues an existing run unless asked to. `restart`: a run without any checkpoint may start again.
+    Never continues an existing run unless asked to. `restart`: a run without any checkpoint may start again. UserError
+    where it cannot be written to: nothing has been read or built by then.
     """
-    if resumed is not None:
-        return resumed.parent.parent  # RUN/checkpoints/step_N
     job_id = config.run.job_id or distributed.broadcast(time.strftime("%Y%m%d-%H%M%S"))
-    run_dir = Path(config.run.output_dir).expanduser() / job_id
-    if not restart and distributed.broadcast(run_dir.exists() and any(run_dir.iterdir())):
-        raise UserError(
-            f"{run_dir} holds a run already: give another run.job_id, or go on: finetune.py --resume {run_dir}"
-        )
+    run_dir = resumed.parent.parent if resumed else user_path(config.run.output_dir) / job_id  # RUN/checkpoints/step_N
+    problem = None
+    if distributed.is_main():
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if not (resumed or restart) and any(run_dir.iterdir()):
+                problem = (
+                    f"{run_dir} holds a run already: give another run.job_id, or go on: finetune.py --resume {run_dir}"
+                )
+            with tempfile.TemporaryFile(dir=run_dir):
+                pass
+        except OSError as error:
+            problem = f"run.output_dir: {run_dir} cannot be written to ({error})"
+    if problem := distributed.broadcast(problem):
+        raise UserError(problem)
     return run_dir

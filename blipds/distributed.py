@@ -17,7 +17,7 @@ from blipds.errors import UserError
 
 T = TypeVar("T")
 
-# What OpenMPI's mpirun and SLURM's srun call what deepspeed and torchrun call by these names.
+# The variables of deepspeed and torchrun, and what OpenMPI's mpirun and SLURM's srun call them.
 OTHER_LAUNCHERS = (
     {
         "RANK": "OMPI_COMM_WORLD_RANK",
@@ -32,14 +32,14 @@ OTHER_LAUNCHERS = (
         "LOCAL_WORLD_SIZE": "SLURM_STEP_TASKS_PER_NODE",
     },
 )
-TIMEOUT = timedelta(hours=2)  # rank 0 may score captions for minutes while the others wait
 
 
-def initialise() -> torch.device:
+def initialise(collective_minutes: float = 120.0) -> torch.device:
     """Joins the ranks that the launcher started (or makes a world of one) and returns this rank's device. Collective.
 
-    Understands the environment of deepspeed, torchrun, mpirun, srun and a plain `python`. On CPUs the cores of the
-    machine are shared out among its ranks: two ranks with all threads each would fight for them.
+    Understands the environment of deepspeed, torchrun, mpirun, srun and a plain `python`. A collective call fails where
+    a rank does not join it within `collective_minutes`. On CPUs each rank gets its share of the machine's cores: two
+    ranks with a thread per core each would fight for them.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers run in forked workers
     take_launcher_names()
@@ -50,25 +50,25 @@ def initialise() -> torch.device:
     if device_type() == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        # gloo beside nccl: objects are gathered on the host, without a detour over the GPU
+        # gloo beside nccl: objects are gathered on the host, without going through the GPU
         backend = "cpu:gloo,cuda:nccl"
     else:
         device = torch.device("cpu")
         backend = "gloo"
-        # oneDNN keeps 1024 matrix products, 6 MB each, and captions of many lengths need new ones all the time: without
-        # a limit a run of 1,000 steps grows by 6 GB a rank (seen with torch 2.14), with it by 0.7 GB
+        # oneDNN caches 1024 matrix products, 6 MB each, and captions of many lengths keep needing new ones: in 1,000
+        # steps a rank grows by 6 GB with the default (seen with torch 2.14), by 0.7 GB with this limit
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         if local_world_size() > 1:
             torch.set_num_threads(max((os.cpu_count() or 1) // local_world_size(), 1))
     if not dist.is_initialized():
         try:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group(backend, timeout=timedelta(minutes=collective_minutes))
         except dist.DistNetworkError as error:
             port = os.environ.get("MASTER_PORT")
             if "EADDRINUSE" not in str(error):
                 raise
             raise UserError(
-                f"port {port} is in use, by another run on this machine perhaps: give the launcher --master_port"
+                f"port {port} is in use, perhaps by another run on this machine: give the launcher --master_port"
             ) from error
         if world_size() > 1:
             _watch_for_failures()
@@ -78,7 +78,7 @@ def initialise() -> torch.device:
 def take_launcher_names() -> None:
     """Sets the variables of deepspeed and torchrun from those of mpirun and srun, where they started this rank.
 
-    They do not say where the ranks meet: UserError where MASTER_ADDR is missing, rather than many runs of one rank.
+    UserError where MASTER_ADDR is missing: they do not say where ranks meet, and each would be a run of its own.
     """
     for names in OTHER_LAUNCHERS:
         if "RANK" in os.environ or not all(name in os.environ for name in names.values()):
@@ -92,12 +92,12 @@ def take_launcher_names() -> None:
 
 
 def device_type() -> str:
-    """cuda where there is a GPU, unless DeepSpeed is told otherwise by DS_ACCELERATOR=cpu"""
+    """ "cuda" where there is a GPU, unless DS_ACCELERATOR=cpu tells DeepSpeed otherwise; else "cpu"."""
     return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
 
 
 def shut_down() -> None:
-    if _watcher is not None:  # a thread in the middle of a C++ call would bring the interpreter's end down
+    if _watcher is not None:  # a thread that is inside a C++ call at the interpreter's exit would crash it
         _ended.set()
         _watcher.join()
     if dist.is_initialized():
@@ -112,7 +112,7 @@ _ended = threading.Event()
 def _watch_for_failures() -> None:
     """Ends this process when another rank has failed, also while a collective call hangs or on another machine.
 
-    A launcher ends the ranks of its own machine only, and NCCL would wait for TIMEOUT.
+    A launcher ends the ranks of its own machine only, and NCCL would wait until the call times out.
     """
     global _failures, _watcher
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -122,9 +122,9 @@ def _watch_for_failures() -> None:
         while not _ended.wait(5):
             try:
                 failed, patience = store.check(["blipds failures"]), 10
-            except RuntimeError:  # rank 0, which keeps the store, is gone: in good order, or not
+            except RuntimeError:  # rank 0, which hosts the store, has exited, for better or worse
                 failed, patience = True, 30
-            if failed and not _ended.wait(patience):  # this rank may be about to say more, or to end by itself
+            if failed and not _ended.wait(patience):  # time for this rank to report its own error, or to finish
                 os._exit(1)
 
     _watcher = threading.Thread(target=watch, daemon=True)
@@ -133,12 +133,12 @@ def _watch_for_failures() -> None:
 
 
 def first_to_fail() -> bool:
-    """Whether no other rank has failed before; all ranks learn of it and end within seconds."""
+    """Whether this rank is the first to fail. All ranks then learn of the failure and end within seconds."""
     if _failures is None:
         return True
     try:
         return _failures.add("blipds failures", 1) == 1
-    except RuntimeError:  # rank 0 is gone, and has spoken
+    except RuntimeError:  # rank 0 is gone, and has reported its failure
         return False
 
 
@@ -155,7 +155,7 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """Ranks on this machine. deepspeed's launcher calls it LOCAL_SIZE."""
+    """Ranks on this machine. deepspeed's launcher sets LOCAL_SIZE instead."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
@@ -176,15 +176,15 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def any_rank(wish: bool) -> bool:
-    """Whether any rank wishes it. Collective."""
-    return bool(sum_over_ranks(torch.tensor([int(wish)])).item())
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank. Collective."""
+    return bool(sum_over_ranks(torch.tensor([int(flag)])).item())
 
 
 class ReadLater:
-    """A copy of a small device tensor on the host, made while the device goes on; `numbers` waits for the copy alone.
+    """Copies a small device tensor to the host while the device continues; `numbers` waits for that copy alone.
 
-    An `.item()` later would wait for all that was queued in between.
+    A later `.item()` would wait for everything queued in between.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:

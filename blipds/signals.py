@@ -1,4 +1,4 @@
-"""Being told to stop, and standing still: what a scheduler and a broken cable do to a run."""
+"""Stopping on a signal, and noticing a run that hangs."""
 
 import contextlib
 import faulthandler
@@ -11,19 +11,19 @@ from typing import Any
 
 from blipds.errors import UserError
 
-REQUEUE = os.EX_TEMPFAIL  # 75, "try again later": the exit status of a run that was told to stop and saved
+REQUEUE = os.EX_TEMPFAIL  # 75, "try again later": the exit status of a run that saved and stopped on a signal
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: SLURM's --signal
-ECHO_SECONDS = 5.0  # Ctrl-C reaches a rank from the terminal and, within moments, as SIGTERM from DeepSpeed's launcher
+ECHO_SECONDS = 5.0  # Ctrl-C reaches a rank from the terminal and, moments later, as SIGTERM from DeepSpeed's launcher
 
 
 class Stopped(Exception):
-    """The run was told to stop and did so in good order; `cli.run` ends with REQUEUE."""
+    """The run stopped on a signal and has saved; `cli.run` exits with REQUEUE."""
 
 
 class StopSignals:
-    """While it is entered, the first of STOPPING is noted in `received`, and a second one ends the process at once.
+    """Within its context the first of STOPPING is only noted, in `received`; a second one ends the process at once.
 
-    A signal within ECHO_SECONDS of the first is the same one, passed on by a launcher. A thread listens: Python's own
+    A signal within ECHO_SECONDS of the first is the same one, forwarded by a launcher. A thread listens: Python's own
     handlers wait for the main thread, which may hang in a collective call.
     """
 
@@ -59,18 +59,18 @@ class StopSignals:
 
 
 def leave_signals_alone(worker: int) -> None:
-    """For processes that work for a rank: a signal to the whole group must not take the images from a step to be ended.
+    """For a rank's own workers: a signal to the process group must not stop them before the rank's last step.
 
-    They end with the process that they work for.
+    They end with their rank.
     """
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
 class StallWatch:
-    """Writes the stacks of all threads of this process to a file when `moved` has not been called for some minutes.
+    """Writes the stacks of all this process's threads to a file when `moved` has not been called for some minutes.
 
-    By a thread of the C library that needs no lock of Python's, so it works while a collective call hangs.
+    faulthandler's C thread needs no Python lock, so it works while a collective call hangs.
     """
 
     def __init__(self, path: Path, minutes: float) -> None:
@@ -78,7 +78,7 @@ class StallWatch:
         self.seconds = 60 * minutes
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w")
+            self._file = path.open("w", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error}") from error
 
@@ -86,10 +86,10 @@ class StallWatch:
         faulthandler.dump_traceback_later(self.seconds, repeat=True, file=self._file)
 
     def close(self) -> None:
-        """Leaves nothing behind where nothing was written."""
+        """Removes the file if it is empty."""
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
         if self.path.exists() and self.path.stat().st_size == 0:
             self.path.unlink()
-            with contextlib.suppress(OSError):  # other ranks still have something in it
+            with contextlib.suppress(OSError):  # other ranks' files are still in it
                 self.path.parent.rmdir()

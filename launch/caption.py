@@ -100,6 +100,7 @@ def main(args: argparse.Namespace) -> None:
     from blipds.captioning.captioner import caption_recipe, load_caption_model
     from blipds.captioning.inputs import check_named, named_images
     from blipds.captioning.stream import caption_images
+    from blipds.data.sources import passed_over, unread_suffix
     from blipds.errors import UserError
     from blipds.models.weights import find_checkpoint
 
@@ -119,7 +120,9 @@ def main(args: argparse.Namespace) -> None:
         num_workers=workers(args.num_workers),
         total=sum(1 for _ in named_images(args.images, Counter())) if shows_progress else None,
     )
+    unread = {suffix: other_files.pop(suffix) for suffix in list(other_files) if unread_suffix(f"image{suffix}")}
     others = f"; not read, by suffix: {most_common(other_files)}" if other_files else ""
+    others += "".join(f"; {line}" for line in passed_over(unread))
     empty_stdin = args.images == ["-"] and not (counts.unreadable or others)
     if distributed.is_main() and not (counts.captioned or counts.already or empty_stdin):
         raise UserError(f"no image was captioned ({counts.unreadable:,} cannot be read{others})")
@@ -133,11 +136,12 @@ def most_common(suffixes: Counter[str]) -> str:
 
 def open_output(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
     from blipds.captioning.outputs import CaptionFile, CaptionLines, Sidecars
+    from blipds.files.paths import user_path
 
     if args.output is not None:
-        return CaptionFile(args.output.expanduser(), settings, args.num_captions, args.force)
+        return CaptionFile(user_path(args.output), settings, args.num_captions, args.force)
     if args.sidecar is not None:
-        return Sidecars(Path(args.sidecar).expanduser() if args.sidecar else None, settings)
+        return Sidecars(user_path(args.sidecar) if args.sidecar else None, settings)
     return CaptionLines()
 
 

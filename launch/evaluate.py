@@ -21,7 +21,7 @@ import torch
 
 from blipds import cli, distributed
 from blipds.config.deepspeed import load_ds_config, precision
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.engine import DTYPES
 from blipds.evaluation.evaluator import SplitScores, evaluate_checkpoint, read_cider_corpus
 from blipds.models.weights import find_checkpoint, initial_weights
@@ -71,7 +71,7 @@ def main() -> None:
             print(cli.as_yaml(config), end="")
         return
     corpus = read_cider_corpus(args.cider_df) if args.cider_df else None
-    device = distributed.initialise()
+    device = distributed.initialise(config.run.collective_minutes)
     checkpoint = find_checkpoint(args.checkpoint, "best") if args.checkpoint else initial_weights(config.model)
     splits = args.split or config.run.test_splits or config.run.valid_splits
     run_dir = cli.open_run_dir(config)

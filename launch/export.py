@@ -29,9 +29,10 @@ from torch import Tensor
 
 from blipds import cli
 from blipds.captioning.captioner import Captioner, image_processor_of, run_directory
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.engine.checkpoints import STATE, read_state
 from blipds.errors import UserError
+from blipds.files.paths import user_path
 from blipds.models import build_model
 from blipds.models.protocol import CaptioningModel, Export, keep_activations
 from blipds.models.weights import find_checkpoint, load_weights, open_weights
@@ -54,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     location = find_checkpoint(args.checkpoint, "best")
-    run_dir = run_directory(Path(location).expanduser())
+    run_dir = run_directory(user_path(location))
     config = load_config(args, run_dir)
     if args.print_config:
         print(cli.as_yaml(config), end="")
@@ -64,7 +65,7 @@ def main() -> None:
         allowed = ", ".join(formats) or "none: its checkpoints are safetensors under its own names"
         raise UserError(f"--format {args.format}: {config.model.arch} has the formats {allowed}")
     model, tensors = read(config, location)
-    output = args.output.expanduser()
+    output = user_path(args.output)
     processor = image_processor_of(config)
     export = Export(
         model,
@@ -97,7 +98,7 @@ def read(config: Config, location: str) -> tuple[CaptioningModel, dict[str, Tens
     with torch.device("meta"):
         model = build_model(config.model, keep_activations)
     tensors: dict[str, Tensor] = {}
-    stored = open_weights(location, Path(config.env.cache_root).expanduser())
+    stored = open_weights(location, user_path(config.env.cache_root))
     load_weights(model, stored, print, write=lambda name, tensor: tensors.update({name: tensor.float()}))
     return model, tensors
 

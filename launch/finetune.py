@@ -17,10 +17,11 @@ import torch
 
 from blipds import cli, distributed
 from blipds.config.deepspeed import load_ds_config
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.engine.checkpoints import read_state, resume_point
 from blipds.errors import UserError
 from blipds.evaluation.evaluator import evaluate_checkpoint
+from blipds.files.paths import user_path
 from blipds.models.weights import find_checkpoint, initial_weights
 from blipds.monitor import Monitor, NullMonitor
 from blipds.training import building
@@ -59,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     config = cli.load_config(args)
-    device = distributed.initialise()
+    device = distributed.initialise(config.run.collective_minutes)
     building.check_world_size(config)
     resume = None if args.print_config else args.resume or config.run.resume_ckpt_path
     resumed = checkpoint_to_resume(resume, config) if resume else None
@@ -79,8 +80,8 @@ def main() -> None:
     if distributed.is_main():
         state = RunState(**read_state(resumed)["run"]) if resumed else RunState()
         monitor = Monitor(run_dir, state.global_step, state.awaited_step)
-        (run_dir / "config.yaml").write_text(cli.as_yaml(config))
-        (run_dir / "ds_config.json").write_text(cli.as_json(ds_config))
+        (run_dir / "config.yaml").write_text(cli.as_yaml(config), encoding="utf-8")
+        (run_dir / "ds_config.json").write_text(cli.as_json(ds_config), encoding="utf-8")
     try:
         trainer = building.build_trainer(config, ds_config, run_dir, monitor, resumed)
         trainer.train()
@@ -98,7 +99,7 @@ def checkpoint_to_resume(where: str, config: Config) -> Path | None:
 
     The global batch stays that of the checkpoint, whatever the number of ranks.
     """
-    output_dir = Path(config.run.output_dir).expanduser()
+    output_dir = user_path(config.run.output_dir)
     run_dirs = [output_dir / config.run.job_id] if config.run.job_id else sorted(output_dir.glob("*"))
     found: tuple[Path | None, list[str]] | UserError = (None, [])
     if distributed.is_main():

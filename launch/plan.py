@@ -11,6 +11,7 @@ this machine has no GPU. launch/README.md says how far the figures can be truste
 
 import argparse
 import json
+import math
 import os
 import re
 from dataclasses import replace
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from blipds import cli
 from blipds.config.deepspeed import Section, load_ds_config, precision
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.engine import DTYPES
 from blipds.errors import UserError
 from blipds.planning.planner import (
@@ -51,7 +52,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--gpu-memory", type=size, required=True, metavar="SIZE", help="of a GPU: 24GB; GiB is understood too"
     )
-    parser.add_argument("--host-memory", type=size, metavar="SIZE", help="of a node, for offloading: 256GB")
+    parser.add_argument(
+        "--host-memory", type=size, default=math.inf, metavar="SIZE", help="of a node, for offloading: 256GB"
+    )
     parser.add_argument(
         "--recommend", type=Path, metavar="JSON", help="write the fastest DeepSpeed config that fits, and its options"
     )
@@ -152,7 +155,7 @@ def write_recommendation(args: argparse.Namespace, config: Config, cluster: Clus
             "more GPUs, or a smaller model.image_size"
         )
     name, values, found = best
-    args.recommend.write_text((DS_CONFIGS / name).read_text())
+    args.recommend.write_text((DS_CONFIGS / name).read_text("utf-8"), "utf-8")
     options = [f"{key}={json.dumps(value)}" for key, value in values.items()]  # JSON's null and true are YAML's
     start = f"--num_gpus {args.gpus}" if args.nodes == 1 else "--hostfile HOSTS"
     print(

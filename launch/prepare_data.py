@@ -15,10 +15,10 @@ disk and time it needs, and asks; interrupted downloads resume. It lists the fil
     python launch/prepare_data.py check 'shards/{000..012}.tar'
 
 `check` takes what datasets.custom_caption takes and says what training would find: the kind of files; images, captions
-and captions an image; how long captions are in tokens, and how many would be cut; words outside of the vocabulary;
-images that are missing, cannot be read, or are there twice; ids that two images share; and what two splits have in
-common. Every image is decoded. Ten samples are drawn on a contact sheet, for a person to see that captions and images
-belong together.
+and captions an image; how long captions are in tokens, and how many would be cut; words outside of the vocabulary, and
+words that the tokenizer cannot spell as they are written; images that are missing, cannot be read, or are there twice;
+ids that two images share; and what two splits have in common. Every image is decoded. Ten samples are drawn on a
+contact sheet, for a person to see that captions and images belong together.
 """
 
 import argparse
@@ -29,12 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from blipds import cli
-from blipds.config.run import EnvConfig, ModelConfig, RunConfig, packaged_dataset
+from blipds.config.run import packaged_dataset
+from blipds.config.sections import EnvConfig, ModelConfig, RunConfig
 from blipds.data.annotations import read_splits
 from blipds.data.inspection import Findings, describe, inspect, overlap, problems
 from blipds.data.preparation import DATASETS, StandardSet, Step, announcement, spice_steps
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
+from blipds.files.paths import user_path
 from blipds.monitor import contact_sheet
 
 SAMPLES = 10
@@ -100,7 +102,7 @@ def main() -> None:
 
 
 def run_standard_set(args: argparse.Namespace) -> None:
-    root = args.root.expanduser()
+    root = user_path(args.root)
     wanted = StandardSet(packaged_dataset(DATASETS[args.command]), root)
     done: set[str] = set()
     # new annotations may name images that are missing: plan again until nothing new is left
@@ -116,7 +118,7 @@ def run_standard_set(args: argparse.Namespace) -> None:
 
 
 def run_spice(args: argparse.Namespace) -> None:
-    downloads = args.root.expanduser() / "downloads"
+    downloads = user_path(args.root) / "downloads"
     if steps := spice_steps(downloads):
         carry_out(steps, downloads.parent, args.yes)
     print("ready      SPICE's models are there")
@@ -139,7 +141,7 @@ def run_check(args: argparse.Namespace) -> None:
     names = {path.name for path in args.paths}
     for path in args.paths:
         name = path.name if path.name and len(names) == len(args.paths) else str(path)
-        for split, annotations in read_splits([path.expanduser()], args.images, args.index_cache).items():
+        for split, annotations in read_splits([user_path(path)], args.images, args.index_cache).items():
             found[f"{name} {split}".strip()] = annotations
     if not found:
         raise UserError(f"{args.paths[0]}: no image in it")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from blipds import cli, distributed
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.errors import UserError
 from blipds.evaluation import heat_maps
 from blipds.evaluation.evaluator import Evaluator

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from blipds.config.run import ModelConfig
+from blipds.config.sections import ModelConfig
 from blipds.data.annotations import Record, annotations_of
 from blipds.data.processors import BlipImageEval
 from blipds.data.shapes import make_scenes

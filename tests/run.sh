@@ -34,4 +34,4 @@ echo "== DeepSpeed's compiled parts"
 python -m blipds.engine --offload
 [ ! -e /usr/include/libaio.h ] || python -m blipds.engine --nvme || true  # the test says what is missing
 echo "== pytest"
-python -m pytest --durations=10 "$@"
+python -m pytest --durations=25 "$@"

@@ -1,43 +1,63 @@
 """Ranks that mpirun or srun started: their variables, without deepspeed's launcher."""
 
-import subprocess
-import sys
+import os
+from datetime import timedelta
 
 import pytest
-from launching import REPOSITORY, environment, free_port
+from launching import environment, free_port, start_script, wait
 
-SUM = (
-    "import torch; from blipds import distributed as d; d.initialise(); "
-    "print(d.rank(), d.world_size(), d.local_rank(), d.local_world_size(), "
-    "int(d.sum_over_ranks(torch.tensor([d.rank() + 1]))))"
-)
+from blipds import distributed
+from blipds.errors import UserError
+
+SUM = """
+import torch
+from blipds import distributed as d
+d.initialise()
+total = d.sum_over_ranks(torch.tensor([d.rank() + 1]))
+print(d.rank(), d.world_size(), d.local_rank(), d.local_world_size(), int(total))
+"""
 OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
 SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
 
 
-@pytest.mark.parametrize(("names", "a_node"), [(OPENMPI, "2"), (SLURM, "2"), (SLURM, "2(x1)")])
-def test_ranks_of_other_launchers_meet(names, a_node):
-    """The names are those of OpenMPI's and SLURM's manuals; the launchers themselves are not at hand."""
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = []
-    for rank in ("0", "1"):
-        variables = dict(zip(names, (rank, "2", rank, a_node), strict=True))
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-c", SUM],
-                env={**environment(), **meeting, **variables},
-                cwd=REPOSITORY,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
+@pytest.fixture
+def variables(monkeypatch):
+    """Gives this process an environment of its own."""
+    return lambda **given: monkeypatch.setattr(os, "environ", dict(given))
+
+
+def test_ranks_of_another_launcher_meet(tmp_path):
+    """The names are those of SLURM's manual; the launcher itself is not at hand."""
+    (tmp_path / "sum.py").write_text(SUM)
+    meeting = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        start_script(
+            [tmp_path / "sum.py"], meeting | dict(zip(SLURM, (rank, "2", rank, "2(x1)"), strict=True)), tmp_path / rank
         )
-    printed = [process.communicate(timeout=300)[0].strip() for process in ranks]
-    assert printed == ["0 2 0 2 3", "1 2 1 2 3"]
+        for rank in ("0", "1")
+    ]
+    assert wait(ranks, timeout=300) == 0
+    assert [(tmp_path / rank).read_text() for rank in ("0", "1")] == ["0 2 0 2 3\n", "1 2 1 2 3\n"]
 
 
-def test_many_ranks_without_a_meeting_point_are_an_error():
-    variables = dict(zip(OPENMPI, ("0", "2", "0", "2"), strict=True))
-    done = subprocess.run(
-        [sys.executable, "-c", SUM], env={**environment(), **variables}, cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert done.returncode != 0 and "MASTER_ADDR is not: set it to the first machine's name" in done.stderr
+@pytest.mark.parametrize(("names", "per_node"), [(OPENMPI, "8"), (SLURM, "8"), (SLURM, "8(x2)")])
+def test_the_variables_of_other_launchers(variables, names, per_node):
+    """From OpenMPI's and SLURM's manuals: rank 9 of 16, the second on the second machine."""
+    variables(MASTER_ADDR="node1", **dict(zip(names, ("9", "16", "1", per_node), strict=True)))
+    distributed.take_launcher_names()
+    taken = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")]
+    assert taken == ["9", "16", "1", "8", "29500"]
+
+
+def test_many_ranks_without_a_meeting_point_are_an_error(variables):
+    variables(**dict(zip(OPENMPI, ("0", "2", "0", "2"), strict=True)))
+    with pytest.raises(UserError, match="MASTER_ADDR is not: set it to the first machine's name"):
+        distributed.take_launcher_names()
+
+
+def test_collective_calls_wait_no_longer_than_asked(variables, monkeypatch):
+    variables(RANK="0", WORLD_SIZE="1", DS_ACCELERATOR="cpu")
+    given = {}
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **kwargs: given.update(kwargs))
+    distributed.initialise(collective_minutes=7)
+    assert given["timeout"] == timedelta(minutes=7)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blipds.config.run import DatasetConfig, EnvConfig, RunConfig
+from blipds.config.sections import DatasetConfig, EnvConfig, RunConfig
 from blipds.models.blip.config import BlipConfig
 
 ROOT = Path(__file__).resolve().parents[1]

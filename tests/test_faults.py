@@ -6,7 +6,7 @@ import time
 
 import pytest
 from faults import torment
-from launching import kill, launch, start_ranks
+from launching import kill, launch, launch_as_typed, start_ranks
 
 from blipds.data.shapes import make_scenes
 from blipds.scoring.metrics import score_captions
@@ -17,7 +17,7 @@ SMALL = [
 ]
 
 
-def finetune(output, *options):
+def finetune(output, *options, launch=launch):
     arguments = ["--cfg-path", "run_configs/shapes_tiny.yaml", "--plugin", "tests.faulty"]
     return launch(
         2, "launch/finetune.py", *arguments, "--options", *SMALL, f"run.output_dir={output}", *options, timeout=1200
@@ -30,7 +30,7 @@ def test_five_kills_at_random_moments_change_no_loss(tmp_path):
 
 
 def test_all_ranks_stop_after_the_step_in_which_one_is_told_to(tmp_path):
-    process = finetune(tmp_path, "run.lr_sched=is_told_to_stop")
+    process = finetune(tmp_path, "run.lr_sched=is_told_to_stop", launch=launch_as_typed)
     assert process.returncode == 75, process.stdout[-4000:]
     said = re.search(r"^stopped by SIGUSR1 after step (3|4); go on with --resume", process.stdout, re.MULTILINE)
     assert said and "Traceback" not in process.stdout
@@ -66,7 +66,7 @@ def test_scores_that_were_awaited_come_after_a_resume(tmp_path):
     processes = start_ranks(1, tmp_path / "log", "launch/finetune.py", *resume)
     deadline = time.monotonic() + 600
     while not (checkpoints / f"step_{stopped + 1:08d}").is_dir():
-        assert processes[0].poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-4000:]
+        assert processes[0].exitcode is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-4000:]
         time.sleep(0.05)
     kill(processes)
 
@@ -86,7 +86,7 @@ def test_scores_that_were_awaited_come_after_a_resume(tmp_path):
 
 
 def test_a_bug_on_one_rank_ends_all_and_is_shown_once(tmp_path):
-    process = finetune(tmp_path, "run.lr_sched=raises")
+    process = finetune(tmp_path, "run.lr_sched=raises", launch=launch_as_typed)
     assert process.returncode != 0
     assert process.stdout.count("Traceback") == process.stdout.count("RuntimeError: the cable is broken") == 1
     assert "rank 1 failed:" in process.stdout

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from blipds import distributed
-from blipds.config.run import Config, RunConfig, load_run_config
+from blipds.config.run import load_run_config
+from blipds.config.sections import Config, RunConfig
 from blipds.data.datasets import build_image_processor
 from blipds.data.images import Images
 from blipds.data.loader import derive_seed
@@ -18,6 +19,7 @@ from blipds.data.processors import BlipImageEval, ImageProcessor
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.engine import DTYPES
 from blipds.errors import UserError
+from blipds.files.paths import user_path
 from blipds.models import build_model
 from blipds.models.checkpoints import StoredTensors
 from blipds.models.generation import GenerationConfig
@@ -180,18 +182,18 @@ def caption_recipe(location: str, cfg_path: Path | None, options: Sequence[str])
     transformers folder or hub name, a .pth of `launch/export.py`, BLIP's and LAVIS's own base and large. UserError
     where nothing states the geometry.
     """
-    run_dir = run_directory(Path(location).expanduser())
+    run_dir = run_directory(user_path(location))
     if cfg_path is None and run_dir is not None:
         cfg_path = run_dir / "config.yaml"
     if cfg_path is not None:
         config, _ = load_run_config(cfg_path, options)
         fill_image_statistics(config)
-        stored = open_weights(location, Path(config.env.cache_root).expanduser())
+        stored = open_weights(location, user_path(config.env.cache_root))
         return CaptionRecipe(stored, config, image_processor_of(config), partial(build_model, config.model))
     if options:
         raise UserError("--options change a run config, and there is none: give --cfg-path too")
     config = Config()
-    stored = open_weights(location, Path(config.env.cache_root).expanduser())
+    stored = open_weights(location, user_path(config.env.cache_root))
     found = next((found for name in ARCHS.names() if (found := ARCHS[name]().describe(stored)) is not None), None)
     if found is None:
         raise UserError(

@@ -19,9 +19,11 @@ from blipds.files.replacing import replace_text
 
 @contextmanager
 def naming_errors() -> Iterator[None]:
-    """UserError for an OSError: a full disk, somebody else's folder, a closed pipe."""
+    """UserError for an OSError: a full disk, somebody else's folder. A pipe that nobody reads is no error (cli.run)."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise UserError(f"the captions cannot be written: {error}") from error
 

@@ -2,20 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from blipds.config.run import Config, DatasetConfig, ImageProcessorConfig
+from blipds.config.sections import Config, DatasetConfig, ImageProcessorConfig
 from blipds.data.annotations import Annotations, ImageFile, ImageSource, Record, annotations_of, read_annotations
 from blipds.data.images import EmbedStore
 from blipds.data.preparation import check_images
 from blipds.data.processors import ImageProcessor
 from blipds.data.shapes import make_scenes
 from blipds.errors import UserError, nearest
+from blipds.files.paths import user_path
 from blipds.registry import DATASETS, PROCESSORS
 
 PROBED = 100  # images that are there and cannot be read, before a split is given up
@@ -212,10 +212,10 @@ def annotation_files(dataset: DatasetConfig, config: Config, split: str, trainin
             raise UserError(
                 f"{storage}: a stream can only be trained on, and nothing else beside it; split '{split}' needs files"
             )
-    cache_root = Path(config.env.cache_root).expanduser()
+    cache_root = user_path(config.env.cache_root)
     images = dataset.images or dataset.build_info.images.storage
-    image_root = None if images is None else cache_root / Path(images).expanduser()
-    paths = [cache_root / Path(storage).expanduser() for storage in splits[split].storage]
+    image_root = None if images is None else cache_root / user_path(images)
+    paths = [cache_root / user_path(storage) for storage in splits[split].storage]
     return read_annotations(paths, image_root, training, split, cache_root / "shard_indices")
 
 

@@ -3,6 +3,7 @@
 README.md, "Your own captions", has an example of each.
 """
 
+import ast
 import csv
 import functools
 import io
@@ -11,8 +12,9 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -38,7 +40,11 @@ SPLITS = {  # and the other names they go by: in the literature (restval), and o
 CANONICAL = {name: split for split, names in SPLITS.items() for name in (split, *names)}
 # COCO_val2014_000000391895, val2017/000000001000; twelve digits below another folder may be anybody's
 COCO_NUMBER = re.compile(r"(?:^|_|(?:^|/)(?:train|val|test)20\d\d/)(\d{12})$")
+YEAR = re.compile(r"_?20\d\d$")  # of COCO's folders
 TOKEN_LINE = re.compile(r"([^\t#]+)#\d+\t(.*)")
+LIKE_A_LIST = re.compile(r"""\[\s*['"].*['"]\s*,?\s*\]\s*""", re.DOTALL)
+TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+LIST_OF_TEXTS = re.compile(rf"\[\s*{TEXT}(?:\s*,\s*{TEXT})*\s*,?\s*\]\s*", re.DOTALL)
 DELIMITERS = "\t|,;"
 
 
@@ -57,7 +63,8 @@ class Entry:
 
 
 def canonical_split(name: str) -> str:
-    return CANONICAL.get(name.lower(), name)
+    """train for train2017, training, ...; a name of the user's own as it is."""
+    return CANONICAL.get(YEAR.sub("", name.strip().lower()), name)
 
 
 def read_layout(
@@ -156,8 +163,15 @@ def row_entries(rows: Iterable[tuple[int, Any]], path: Path, folder: ImageFolder
             name = next((row[key] for key in IMAGE_KEYS if row.get(key) not in (None, "")), None)
         if not isinstance(name, str) or not name:
             raise UserError(f"{place}: expected an object with 'image', a file name; got {str(row)[:80]}")
-        captions, image_id = captions_of(row, f"{place} ({name})"), id_of(row, name, f"{place} ({name})")
-        yield Entry(folder(name), image_id, captions, place)
+        named = f"{place} ({name})"
+        yield Entry(folder(name), id_of(row, name, named), captions_of(row, named), place, split_of(row, named))
+
+
+def split_of(row: dict[str, Any], place: str) -> str | None:
+    split = row.get("split")
+    if not isinstance(split, str | None):
+        raise UserError(f"{place}: 'split' is {split!r}; expected the name of a split")
+    return canonical_split(split) if split else None
 
 
 def captions_of(row: dict[str, Any], place: str) -> list[str]:
@@ -165,7 +179,7 @@ def captions_of(row: dict[str, Any], place: str) -> list[str]:
     for key in caption_keys(tuple(row)):
         value = row[key]
         if isinstance(value, str):
-            captions.append(value)
+            captions += texts_in(value, f"{place}: '{key}'")
         elif isinstance(value, list) and all(isinstance(caption, str) for caption in value):
             captions += value
         elif value is not None:
@@ -173,24 +187,41 @@ def captions_of(row: dict[str, Any], place: str) -> list[str]:
     return captions
 
 
+def texts_in(value: str, place: str) -> list[str]:
+    """The texts of a list that was written as text, by JSON or, as pandas does, by Python; else the text itself."""
+    if not value.startswith("[") or not LIKE_A_LIST.fullmatch(value):
+        return [value]
+    with suppress(ValueError, RecursionError):
+        found = json.loads(value)
+        if all(isinstance(text, str) for text in found):
+            return found
+    with suppress(ValueError, SyntaxError):
+        if LIST_OF_TEXTS.fullmatch(value):  # texts without a comma between them are one for literal_eval
+            return ast.literal_eval(value)
+    raise UserError(f"{place} is a list written as text that cannot be read (JSON's and Python's can): {value[:80]}")
+
+
 @functools.cache
 def caption_keys(keys: tuple[str, ...]) -> list[str]:
     """Those that hold captions: caption, captions, caption_0, ...; only where there are none, text, and so on."""
     for name in CAPTION_KEYS:
-        if found := [key for key in keys if re.fullmatch(rf"{name}s?[ _]?\d*", key)]:
+        if found := [key for key in keys if re.fullmatch(rf"{name}s?[ _.]?\d*", key)]:
             return found
     return []
 
 
 def id_of(row: dict[str, Any], name: str, place: str) -> str | int:
-    image_id = next((row[key] for key in ID_KEYS if row.get(key) not in (None, "")), None)
+    image_id = whole(next((row[key] for key in ID_KEYS if row.get(key) not in (None, "")), None))
     if image_id is None:
         return default_id(name)
-    if isinstance(image_id, float) and image_id.is_integer():  # as pandas writes a column with gaps
-        return int(image_id)
     if not isinstance(image_id, str | int):
         raise UserError(f"{place}: 'image_id' is {image_id!r}; expected a text or a whole number")
     return image_id
+
+
+def whole(value: Any) -> Any:
+    """7 for 7.0, as pandas writes a column of numbers with gaps."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def default_id(name: str) -> str | int:
@@ -232,12 +263,17 @@ def table_rows(text: str, path: Path, delimiter: str, names: list[str] | None) -
                 names = [cell.strip().lower() for cell in cells]
                 while not names[-1]:  # a spreadsheet's empty columns
                     names.pop()
+                if twice := [name for name in (*IMAGE_KEYS, *ID_KEYS, "split") if names.count(name) > 1]:
+                    raise UserError(f"{path}, line {reader.line_num}: several columns {', '.join(twice)}")
+                for i in range(len(names)):  # captions in columns of one name: caption, caption0, caption00
+                    while names[i] in names[:i]:
+                        names[i] += "0"
                 continue
             fitted = fit_cells(cells, names, delimiter, f"{path}, line {reader.line_num}")
             row: dict[str, Any] = dict(zip(names, fitted, strict=True))
             for key in ID_KEYS:
-                if re.fullmatch(r"0|[1-9]\d{0,17}", row.get(key) or "", re.ASCII):
-                    row[key] = int(row[key])
+                if number := re.fullmatch(r"(0|[1-9]\d{0,17})(\.0)?", row.get(key) or "", re.ASCII):
+                    row[key] = int(number[1])
             yield reader.line_num, row
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}") from error
@@ -267,7 +303,7 @@ def coco_entries(content: dict[str, Any], path: Path, folder: ImageFolder) -> It
     images: dict[str, Entry] = {}
     for number, image in enumerate(content["images"]):
         place = f"{path}, image {number}"
-        image_id, name = (image.get("id"), image.get("file_name")) if isinstance(image, dict) else (None, None)
+        image_id, name = (whole(image.get("id")), image.get("file_name")) if isinstance(image, dict) else (None, None)
         if not isinstance(name, str) or not name or not isinstance(image_id, str | int):
             raise UserError(f"{place}: expected an object with 'id' and 'file_name'; got {str(image)[:80]}")
         if str(image_id) in images:
@@ -282,7 +318,7 @@ def coco_entries(content: dict[str, Any], path: Path, folder: ImageFolder) -> It
         if not isinstance(annotation, dict) or not isinstance(annotation.get("caption"), str):
             hint = " (captions_*.json is meant, not instances_*.json)" if "bbox" in annotation else ""
             raise UserError(f"{place}: expected 'image_id' and 'caption'; got {str(annotation)[:80]}{hint}")
-        found = images.get(str(annotation.get("image_id")))
+        found = images.get(str(whole(annotation.get("image_id"))))
         if found is None:
             raise UserError(f"{place}: no image has the id {annotation.get('image_id')!r}")
         yield Entry(found.source, found.image_id, [annotation["caption"]], place)
@@ -310,22 +346,22 @@ def karpathy_entries(content: dict[str, Any], path: Path, folder: ImageFolder) -
 
 def read_folder(folder: Path, notices: list[str], split: str | None, cache: Path | None) -> tuple[str, Iterable[Entry]]:
     names = files_in(folder)
-    split_of = folder_splits(names)
-    if split is not None and split_of:
-        if split not in split_of.values():
-            raise UserError(f"{folder}: no split '{split}'; it has {', '.join(sorted(set(split_of.values())))}")
-        names = [name for name in names if split_of.get(name.split("/")[0], split) == split]
-    metadata = [name for name in names if PurePosixPath(name).name in METADATA]
+    metadata = [name for name in names if PurePosixPath(name).name in METADATA]  # it may name other splits
+    splits = folder_splits(folder, [name for name in names if is_image(name) or name.endswith(".tar")])
+    if split is not None and splits and not metadata:
+        if split not in splits:
+            raise UserError(f"{folder}: no split '{split}'; it has {', '.join(sorted(splits))}")
+        names = [name for name in names if folder_split(name) in (None, split)]
     shards = [name for name in names if name.endswith(".tar")]
     images = [name for name in names if is_image(name)]
     unread = passed_over(Counter(suffix for name in names if (suffix := unread_suffix(name))))
     notices += unread
     if metadata:
-        return "metadata folder", metadata_entries(folder, metadata, images, split_of, notices)
+        return "metadata folder", metadata_entries(folder, metadata, images, notices)
     if images and not shards:
-        return "image folder", image_entries(folder, names, split_of, notices)
+        return "image folder", image_entries(folder, names, notices)
     if shards and not images:
-        found = (shard_entries(folder / name, split_of.get(name.split("/")[0]), cache, notices) for name in shards)
+        found = (shard_entries(folder / name, folder_split(name), cache, notices) for name in shards)
         return "shards", chain.from_iterable(found)
     files = [name for name in names if name.endswith((".json", ".jsonl", ".csv", ".tsv"))]
     reason = "a folder with images and tar files" if images else "a folder without images, metadata or tar files"
@@ -333,16 +369,29 @@ def read_folder(folder: Path, notices: list[str], split: str | None, cache: Path
     raise unclear(folder, "; ".join([reason, *held, *unread]))
 
 
-def folder_splits(names: Sequence[str]) -> dict[str, str]:
-    """{folder: split} where the folders at the top are named as splits, all of them, and hold the images."""
-    top = {name.partition("/")[0] for name in names if "/" in name}
-    loose = any("/" not in name and (is_image(name) or name.endswith(".tar")) for name in names)
-    if loose or not all(name.lower() in CANONICAL for name in top):
-        return {}
-    return {name: canonical_split(name) for name in top}
+def folder_split(name: str) -> str | None:
+    """The split that the first such folder on the path of a file is named as."""
+    return next((split for part in name.split("/")[:-1] if (split := canonical_split(part)) in SPLITS), None)
 
 
-def image_entries(folder: Path, names: list[str], split_of: dict[str, str], notices: list[str]) -> Iterator[Entry]:
+def folder_splits(folder: Path, names: Iterable[str]) -> set[str]:
+    """The splits that the folders of `names` are named as. UserError where only some are: of what split is the rest?"""
+    splits: set[str] = set()
+    others: dict[str, None] = {}
+    for name in names:
+        if split := folder_split(name):
+            splits.add(split)
+        else:
+            others[posixpath.dirname(name) or name] = None
+    if splits and others:
+        raise UserError(
+            f"{folder}: it has folders of the splits {', '.join(sorted(splits))}, and images that are in none of them "
+            f"({', '.join(list(others)[:5])}): move these, or give the folder of one split"
+        )
+    return splits
+
+
+def image_entries(folder: Path, names: list[str], notices: list[str]) -> Iterator[Entry]:
     """The captions of a.jpg are in a.txt, else in a.jpg.txt, a.caption (kohya's tools write it) or a.jpg.caption."""
     source = ImageFolder(folder)
     images = [name for name in names if is_image(name)]
@@ -363,16 +412,14 @@ def image_entries(folder: Path, names: list[str], split_of: dict[str, str], noti
                 captions = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
             except (OSError, UnicodeDecodeError) as error:
                 notices.append(f"{path} cannot be read: {error}")
-        yield Entry(source(image), default_id(image), captions, f"{folder / image}", split_of.get(image.split("/")[0]))
+        yield Entry(source(image), default_id(image), captions, f"{folder / image}", folder_split(image))
     unread = Counter(os.path.splitext(name)[1] for name in others)  # noqa: PTH122
     if unread and (lonely or any(suffix in unread for suffix in TEXTS)):
         counts = ", ".join(f"{suffix or 'without a suffix'} ({count:,})" for suffix, count in sorted(unread.items()))
         notices.append(f"{folder}: other files, which are not read: {counts}; an image's captions are in one file")
 
 
-def metadata_entries(
-    folder: Path, files: list[str], images: list[str], split_of: dict[str, str], notices: list[str]
-) -> Iterator[Entry]:
+def metadata_entries(folder: Path, files: list[str], images: list[str], notices: list[str]) -> Iterator[Entry]:
     """Names in a metadata file start at its own folder; ids at the top, so that they differ between the folders."""
     named = set()
     root = os.path.abspath(folder)  # noqa: PTH100
@@ -381,7 +428,7 @@ def metadata_entries(
         for entry in read_layout(path, None, notices)[1]:
             below = os.path.relpath(str(entry.source), root)
             named.add(below)
-            yield Entry(entry.source, entry.image_id, entry.captions, entry.place, split_of.get(below.split("/")[0]))
+            yield replace(entry, split=entry.split or folder_split(below))
     if unnamed := [image for image in images if image not in named]:
         notices.append(f"{folder}: {len(unnamed)} images are in no metadata file; the first is {unnamed[0]}")
 
@@ -391,12 +438,13 @@ def shard_entries(shard: Path, split: str | None, cache: Path | None, notices: l
     notices += left_out
     for sample in samples:
         source = ShardImage(str(shard), sample.image, sample.offset, sample.size)
-        captions, image_id = sample_captions(sample, str(source))
-        yield Entry(source, image_id, captions, str(source), split)
+        entry = sample_entry(sample, source)
+        yield replace(entry, split=entry.split or split)
 
 
-def sample_captions(sample: ShardSample, place: str) -> tuple[list[str], str | int]:
+def sample_entry(sample: ShardSample, source: ImageSource) -> Entry:
     """The captions of the .txt, a line each, before those of the .json, which often says the same again."""
     row = sample.json if isinstance(sample.json, dict) else {}
+    place = str(source)
     captions = captions_of(row, place) if sample.text is None else sample.text.rstrip("\n").split("\n")
-    return captions, id_of(row, sample.image, place)
+    return Entry(source, id_of(row, sample.image, place), captions, place, split_of(row, place))

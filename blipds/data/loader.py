@@ -202,13 +202,13 @@ class TrainLoader:
     """
 
     def __init__(
-        self, datasets: Sequence[SampleSource], batches: RankBatches, collator: Collator, *, num_workers: int
+        self, datasets: Sequence[SampleSource], batches: RankBatches, tokenizer: CaptionTokenizer, *, num_workers: int
     ) -> None:
         self.batches = batches
         self.loader = DataLoader(
             KeyedSamples(datasets),
             batch_sampler=batches,
-            collate_fn=collator,
+            collate_fn=Collator(tokenizer, datasets[0]),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             worker_init_fn=leave_signals_alone,
@@ -258,7 +258,7 @@ def epoch_loader(
             raise UserError(f"datasets.{dataset.name}: mean and std differ from those of {datasets[0].name}")
     order = EpochOrder([len(dataset) for dataset in datasets], ratios, seed, shuffle)
     batches = EpochBatches(order, share)
-    return TrainLoader(datasets, batches, Collator(tokenizer, datasets[0]), num_workers=num_workers)
+    return TrainLoader(datasets, batches, tokenizer, num_workers=num_workers)
 
 
 class EvalLoader:

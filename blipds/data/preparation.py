@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from blipds import distributed
-from blipds.config.run import ArchiveConfig, Config, DatasetConfig
+from blipds.config.sections import ArchiveConfig, Config, DatasetConfig
 from blipds.data.annotations import ImageFile, read_annotations, read_splits
 from blipds.errors import UserError
 from blipds.files.archives import BadArchive, unpack
 from blipds.files.download import cache_name, check_address, fetch, file_md5, locked
+from blipds.files.paths import user_path
 
 DATASETS = {  # launch/prepare_data.py's names -> the names in run configs
     "coco": "coco_caption",
@@ -64,7 +65,7 @@ class AnnotationFile:
 def annotation_files(dataset: DatasetConfig, root: Path) -> list[AnnotationFile]:
     """Those that have an address; `root` is `env.cache_root`."""
     return [
-        AnnotationFile(split, url, md5, files.member, root / Path(storage).expanduser())
+        AnnotationFile(split, url, md5, files.member, root / user_path(storage))
         for split, files in dataset.build_info.annotations.items()
         for url, md5, storage in zip(files.url, files.md5 or repeat(None), files.storage, strict=False)
     ]
@@ -75,13 +76,13 @@ def fetch_annotations(config: Config, splits: Collection[str], say: Callable[[st
 
     One rank a node downloads. UserError, on every rank: a download failed, or a standard set has no image folder.
     """
-    root, error = Path(config.env.cache_root).expanduser(), None
+    root, error = user_path(config.env.cache_root), None
     try:
         for name, dataset in config.datasets.items() if distributed.local_rank() == 0 else ():
             files = [file for file in annotation_files(dataset, root) if file.split in splits]
             images = dataset.images or dataset.build_info.images.storage
             if files and images is not None:
-                check_images(name, config, [root / Path(images).expanduser()])
+                check_images(name, config, [root / user_path(images)])
             for file in files:
                 if not file.path.exists():
                     file.fetch(root / "downloads")

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, ClassVar, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from blipds.registry import PROCESSORS
@@ -44,6 +44,9 @@ with suppress(ImportError):  # optional: reads HEIC, the photographs of phones
     pillow_heif.register_heif_opener()
 FORMATS = sorted({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF"} & Image.OPEN.keys())
 
+Image.MAX_IMAGE_PIXELS, MAX_PIXELS = None, 2 * (Image.MAX_IMAGE_PIXELS or 1 << 62)  # Pillow does not know of draft()
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # ComfyUI's workflows and large ICC profiles; all of a file's: 64 MiB
+
 PHOTOMETRIC, SAMPLE_FORMAT = 262, 339  # tags of TIFF
 ORIENTATION = 0x0112  # the EXIF tag, and what undoes each of its values
 UPRIGHT = {
@@ -65,14 +68,17 @@ Shrink = Callable[[int, int], int]
 def load_image(path: str | os.PathLike[str], shrink: Shrink | None = None, data: BinaryIO | None = None) -> Image.Image:
     """Read an image file whole, upright (EXIF orientation) and as RGB; from `data`, where `path` is but its name.
 
-    Transparent pixels come out white; greys of more than 8 bits are scaled by the range of their values (`grey_bytes`).
+    Transparent pixels come out white, unless all are transparent; greys of more than 8 bits are scaled by the range of
+    their values (`grey_bytes`).
     `shrink(width, height)`: how many times smaller the image may come; a JPEG is then decoded at 1/2, 1/4 or 1/8, a
     fraction of the work. Raises OSError naming the file where it is missing, truncated or no image.
     """
     try:
         with Image.open(path if data is None else data, formats=FORMATS) as image:
+            whole = image.size
             if shrink is not None and (factor := shrink(image.width, image.height)) > 1:
                 image.draft(None, (image.width // factor, image.height // factor))
+            check_size(whole if image.info.get("progressive") else image.size)  # its coefficients are held at full size
             encoding = str(image.tile[:1])
             image.load()
             return to_rgb(upright(image), encoding)
@@ -80,6 +86,11 @@ def load_image(path: str | os.PathLike[str], shrink: Shrink | None = None, data:
         raise
     except Exception as error:  # decoders raise anything on damaged bytes: SyntaxError, struct.error, zlib.error, ...
         raise OSError(f"cannot read the image {os.fspath(path)}: {error}") from error
+
+
+def check_size(size: tuple[int, int]) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"{size[0]} x {size[1]} pixels are more than {MAX_PIXELS:,}, and might be an attack")
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -103,6 +114,8 @@ def to_rgb(image: Image.Image, encoding: str) -> Image.Image:
         if tags and image.mode == "I" and tags.get(SAMPLE_FORMAT, (1,))[0] == 1:  # unsigned
             greys = greys.view(np.uint32)
         bright = grey_bytes(greys)
+        clear = greys == image.info.get("transparency", math.nan)  # the grey that the tRNS of a PNG names
+        bright[clear & ~clear.all()] = 255
         return Image.fromarray(255 - bright if tags and tags.get(PHOTOMETRIC) == 0 else bright).convert("RGB")
     if ";16" in encoding and 0 < np.asarray(image.convert("RGB")).max() < 16:
         raise ValueError("of its 16 bits a colour only the lower 12 are used, and Pillow reads the upper 8: scale them")
@@ -110,6 +123,8 @@ def to_rgb(image: Image.Image, encoding: str) -> Image.Image:
         return image  # convert() would copy it
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() == (0, 0):  # such a picture has no alpha, but a byte to spare
+            return image.convert("RGB")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")

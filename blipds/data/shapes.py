@@ -1,13 +1,12 @@
 """A dataset drawn on the fly: coloured shapes, where they are, and five captions for each picture.
 
-It is the quickstart's input and needs neither a file nor a network. A picture holds one shape with a position ("in the
-top left corner") or, three times in four, two shapes with a relation ("left of", "above", ...). Everything follows from
-(split, seed, index): the same three give the same pixels and captions on any machine.
+The quickstart's input, without a file or a network. A picture holds one shape with a position ("in the top left") or,
+three times in four, two shapes with a relation ("left of", "above", ...). Everything follows from (split, seed, index):
+the same three give the same pixels and captions on any machine.
 
-Combinations. 8 colours x 6 shapes make 48 objects. What is held out of training is a fifth of their combinations: of
-two objects together, 48 x 48 / 2 of them, and of one object with one of 5 positions. Add up the numbers of the colours,
-shapes and position: where 5 divides the sum, no training picture shows that combination, and every picture of any other
-split does. So a captioner does well there only if it reads each object for itself.
+A fifth of the combinations is held out of training: of two objects (colour, shape) together, and of one object with one
+of 5 positions. Add up the numbers of the colours, shapes and position: where 5 divides the sum, no training picture
+shows that combination, and every picture of any other split does. So a captioner has to read each object for itself.
 
 The captions say where things are, so pictures must not be flipped: use the processor `blip_image_eval` in training too.
 """

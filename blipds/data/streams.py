@@ -27,11 +27,11 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.data.annotations import Record, RecordBuilder, expand_braces
 from blipds.data.datasets import Sample, build_processors, caption_groups, is_stream, make_sample, read_pixels
-from blipds.data.layouts import Entry, sample_captions
-from blipds.data.loader import Collator, Key, RankShare, TrainLoader, derive_seed
+from blipds.data.layouts import canonical_split, sample_entry
+from blipds.data.loader import Key, RankShare, TrainLoader, derive_seed
 from blipds.data.processors import ImageProcessor, Shrink, load_image
 from blipds.data.shards import ShardSample, keyed_members, samples_of, take_member
 from blipds.data.sources import is_image
@@ -66,7 +66,8 @@ StreamSample = tuple[Record, tuple[int, ...]]  # an image, and which of its capt
 class CaptionStream:
     """A dataset of tar shards that are read from start to end.
 
-    `storages`: what the run config names, braces and all. `say` is told, once each, what is left out.
+    `storages`: what the run config names, braces and all. `say` is told, once each, what is left out. `splits`: those
+    to take, where samples name theirs.
     Raises UserError for addresses that cannot be streamed, and later for what breaks for good.
     """
 
@@ -79,6 +80,7 @@ class CaptionStream:
         captions_per_image: int | str,
         shuffle_buffer: int,
         say: Callable[[str], None],
+        splits: Sequence[str] = ("train",),
     ) -> None:
         self.name = name
         self.shards = [shard for storage in storages for shard in shards_of(storage)]
@@ -88,6 +90,7 @@ class CaptionStream:
         self.captions_per_image = captions_per_image
         self.shuffle_buffer = shuffle_buffer
         self.say = say
+        self.splits = [canonical_split(split) for split in splits]
         self.said: set[str] = set()
 
     def share(self, rank: int, world_size: int) -> Iterator[StreamSample]:
@@ -112,23 +115,27 @@ class CaptionStream:
         for sample, data in self.read(shard):
             place = f"{shard}/{sample.image}"
             try:
-                captions, image_id = sample_captions(sample, place)
+                entry = sample_entry(sample, StreamedImage(place, data))
             except UserError as error:
                 self.note(shard, "captions that cannot be read", str(error))
                 continue
+            if entry.split not in (None, *self.splits):
+                self.note(shard, "images of other splits", place)
+                continue
             builder = RecordBuilder()
-            builder.add(Entry(StreamedImage(place, data), image_id, captions, place))
+            builder.add(entry)
             (record,) = builder.annotations().records
             if builder.blank:
                 self.note(shard, "captions without a word", place)
             if record.captions:
                 yield record
             else:
-                self.note(shard, "images without a caption", place)
+                self.note(shard, "images without a caption beside them", place)
 
     def read(self, shard: str) -> Iterator[tuple[ShardSample, bytes]]:
         """The samples of a shard with the bytes of their images. Members of one key stand together, as WebDataset's."""
         left_out = partial(self.note, shard)
+        lone: dict[str, bool] = {}  # keys with an image or captions only: whether it is the image
         try:
             with closing(pieces_of(shard)) as pieces, open_tar(pieces) as tar:
                 for key, members in groupby(keyed_members(tar, left_out), key=itemgetter(0)):
@@ -138,6 +145,12 @@ class CaptionStream:
                         take_member(tar, member, names, left_out)
                         if is_image(member.name) and (file := tar.extractfile(member)):
                             data[member.name] = file.read()
+                    captioned = any(sample.text is not None or sample.json is not None for sample in names.values())
+                    if names and captioned != bool(data) and lone.setdefault(key, bool(data)) != bool(data):
+                        raise UserError(
+                            f"{shard}: image and captions of '{key}' do not stand together, which a stream needs: pack "
+                            "it with tar --sort=name, or give the tar as a file"
+                        )
                     for sample in samples_of(key, names, left_out):
                         yield sample, data[sample.image]
         except UserError:  # of the pieces
@@ -232,7 +245,7 @@ def build_stream(config: Config, storages: list[str], say: Callable[[str], None]
     ((name, dataset),) = config.datasets.items()
     buffer = dataset.shuffle_buffer if config.run.shuffle else 1
     processors = build_processors(dataset, config, training=True)
-    return CaptionStream(name, storages, *processors, dataset.captions_per_image, buffer, say)
+    return CaptionStream(name, storages, *processors, dataset.captions_per_image, buffer, say, config.run.train_splits)
 
 
 def stream_loader(
@@ -245,7 +258,7 @@ def stream_loader(
             f"and keeps every {share.world_size}th image; with as many shards as ranks it would read its own only"
         )
     batches = StreamBatches(stream, share, seed)
-    return TrainLoader([stream], batches, Collator(tokenizer, stream), num_workers=num_workers)
+    return TrainLoader([stream], batches, tokenizer, num_workers=num_workers)
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------

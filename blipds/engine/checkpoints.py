@@ -24,6 +24,7 @@ from blipds.engine.files import (
     write_text,
 )
 from blipds.errors import UserError
+from blipds.files import paths
 
 STATE = "state.json"
 WEIGHTS = "model.safetensors"  # fp32, whole, whatever the ZeRO stage: what evaluation and export read
@@ -141,9 +142,12 @@ class CheckpointFolder:
             if target.exists():  # of a run that went on from an earlier checkpoint, or damaged
                 shutil.rmtree(target)
             partial.rename(target)
-            self.link(begun.name, "latest", *(["best"] if begun.best else []))
         except OSError as error:
             return str(error)
+        try:
+            self.link(begun.name, "latest", *(["best"] if begun.best else []))
+        except OSError as error:
+            return f"{target} is whole, but the links to it cannot be written: {error}"
         return None
 
     def settle(self, best: bool) -> str | None:
@@ -161,10 +165,7 @@ class CheckpointFolder:
     def link(self, name: str, *links: str) -> None:
         """Moves links to a checkpoint, each atomically; then removes those that are no longer kept. Raises OSError."""
         for link in links:
-            partial = self.folder / f"{link}.partial"
-            partial.unlink(missing_ok=True)
-            partial.symlink_to(name)
-            partial.replace(self.folder / link)
+            paths.point(self.folder / link, name)
         flush_folder(self.folder)
         self.prune(self.keep_last)
 
@@ -174,7 +175,8 @@ class CheckpointFolder:
         Damaged ones count for nothing.
         """
         kept = [folder.name for _, folder in newest_first(self.folder)[:keep_last]]
-        spared = (*kept, (self.folder / "best").resolve().name, name_of(self.candidate or 0))
+        best = paths.target(self.folder / "best")
+        spared = (*kept, best and best.name, name_of(self.candidate or 0))
         for folder in step_folders(self.folder):
             if kept and folder.name not in spared:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -234,7 +236,7 @@ def shape_of(engine: Engine, global_batch: int) -> dict[str, Any]:
 def read_state(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """{"run": where the run stood, "shape": see `shape_of`, "engine": its counters} of a run's checkpoint."""
     try:
-        state = json.loads((checkpoint / STATE).read_text())
+        state = json.loads((checkpoint / STATE).read_text("utf-8"))
         return {key: dict(state[key]) for key in ("run", "shape", "engine")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{checkpoint} is no checkpoint of a run ({STATE}: {error})") from error
@@ -255,14 +257,14 @@ def resume_point(where: str, run_dirs: Iterable[Path]) -> tuple[Path | None, lis
     `where`: a run directory, or a checkpoint; "auto": the newest of `run_dirs`, None where none has any checkpoint.
     Raises UserError where there are checkpoints and none is whole.
     """
-    location = newest_run(run_dirs) if where == "auto" else Path(where).expanduser()
+    location = newest_run(run_dirs) if where == "auto" else paths.user_path(where)
     if location is None:
         return None, []
     folder = next((path for path in (location / "checkpoints", location) if step_folders(path)), None)
     if folder is None:
-        checkpoint = location.resolve()  # `latest` and `best` are links
-        problem = damage(checkpoint) if checkpoint.is_dir() else "no such folder"
-        if problem is not None:
+        checkpoint = paths.target(location)  # `latest` and `best` are links
+        problem = damage(checkpoint) if checkpoint else "no such folder"
+        if checkpoint is None or problem is not None:
             raise UserError(f"--resume {where}: no whole checkpoint of a run: {problem}")
         return checkpoint, []
     found, lines = newest_intact(folder)
@@ -273,9 +275,8 @@ def resume_point(where: str, run_dirs: Iterable[Path]) -> tuple[Path | None, lis
 
 def newest_run(run_dirs: Iterable[Path]) -> Path | None:
     """The run directory with the newest checkpoint; where no manifest can be read, one with something like it."""
-    ages = []
-    for run_dir in run_dirs:
-        if step_folders(run_dir / "checkpoints"):
-            found = newest_first(run_dir / "checkpoints")
-            ages.append((found[0][0] if found else 0.0, run_dir))
-    return max(ages)[1] if ages else None
+
+    def age(run_dir: Path) -> tuple[float, Path]:
+        return next((written for written, _ in newest_first(run_dir / "checkpoints")), 0.0), run_dir
+
+    return max((run_dir for run_dir in run_dirs if step_folders(run_dir / "checkpoints")), key=age, default=None)

@@ -212,7 +212,7 @@ class Engine:
     @property
     def loss_scale(self) -> float | None:
         """The dynamic loss scale of fp16."""
-        return float(self._deepspeed.optimizer.cur_scale) if self.precision == "fp16" else None
+        return float(self.state.scaler.cur_scale) if self.precision == "fp16" else None
 
     @property
     def skipped_steps(self) -> int:

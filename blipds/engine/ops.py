@@ -62,7 +62,10 @@ def load_op(builder_name: str, say: Callable[[str], None]) -> str:
     # ninja comes from pip and lies beside this python, which need not be on PATH
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path_before}"
     builder = get_accelerator().create_op_builder(builder_name)
-    folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
+    try:
+        folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
+    except OSError as error:
+        raise UserError(f"no folder for what DeepSpeed compiles: {error}; set HOME or TORCH_EXTENSIONS_DIR") from error
     if hasattr(cpp_extension, "FileBaton") and clear_stale_lock(folder / "lock"):
         say(f"removed {folder / 'lock'}, left behind by a compile that was interrupted")
     compiling = not any(folder.glob("*.so"))

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate, chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -227,33 +227,27 @@ class TrainingState:
         With `copy` it holds a copy of them on the host, and may be called while training goes on; else one piece at a
         time is in memory.
         """
-        shapes = {
-            f"{moment}:{piece.name}:{piece.start}": (piece.numel,)
-            for master in self.masters
-            for piece in self.own_pieces(master)
-            for moment in MOMENTS
-        }
-        path, moments = folder / file_of(distributed.rank()), self.own_moments()
+        pieces = [piece for master in self.masters for piece in self.own_pieces(master)]
+        shapes = {f"{moment}:{piece.name}:{piece.start}": (piece.numel,) for piece in pieces for moment in MOMENTS}
+        path, moments = folder / f"adam_{distributed.rank():05d}.safetensors", self.own_moments()
         return partial(write_tensors, path, shapes, host_copies(moments) if copy else moments, {"format": "adam"})
 
     def own_moments(self) -> Iterator[Tensor]:
         for master in self.masters:
             with self.swapped_in(master, writing=False):
                 state = self.adam_of(master).state[master.tensor]
-                for piece in self.own_pieces(master):
-                    for moment in MOMENTS:
-                        # zeros where it is saved before the first step
-                        yield piece.of(state[moment].view(-1)) if moment in state else torch.zeros(piece.numel)
+                for piece, moment in product(self.own_pieces(master), MOMENTS):
+                    # zeros where it is saved before the first step
+                    yield piece.of(state[moment].view(-1)) if moment in state else torch.zeros(piece.numel)
 
     def read(self, folder: Path, counters: Mapping[str, Any], same_precision: bool) -> None:
         """Fills the moments from a checkpoint of any shape, by memory map; the masters are there. Collective."""
-        moments, step = StoredMoments(folder), int(counters["adam_step"])
+        stored, step = stored_moments(folder), int(counters["adam_step"])
         for master in self.masters:
             with self.swapped_in(master, writing=True):
                 state = self.fresh_state(self.adam_of(master), master.tensor, step)
-                for piece in master.pieces:
-                    for moment in MOMENTS:
-                        moments.copy(moment, piece, piece.of(state[moment].view(-1)))
+                for piece, moment in product(master.pieces, MOMENTS):
+                    copy_piece(stored, moment, piece, piece.of(state[moment].view(-1)))
         advance_adam(self.inner, step)
         if same_precision and self.scaler is not None:
             for key, value in counters["loss_scale"].items():
@@ -315,34 +309,31 @@ class TrainingState:
             optimizer.checkpoint_event_epilogue()  # gathers what stays gathered
 
 
-def file_of(rank: int) -> str:
-    return f"adam_{rank:05d}.safetensors"
+# (moment, parameter) -> (first element, stretch of it)
+Stretches: TypeAlias = dict[tuple[str, str], list[tuple[int, Tensor]]]
 
 
-class StoredMoments:
-    """The moments of a checkpoint, whoever wrote them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.stretches: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}  # -> (start, file, key)
-        for path in sorted(folder.glob(file_of(0).replace("00000", "*"))):
-            file = safe_open(path, framework="pt")
-            for key in list(file.keys()):
+def stored_moments(folder: Path) -> Stretches:
+    """The moments of a checkpoint, whoever wrote it; memory-mapped."""
+    stretches: Stretches = {}
+    for path in sorted(folder.glob("adam_*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
                 moment, name, start = key.split(":")
-                self.stretches.setdefault((moment, name), []).append((int(start), file, key))
+                stretches.setdefault((moment, name), []).append((int(start), file.get_tensor(key)))
+    return stretches
 
-    def copy(self, moment: str, piece: Piece, into: Tensor) -> None:
-        """Fills `into` with the piece's elements."""
-        missing, end = piece.numel, piece.start + piece.numel
-        for start, file, key in self.stretches.get((moment, piece.name), []):
-            stored = file.get_tensor(key)  # memory-mapped: what is not copied is not read
-            first, last = max(start, piece.start), min(start + stored.numel(), end)
-            if first < last:
-                into[first - piece.start : last - piece.start].copy_(stored[first - start : last - start])
-                missing -= last - first
-        if missing > 0:
-            raise UserError(
-                f"the checkpoint lacks {missing} elements of {moment} of {piece.name}: is it of this model?"
-            )
+
+def copy_piece(stored: Stretches, moment: str, piece: Piece, into: Tensor) -> None:
+    """Fills `into` with the piece's elements of a moment."""
+    missing, end = piece.numel, piece.start + piece.numel
+    for start, stretch in stored.get((moment, piece.name), []):
+        first, last = max(start, piece.start), min(start + stretch.numel(), end)
+        if first < last:
+            into[first - piece.start : last - piece.start].copy_(stretch[first - start : last - start])
+            missing -= last - first
+    if missing > 0:
+        raise UserError(f"the checkpoint lacks {missing} elements of {moment} of {piece.name}: is it of this model?")
 
 
 def advance_adam(adam: Any, step: int) -> None:

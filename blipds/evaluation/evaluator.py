@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from blipds import distributed
 from blipds.captioning.captioner import Captioner
-from blipds.config.run import Config, RunConfig
+from blipds.config.sections import Config, RunConfig
 from blipds.data.annotations import read_splits
 from blipds.data.datasets import CaptionDataset, build_dataset, has_split
 from blipds.data.loader import EvalBatch, EvalLoader
 from blipds.data.preparation import fetch_annotations
 from blipds.engine import DTYPES
 from blipds.errors import UserError
+from blipds.files.paths import user_path
 from blipds.models import build_model
 from blipds.models.initialisation import initialise
 from blipds.models.parameters import copy_into
@@ -176,7 +177,7 @@ def read_references(path: Path) -> References:
     The images of nocaps_val_4500_captions.json have a "domain" besides.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         references: dict[str, list[str]] = {}
         for annotation in content["annotations"]:
             references.setdefault(str(annotation["image_id"]), []).append(annotation["caption"])
@@ -184,6 +185,10 @@ def read_references(path: Path) -> References:
         domains = {str(image["id"]): str(image["domain"]) for image in images if "domain" in image}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"run.annotation_file {path}: not COCO's layout ({type(error).__name__}: {error})") from error
+    for image_id, captions in references.items():
+        for caption in captions:
+            if not isinstance(caption, str):
+                raise UserError(f"run.annotation_file {path}: a caption of image {image_id} is no text: {caption!r}")
     return References(references, domains)
 
 
@@ -194,7 +199,7 @@ def read_cider_corpus(path: Path) -> Captions:
             f"--cider-df {path}: pickles are not read, since they can run code; give the annotation file in which the "
             "frequencies were counted (for coco-val-df.p: COCO's captions_val2014.json)"
         )
-    records = [record for part in read_splits([path.expanduser()], None, None).values() for record in part.records]
+    records = [record for part in read_splits([user_path(path)], None, None).values() for record in part.records]
     corpus = {str(number): list(record.captions) for number, record in enumerate(records) if record.captions}
     if not corpus:
         raise UserError(f"--cider-df {path}: no caption in it")
@@ -205,7 +210,7 @@ def build_evaluators(config: Config, splits: Sequence[str], captioner: Captioner
     """One evaluator for each split of each dataset that has it; a split that none has is an error."""
     evaluators = []
     given = config.run.annotation_file
-    references = read_references(Path(given).expanduser()) if given else None
+    references = read_references(user_path(given)) if given else None
     for split in splits:
         names = [name for name in config.datasets if has_split(config.datasets[name], split)] or list(config.datasets)
         for name in names:
@@ -246,7 +251,7 @@ def evaluate_checkpoint(
     if checkpoint is None:
         initialise(model, config.run.seed, partial(copy_into, model))
     else:
-        load_weights(model, open_weights(checkpoint, Path(config.env.cache_root).expanduser()), monitor.say)
+        load_weights(model, open_weights(checkpoint, user_path(config.env.cache_root)), monitor.say)
     model.to(device, DTYPES[precision]).eval()
     evaluations = []
     for evaluator in evaluators:

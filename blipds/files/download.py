@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 from tqdm import tqdm
 
 from blipds.errors import UserError
+from blipds.files.paths import user_path
 
 CHUNK = 1 << 20
 HEADERS = {"User-Agent": "blipds", "Accept-Encoding": "identity"}
@@ -52,12 +53,12 @@ def fetch(
     UserError: no such path, another scheme, refused by the server, wrong content, disk full.
     """
     if "://" not in location:
-        path = Path(location).expanduser()
+        path = user_path(location)
         if not path.exists():
             raise UserError(f"{location}: no such file or folder")
         return path
     check_address(location)
-    target = Path(cache_dir).expanduser() / cache_name(location)
+    target = user_path(cache_dir) / cache_name(location)
     part = target.with_name(target.name + ".part")
     try:
         with locked(target.with_name(target.name + ".lock")):
@@ -233,7 +234,7 @@ def _download(address: str, part: Path, size: int | None) -> None:
     `part`.validator keeps the ETag or date of the file that it is the beginning of; without one it is worth nothing.
     """
     validator_file = part.with_name(part.name + ".validator")
-    validator = validator_file.read_text() if validator_file.exists() else ""
+    validator = validator_file.read_text("utf-8") if validator_file.exists() else ""
     have = part.stat().st_size if validator and part.exists() else 0
     transfer = _Transfer(address, have, validator, size, restarts=True)
     with part.open("ab") as file, tqdm(desc=part.stem, initial=have, unit="B", unit_scale=True) as bar:
@@ -241,7 +242,7 @@ def _download(address: str, part: Path, size: int | None) -> None:
             for piece in transfer.pieces(ATTEMPTS):
                 if transfer.have == len(piece):  # the beginning, or another one
                     file.truncate(0)
-                    validator_file.write_text(transfer.validator)
+                    validator_file.write_text(transfer.validator, "utf-8")
                 file.write(piece)
                 bar.total = transfer.total
                 bar.update(transfer.have - bar.n)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from blipds.config.run import ModelConfig
+from blipds.config.sections import ModelConfig
 from blipds.models import blip  # noqa: F401
 from blipds.models.protocol import CaptioningModel
 from blipds.registry import ARCHS

@@ -66,9 +66,9 @@ class PickleReader:
         except pickle.UnpicklingError as error:
             raise UserError(
                 f"{path}: refused, its pickle asks for more than tensors and plain containers, and running code out of "
-                f"a checkpoint is never allowed ({_reason(error)}); if you trust it, save its state dict alone: "
-                "torch.save({'model': torch.load(FILE, weights_only=False)['module']}, 'weights.pth') (DeepSpeed's key "
-                "is 'module', Lightning's 'state_dict')"
+                f"a checkpoint is never allowed ({_reason(error)}); save the state dict alone, "
+                "torch.save(model.state_dict(), FILE), with the program that wrote it (DeepSpeed: the zero_to_fp32.py "
+                "beside it writes one)"
             ) from error
         except Exception as error:
             raise UserError(f"{path}: not a readable torch checkpoint ({_line(error)}); download it again") from error

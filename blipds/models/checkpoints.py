@@ -79,7 +79,10 @@ def stored_in_memory(name: str, tensors: Mapping[str, Tensor]) -> StoredTensors:
 
 def _open_file(path: Path) -> tuple[dict[str, Reader], dict[str, Any]]:
     reader = open_reader(path)
-    return dict.fromkeys(reader.names, reader), _config_in(reader)
+    config = _config_in(reader)
+    if not reader.names:
+        raise UserError(f"{path}: holds no tensors")
+    return dict.fromkeys(reader.names, reader), config
 
 
 def _config_in(reader: Reader) -> dict[str, Any]:

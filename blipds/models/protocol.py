@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from blipds.config.run import ModelConfig
+from blipds.config.sections import ModelConfig
 from blipds.errors import UserError
 from blipds.models.checkpoints import Checkpoint, CheckpointFormat, StoredTensors
 from blipds.models.generation import GenerationConfig, Lockstep, StepDecoder, search

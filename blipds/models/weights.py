@@ -5,9 +5,10 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
-from blipds.config.run import Config, ModelConfig
+from blipds.config.sections import Config, ModelConfig
 from blipds.errors import UserError
 from blipds.files.download import fetch
+from blipds.files.paths import target, user_path
 from blipds.models.checkpoints import Checkpoint, StoredTensors, load_into, open_stored
 from blipds.models.initialisation import initialise
 from blipds.models.parameters import Write, copy_into, whole_shape
@@ -30,13 +31,13 @@ def initial_weights(config: ModelConfig) -> str | None:
 def find_checkpoint(location: str, link: str) -> str:
     """The checkpoint meant by a run directory or its `checkpoints` folder: where `link` points. Others as they are.
 
-    A run without a best checkpoint (nothing was scored) has a latest one.
+    A run without a best checkpoint (nothing was scored) has a latest one; a copy that lost its links, a newest one.
     """
-    path = Path(location).expanduser()
-    for candidate in (path / "checkpoints" / link, path / link, path / "checkpoints" / "latest", path / "latest"):
-        if candidate.exists():
-            return str(candidate.resolve())
-    return location
+    path = user_path(location)
+    links = [path / "checkpoints" / link, path / link, path / "checkpoints" / "latest", path / "latest"]
+    links += [path] if path.is_file() else []  # perhaps a link, where the file system has none
+    steps = sorted([*path.glob("step_*[0-9]"), *path.glob("checkpoints/step_*[0-9]")], reverse=True)
+    return next((str(found) for place in [*links, *steps] if (found := target(place)) is not None), location)
 
 
 def open_weights(location: str, cache_root: Path) -> StoredTensors:
@@ -56,7 +57,7 @@ def load_initial_weights(
     The parts that the config names fill in their share; what none has stays random (BLIP's cross-attention always).
     `write` fills an engine (Engine.filling): every rank calls it, in the same order.
     """
-    cache_root = Path(config.env.cache_root).expanduser()
+    cache_root = user_path(config.env.cache_root)
     location = initial_weights(config.model)
 
     def load_part(source: str | StoredTensors, kind: str, key: str) -> None:

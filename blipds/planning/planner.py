@@ -5,6 +5,7 @@ stage3.py). Activations come from the model's own forward and backward on torch'
 and no memory. Needs neither deepspeed nor a GPU. All sizes are bytes unless said; GB is 10^9.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from blipds.config.deepspeed import Section, precision, setting, zero_stage
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.data.caption_rows import caption_rows
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.engine import DTYPES, checkpointed, parameter_groups
@@ -162,14 +163,13 @@ def _stage_3(sizes: ParameterSizes, ds: Section, ranks: int) -> ModelStates:
     persistent = sum(numel for numel in sizes.tensors if numel <= threshold) * width
     gathered = min(sizes.total, _number(ds, "stage3_max_live_parameters", 10**9)) * width
     buffers = _number(ds, "reduce_bucket_size", 5 * 10**8) * width + max(gathered - persistent, 0)
-    sub_group = min(sizes.largest_group / ranks, _number(ds, "sub_group_size", 10**9))
-    update = sub_group * 4
+    update = min(sizes.largest_group / ranks, _number(ds, "sub_group_size", 10**9)) * 4
     host = nvme = 0.0
     if (device := _offload_device(ds, "optimizer")) != "none":
         if device == "cpu":
             host = optimizer + gradients + share * 4  # with the gradients in fp32
         else:
-            host = gradients + _number(ds, "offload_optimizer.buffer_count", 4) * sub_group * 4
+            host = gradients + _number(ds, "offload_optimizer.buffer_count", 4) * update
             nvme = 16 * share
         optimizer = gradients = update = 0
     if (device := _offload_device(ds, "param")) != "none":
@@ -221,9 +221,8 @@ class Shape:
         """The largest that the run config allows: every caption as long as `model.max_txt_len`."""
         given = [dataset.captions_per_image for dataset in config.datasets.values()]
         captions = max(CAPTIONS_PER_IMAGE if isinstance(count, str) else count for count in given)
-        model = config.model
-        prompt_ids = CaptionTokenizer(model.tokenizer, model.prompt, model.max_txt_len).prompt_ids
-        return cls(config.run.batch_size_train, captions, model.max_txt_len, len(prompt_ids))
+        tokenizer = CaptionTokenizer(config.model.tokenizer, config.model.prompt, config.model.max_txt_len)
+        return cls(config.run.batch_size_train, captions, config.model.max_txt_len, len(tokenizer.prompt_ids))
 
     def inputs(self, image_size: int, dtype: torch.dtype, device: str = "meta") -> dict[str, Tensor]:
         """Arguments of a captioner's `forward`; the values mean nothing."""
@@ -296,12 +295,12 @@ class _CudaKernels(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Cluster:
-    """`gpu_memory` of one GPU; `host_memory` of one node, None where it is not known."""
+    """`gpu_memory` of one GPU; `host_memory` of one node, infinite where it is not known."""
 
     gpus_per_node: int
     nodes: int
     gpu_memory: float
-    host_memory: float | None = None
+    host_memory: float = math.inf
 
     @property
     def ranks(self) -> int:
@@ -342,13 +341,12 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        host = self.cluster.host_memory
-        return self.gpu <= self.cluster.gpu_memory and (host is None or self.host <= host)
+        return self.gpu <= self.cluster.gpu_memory and self.host <= self.cluster.host_memory
 
     def verdict(self) -> str:
         """One line."""
         needs = f"{self.gpu / GB:.1f} of {self.cluster.gpu_memory / GB:.1f} GB on each GPU"
-        if self.cluster.host_memory is not None:
+        if self.cluster.host_memory < math.inf:
             needs += f", {self.host / GB:.1f} of {self.cluster.host_memory / GB:.1f} GB on each host"
         return f"{'fits' if self.fits else 'does not fit'}: {needs}"
 

@@ -19,18 +19,19 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 
 import blipds
 from blipds import cli
-from blipds.config.run import Config, load_run_config
+from blipds.config.run import load_run_config
+from blipds.config.sections import Config
 from blipds.errors import UserError
+from blipds.files.paths import user_path
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")  # never asks for a password
 PACKAGES = ("torch", "deepspeed", "transformers", "timm")
@@ -46,8 +47,7 @@ COPIES = 3  # of a checkpoint: the latest, the best, and the one being written
 Hosts = dict[str, int]  # name -> slots
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One line of the report: what was found, or what is wrong and how to fix it."""
 
     name: str
@@ -83,18 +83,16 @@ def run_checks(hostfile: Path, words: Sequence[str]) -> Iterator[Check]:
     output = Path("output")
     if command.cfg_path is not None:
         with suppress(UserError):  # the hosts' answers say it
-            output = Path(load_run_config(command.cfg_path, command.options)[0].run.output_dir).expanduser()
+            output = user_path(load_run_config(command.cfg_path, command.options)[0].run.output_dir)
     folder = existing_part(output)
     try:
         answers = ask(hosts, folder, words, variables)
     except UserError as error:
         yield Check("python", False, str(error))
         return
-    all_good = True
-    for check in compare(hosts, answers):
-        yield check
-        all_good &= check.good
-    if all_good:  # it may compile for minutes
+    checks = [*compare(hosts, answers)]
+    yield from checks
+    if all(check.good for check in checks):  # it may compile for minutes
         yield checked("ops", compile_ops, hosts, variables)
 
 
@@ -154,7 +152,7 @@ def exported_variables(environ: dict[str, str], folders: Sequence[Path]) -> dict
     found = {name: value for name, value in environ.items() if name.startswith(EXPORTED)}
     for folder in folders:
         path = folder / environ.get("DS_ENV_FILE", ".deepspeed_env")
-        lines = path.read_text().splitlines() if path.is_file() else []
+        lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
         for number, line in enumerate(lines, start=1):
             name, sign, value = line.partition("=")
             if not sign or not re.fullmatch(r"[A-Za-z_]\w*", name.strip()):
@@ -185,10 +183,9 @@ def answer(first: str, hosts: int, marker: Path, words: Sequence[str]) -> dict[s
     with suppress(OSError):
         own = addresses.get(socket.gethostbyname(socket.gethostname()))
     named = {name: value for name, value in os.environ.items() if name.endswith("_SOCKET_IFNAME")}
-    versions = {"python": platform.python_version(), "blipds": blipds.__version__}
-    same: dict[str, Any] = {
-        "versions": versions | {package: version(package) for package in PACKAGES},
-        "code": digest(sorted(Path(blipds.__file__).parent.rglob("*.py"))),
+    same = {
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        "code": {"blipds": blipds.__version__, "digest": digest(sorted(Path(blipds.__file__).parent.rglob("*.py")))},
     }
     checks = [
         checked("network", check_interfaces, sorted(set(addresses.values())), named, own, route),
@@ -204,11 +201,11 @@ def answer(first: str, hosts: int, marker: Path, words: Sequence[str]) -> dict[s
         except (UserError, OSError) as error:
             checks.append(Check("run config", False, str(error)))
     gpus = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR") != "cpu" else 0
-    return {"same": same, "gpus": gpus, "checks": [astuple(check) for check in checks]}
+    return {"same": same, "gpus": gpus, "checks": checks}
 
 
 def digest(paths: Iterable[Path]) -> str:
-    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in paths)).hexdigest()
+    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in paths)).hexdigest()[:12]
 
 
 def check_interfaces(interfaces: list[str], named: dict[str, str], own: str | None, route: str | None) -> str:
@@ -243,7 +240,7 @@ def check_shared(marker: Path) -> str:
     return f"all see {marker.parent}"
 
 
-def inspect_run(command: argparse.Namespace) -> tuple[Config, dict[str, str]]:
+def inspect_run(command: argparse.Namespace) -> tuple[Config, dict[str, dict[str, str]]]:
     """The run config, and digests of config and data."""
     from blipds.data.datasets import build_dataset
     from blipds.data.preparation import fetch_annotations
@@ -262,13 +259,13 @@ def inspect_run(command: argparse.Namespace) -> tuple[Config, dict[str, str]]:
             for record in dataset.records:
                 records.update(f"{record.image_id}\0{record.captions}\0".encode())
     files = [path for path in (command.cfg_path, command.ds_config) if path is not None]
-    return config, {"config": digest(files), "data": records.hexdigest()}
+    return config, {"config": {"digest": digest(files)}, "data": {"digest": records.hexdigest()[:12]}}
 
 
 def check_disk(config: Config) -> str:
     from blipds.planning.planner import ParameterSizes
 
-    output, sizes = Path(config.run.output_dir).expanduser().absolute(), ParameterSizes.of(config)
+    output, sizes = user_path(config.run.output_dir).absolute(), ParameterSizes.of(config)
     # fp32 weights to load; parameters, master copies and two moments to resume
     needed = COPIES * (sizes.total * 4 + sizes.total * 4 + sizes.trainable * 12)
     free = shutil.disk_usage(existing_part(output)).free
@@ -347,17 +344,14 @@ def compare(hosts: Hosts, answers: dict[str, dict[str, Any]]) -> Iterator[Check]
         yield Check(name, not failed, "; ".join(failed or texts))
 
 
-def check_same(found: dict[str, Any], remedy: str) -> str:
+def check_same(found: dict[str, dict[str, str]], remedy: str) -> str:
     """Every host must have what the first one has."""
     reference, expected = next(iter(found.items()))
     for host, here in found.items():
-        if here == expected:
-            continue
-        if not isinstance(expected, dict):
-            raise UserError(f"{host} differs from {reference}: {remedy}")
-        name = next(name for name in expected if here.get(name) != expected[name])
-        raise UserError(f"{name} is {expected[name]} on {reference} and {here.get(name)} on {host}: {remedy}")
-    return ", ".join(f"{name} {value}" for name, value in expected.items()) if isinstance(expected, dict) else "equal"
+        for name, value in expected.items():
+            if here[name] != value:
+                raise UserError(f"{name} is {value} on {reference} and {here[name]} on {host}: {remedy}")
+    return ", ".join(f"{name} {value}" for name, value in expected.items())
 
 
 def check_gpus(hosts: Hosts, gpus: dict[str, int]) -> str:

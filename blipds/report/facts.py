@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.report.run_files import Line, of_kind, seconds_spent
 
 Row = tuple[str, str]

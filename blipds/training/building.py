@@ -23,7 +23,7 @@ from blipds.config.deepspeed import (
     with_torch_adam,
     zero_stage,
 )
-from blipds.config.run import Config, RunConfig
+from blipds.config.sections import Config, RunConfig
 from blipds.data.caption_checks import cut_lines, spelling_lines
 from blipds.data.datasets import CaptionDataset, build_dataset, splits_of
 from blipds.data.loader import RankShare, TrainLoader, epoch_loader
@@ -43,6 +43,7 @@ from blipds.engine import (
 from blipds.engine.checkpoints import CheckpointFolder, load_engine, read_state
 from blipds.errors import UserError
 from blipds.evaluation.evaluator import Evaluator, build_evaluators
+from blipds.files.paths import user_path
 from blipds.models import build_model
 from blipds.models.lr_scales import lr_scales
 from blipds.models.parameters import whole_shape
@@ -91,6 +92,8 @@ def build_trainer(
     monitor.start(state.global_step, run_facts(engine, plan, trained_on))
     for line in start_block(config, ds_config, engine.model, plan, trained_on, loader, run_dir, state):
         monitor.say(line)
+    if notice := other_data(state, sum(map(len, trained_on)), loader.steps_per_epoch):
+        monitor.say(f"data       {notice}")
     for line in data_notices(trained_on, evaluators, captioner.tokenizer):
         monitor.say(f"data       {line}")
     checkpoints = CheckpointFolder(run_dir / "checkpoints", run.keep_last, background=run.async_save)
@@ -123,6 +126,18 @@ def keep_global_batch(run: RunConfig, written: dict[str, Any]) -> str | None:
     return (
         f"{ranks} ranks instead of {written['ranks']}: run.batch_size_train {run.batch_size_train} x "
         f"run.accum_grad_iters {run.accum_grad_iters} keep {wanted} samples a step (dropout draws other numbers)"
+    )
+
+
+def other_data(state: RunState, samples: int, steps: int) -> str | None:
+    """Notes the samples of a pass over the training data (0: a stream); a line where a checkpoint knows of others."""
+    before, state.samples = state.samples, samples or None
+    if not before or not samples or before == samples:
+        return None
+    epoch, step = divmod(state.global_step, steps)
+    return (
+        f"{samples:,} samples, but the checkpoint was made on {before:,}: goes on with step {step + 1} of {steps} in "
+        f"pass {epoch + 1} over them"
     )
 
 
@@ -236,9 +251,7 @@ def build_engine(config: Config, ds_config: Section, run_dir: Path, resumed: Pat
         if resumed is None:
             load_initial_weights(model, config, monitor.say, write)
         else:  # its optimizer's state follows in load_engine
-            load_weights(
-                model, open_weights(str(resumed), Path(config.env.cache_root).expanduser()), monitor.say, write
-            )
+            load_weights(model, open_weights(str(resumed), user_path(config.env.cache_root)), monitor.say, write)
     return engine
 
 
@@ -250,7 +263,7 @@ def read_from_cache(config: Config, engine: Engine, datasets: Sequence[CaptionDa
     cache_image_embeds(
         engine,
         datasets,
-        Path(folder).expanduser(),
+        user_path(folder),
         encoder_name=model.encoder_name,
         batch_size=run.batch_size_eval,
         num_workers=run.num_workers,

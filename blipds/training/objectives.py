@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.data.loader import Batch
 from blipds.engine import Engine
 from blipds.registry import OBJECTIVES

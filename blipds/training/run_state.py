@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from blipds.config.run import RunConfig
+from blipds.config.sections import RunConfig
 
 
 @dataclass
@@ -14,6 +14,7 @@ class RunState:
     best_step: int | None = None
     awaited_step: int | None = None  # whose validation is due: its captions, or only its scores, are still to come
     bad_steps: int = 0  # skipped, because a loss or a gradient was not finite
+    samples: int | None = None  # of a pass over the training data, where that is known
     empty_steps: int = 0  # in a row, the newest ones: nothing in them could be learnt from
 
 

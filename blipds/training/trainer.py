@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from blipds import distributed
-from blipds.config.run import RunConfig
+from blipds.config.sections import RunConfig
 from blipds.data.loader import Batch, TrainLoader, derive_seed
 from blipds.engine import Engine
 from blipds.engine.checkpoints import CheckpointFolder, shape_of
@@ -288,9 +288,10 @@ class Trainer:
             return errors
         listing = self.run_dir / "bad_images.txt"
         if distributed.is_main():
-            known = set(listing.read_text().splitlines()) if listing.exists() else set()
+            known = set(listing.read_text("utf-8", "surrogateescape").splitlines()) if listing.exists() else set()
             new = [error for error in errors if error not in known]
-            listing.write_text("".join(f"{error}\n" for error in sorted(known | set(errors))))
+            text = "".join(f"{error}\n" for error in sorted(known | set(errors)))
+            listing.write_text(text, "utf-8", "surrogateescape")
             for error in new[:3]:
                 self.monitor.say(f"skipped: {error}")
             if new[3:]:
@@ -370,9 +371,9 @@ class Trainer:
 
     def report_unsaved(self, step: int, failure: str) -> None:
         """A full disk costs the checkpoint and no more; only after the last step it is an error."""
-        line = f"no checkpoint after step {step}: {failure}"
+        line = f"the save after step {step} failed: {failure}"
         if step == self.plan.total_steps:
-            raise UserError(f"{line}; make room and go on with --resume {self.run_dir}")
+            raise UserError(f"{line}; mend that and go on with --resume {self.run_dir}")
         self.monitor.say(f"{line}; the run goes on, and the earlier checkpoints are as they were")
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blipds import distributed
-from blipds.config.run import RunConfig
+from blipds.config.sections import RunConfig
 from blipds.engine import Engine
 from blipds.engine.checkpoints import CheckpointFolder
 from blipds.evaluation.evaluator import Evaluator

@@ -3,7 +3,7 @@
 import pytest
 
 from blipds.captioning.captioner import Captioner
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.errors import UserError
 from blipds.models import build_model
 from blipds.models.blip.config import BlipConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from blipds.captioning.inputs import NamedImage
-from blipds.captioning.outputs import CaptionFile, Sidecars
+from blipds.captioning.outputs import CaptionFile, CaptionLines, Sidecars
 from blipds.errors import UserError
 
 SETTINGS = {"num_beams": 3}
@@ -87,6 +87,10 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     output.file = open("/dev/full", "wb")  # noqa: PTH123, SIM115
     with pytest.raises(UserError, match=r"the captions cannot be written: .*No space left on device"):
         output.write([(NamedImage("a.jpg"), ["a"])])
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb", buffering=0) as nobody_reads, pytest.raises(BrokenPipeError):  # `| head`: cli.run ends
+        CaptionLines(nobody_reads).write([(NamedImage("a.jpg"), ["a"])])
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"the captions cannot be written: .*/file"):
         CaptionFile(tmp_path / "file" / "captions.jsonl", SETTINGS, 1)

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from launching import REPOSITORY, command, environment, kill, launch
+from launching import REPOSITORY, kill, launch_as_typed, start_ranks
 from PIL import Image
 
 from blipds import distributed
@@ -241,9 +241,10 @@ def test_a_command_that_captions_nothing_fails(
 ) -> None:
     with pytest.raises(UserError, match=r"^no image was captioned \(0 cannot be read\)$"):
         caption(tmp_path, *oracle)
-    for name in ("a.HEIC", "b.HEIC", "c.txt", "d", "e.x", "f.y", "g.z"):
+    for name in ("a.HEIC", "b.HEIC", "c.txt", "e.x", "f.y", "g.z", "d"):
         (tmp_path / name).touch()
-    listed = r"2 \.HEIC, 1 \S+, 1 \S+, 1 \S+, 1 \S+, \.\.\."
+    suffixes = r"(1 \.\w+, |1 without one, ){4}(1 \.\w+|1 without one)"
+    listed = rf"{suffixes}; 2 files passed over, of formats that are not read: \.HEIC \(2\); .*"
     with pytest.raises(
         UserError, match=rf"^no image was captioned \(0 cannot be read; not read, by suffix: {listed}\)$"
     ):
@@ -252,7 +253,10 @@ def test_a_command_that_captions_nothing_fails(
     with pytest.raises(UserError, match=r"^no image was captioned \(1 cannot be read; not read"):
         caption(tmp_path, *oracle, "--sidecar")
     Image.new("RGB", (8, 8)).save(tmp_path / "h.png")
-    assert "; not read, by suffix: 2 .HEIC, " in caption(tmp_path, *oracle, "--sidecar").splitlines()[-1]
+    assert (
+        "passed over, of formats that are not read: .HEIC (2); "
+        in caption(tmp_path, *oracle, "--sidecar").splitlines()[-1]
+    )
     assert "0 images captioned, 1 skipped" in caption(tmp_path, *oracle, "--sidecar")
     monkeypatch.setattr(sys, "stdin", Namespace(buffer=io.BytesIO()))
     assert "0 images captioned" in caption("-", *oracle)  # find found nothing new
@@ -317,24 +321,16 @@ def test_killed_and_gone_on_with_by_two_ranks(
     caption(photographs, *oracle, "--output", tmp_path / "whole.jsonl")
     output = tmp_path / "captions.jsonl"
     arguments = ("launch/caption.py", photographs, *oracle, "--output", output, "--num-workers", 1)
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [*command(1, *arguments), "--batch-size", "1"],
-            cwd=REPOSITORY,
-            env=environment(),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        while process.poll() is None and (not output.exists() or output.read_bytes().count(b"\n") < 3):
-            time.sleep(0.002)
-        kill([process])
+    (process,) = start_ranks(1, tmp_path / "log", *arguments, "--batch-size", 1)
+    while process.exitcode is None and (not output.exists() or output.read_bytes().count(b"\n") < 3):
+        time.sleep(0.002)
+    kill([process])
     before = output.read_bytes()
     assert 3 <= before.count(b"\n") < PHOTOGRAPHS, (tmp_path / "log").read_text()
     with output.open("ab") as file:
         file.write(b'{"image": "torn')
 
-    two = launch(2, *arguments, "--batch-size", 2)
+    two = launch_as_typed(2, *arguments, "--batch-size", 2)
     assert two.returncode == 0, two.stdout
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert output.read_bytes().startswith(before)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import blipds.data  # noqa: F401  (registers datasets and processors)
-from blipds.config.run import PACKAGED_DATASETS, REPLACED_RUN_KEYS, AnnotationConfig, load_run_config
+from blipds.config.run import PACKAGED_DATASETS, REPLACED_RUN_KEYS, load_run_config
+from blipds.config.sections import AnnotationConfig
 from blipds.errors import UserError
 from blipds.models.blip.config import CONFIGS, read_text_config
 from blipds.registry import DATASETS, PROCESSORS

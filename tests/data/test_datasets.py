@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blipds.config.run import (
+from blipds.config.sections import (
     AnnotationConfig,
     BuildInfo,
     Config,

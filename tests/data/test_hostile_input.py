@@ -36,6 +36,7 @@ from blipds.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 REFUSED, LEFT_OUT, READ = "refused in one line", "left out by name", "read"
 COUNTS: Counter[tuple[str, str]] = Counter()
+CLAIMED = 1010
 
 HOSTILE = [
     *(math.nan, math.inf, -math.inf, 1e308, -1, 0, 2**70, True, None, 0.5),
@@ -361,7 +362,7 @@ UNUSUAL = {  # the pixel at (1, 1), by what the format is defined to mean
         (0, 0, 255),
     ),
     "turned by EXIF": (encoded(Image.new("RGB", (24, 16), "blue"), "PNG", exif=turned(6)), (16, 24), (0, 0, 255)),
-    "transparent: on white": (encoded(Image.new("RGBA", (24, 16), (0, 0, 0, 0)), "PNG"), (24, 16), (255, 255, 255)),
+    "transparent: on white": (encoded(Image.new("RGBA", (24, 16), (0, 0, 0, 1)), "PNG"), (24, 16), (255, 255, 255)),
     "a palette": (encoded(Image.new("RGB", (24, 16), "blue").convert("P"), "PNG"), (24, 16), (0, 0, 255)),
     "black and white": (encoded(Image.new("1", (24, 16), 1), "PNG"), (24, 16), (255, 255, 255)),
     "one pixel": (encoded(Image.new("RGB", (2, 2), "blue"), "PNG"), (2, 2), (0, 0, 255)),
@@ -447,12 +448,12 @@ def test_damaged_deepspeed_configs(tmp_path_factory, name, data):
 
 
 def test_how_many_and_what_came_of_them(request):
-    """Printed with `pytest -s`: the table of README's "Reliability"."""
+    """Printed with `pytest -s`: the table of bad input in the documentation, which claims CLAIMED files and values."""
     kinds = sorted({kind for kind, _ in COUNTS})
     print(f"\n| input | generated | {REFUSED} | {LEFT_OUT} | {READ} |\n|---|---|---|---|---|")
     for kind in kinds:
         counts = [COUNTS[kind, what] for what in (REFUSED, LEFT_OUT, READ)]
         print(f"| {kind} | {sum(counts)} | {' | '.join(map(str, counts))} |")
     print(f"| all | {sum(COUNTS.values())} | | | |", os.linesep)
-    if len(request.session.items) > 60:  # the whole file ran, not one test of it
-        assert sum(COUNTS.values()) >= 300
+    if not request.config.option.keyword and not any("::" in argument for argument in request.config.args):
+        assert sum(COUNTS.values()) == CLAIMED

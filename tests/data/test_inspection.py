@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launching import launch
 from packing import LAYOUTS
 from PIL import Image
 
@@ -112,12 +113,10 @@ def test_what_it_says(collection):
 
 
 def test_errors_are_one_line(tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "check", tmp_path / "x.json"], capture_output=True, text=True, check=False
-    )
+    done = launch(1, "launch/prepare_data.py", "check", tmp_path / "x.json")
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: no such annotation file: {tmp_path}/x.json")
-    assert done.stderr.count("\n") == 1
+    assert done.stdout.startswith(f"error: no such annotation file: {tmp_path}/x.json")
+    assert done.stdout.count("\n") == 1
 
 
 def test_splits_inside_of_one_file(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packing import LAYOUTS, add, link_images, shards
+from packing import LAYOUTS, add, link_images, shards, write_rows
 
 from blipds.config.run import load_run_config
 from blipds.data.annotations import expand_braces, read_annotations, read_splits
@@ -159,13 +159,40 @@ def test_cocos_own_file(shared, tmp_path):
         ),
         ("Caption;Image_ID;Image\none;7;a.jpg\n", [("a.jpg", 7, ("one",))]),
         ("image,image_id,caption\na.jpg,007,one\nb.jpg,,two\n", [("a.jpg", "007", ("one",)), ("b.jpg", "b", ("two",))]),
+        ("image,image_id,caption\na.jpg,7.0,one\n", [("a.jpg", 7, ("one",))]),  # pandas' column with gaps
         ("a.jpg,one\nb.jpg,two\n", [("a.jpg", "a", ("one",)), ("b.jpg", "b", ("two",))]),
         ("\ufeffimage,caption\r\na.jpg,one\r\n", [("a.jpg", "a", ("one",))]),  # from Excel
         ("image,caption,text\na.jpg,one,two\n", [("a.jpg", "a", ("one",))]),  # `text` counts where no `caption` is
+        ("image,caption,Caption,caption,caption.1\na.jpg,1,2,3,4\n", [("a.jpg", "a", ("1", "2", "3", "4"))]),
+        ("image,caption,x,x\na.jpg,one,y,z\n", [("a.jpg", "a", ("one",))]),
     ],
 )
 def test_tables(tmp_path, text, records):
     assert read(written(tmp_path, "captions.csv", text))[0] == records
+
+
+QUOTED = """he said "it's" """.rstrip()
+SMILE = "a \U0001f642"
+
+
+@pytest.mark.parametrize(
+    ("text", "captions"),
+    [
+        (str(["a dog", QUOTED]), ("a dog", QUOTED)),
+        (json.dumps([SMILE, QUOTED]), (SMILE, QUOTED)),
+        ('["one","two",]', ("one", "two")),
+        ("[sic] a dog", ("[sic] a dog",)),
+        ("['one' 'two']", None),  # numpy's
+        ('["one", 2, "three"]', None),
+    ],
+)
+def test_lists_written_as_text(tmp_path, text, captions):
+    path = write_rows([["image", "captions"], ["a.jpg", text]], tmp_path / "captions.csv")
+    if captions is None:
+        with pytest.raises(UserError, match=r"line 2 \(a\.jpg\): 'captions' is a list written as text that cannot be"):
+            read(path)
+    else:
+        assert read(path)[0] == [("a.jpg", "a", captions)]
 
 
 @pytest.mark.parametrize(
@@ -189,6 +216,7 @@ def test_cells_beyond_the_columns_are_the_captions(tmp_path, text, records):
         ("image,caption\n1,a.jpg,one\n", "line 2: 3 cells for the 2 columns image, caption: put captions in quotes"),
         ("image,caption_1,caption_2\na.jpg,one,two,three\n", "line 2: 4 cells for the 3 columns"),
         ("image,split\na.jpg,train,x\n", "line 2: 3 cells for the 2 columns"),
+        ("image,caption,image\na.jpg,one,b.jpg\n", "line 1: several columns image"),
     ],
 )
 def test_cells_that_fit_no_column_are_named(tmp_path, text, said):
@@ -196,7 +224,7 @@ def test_cells_that_fit_no_column_are_named(tmp_path, text, said):
         read(written(tmp_path, "captions.csv", text))
 
 
-@pytest.mark.parametrize("ids", [(7, "7"), ("7", 7), ("a", "a")])
+@pytest.mark.parametrize("ids", [(7, "7"), ("7", 7), ("a", "a"), (7, 7.0)])
 def test_cocos_ids_are_text_or_numbers(tmp_path, ids):
     first, second = ids
     content = {
@@ -225,10 +253,60 @@ def test_a_folder_of_splits(tmp_path, photographs):
         read(tmp_path, "test")
 
 
-def test_folders_that_are_no_splits(tmp_path, photographs):
-    for name, members in {"train": photographs[:2], "dogs": photographs[2:3]}.items():
-        LAYOUTS["image folder"](members, tmp_path / name)
-    assert len(read(tmp_path, "train")[0]) == 3
+@pytest.mark.parametrize("folders", [("train", "test"), ("data/train", "data/test"), ("train2017", "test2015")])
+@pytest.mark.parametrize("layout", ["image folder", "shards"])
+def test_where_folders_of_splits_may_lie(tmp_path, photographs, folders, layout):
+    for name, photograph in zip(folders, photographs, strict=False):
+        LAYOUTS[layout]([photograph], tmp_path / name)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "info.json").write_text("{}")
+    for split, (path, _) in zip(("train", "test"), photographs, strict=False):
+        assert [name for name, _, _ in read(tmp_path, split)[0]] == [path.name]
+
+
+@pytest.mark.parametrize("split", ["train", None])
+def test_images_beside_folders_of_splits_are_named(tmp_path, photographs, split):
+    for name, photograph in zip(("train", "data/dogs"), photographs, strict=False):
+        LAYOUTS["image folder"]([photograph], tmp_path / name)
+    with pytest.raises(UserError, match=r"splits train, and images that are in none of them \(data/dogs\)"):
+        read(tmp_path, split)
+
+
+SPLIT_ROWS = [{"image": f"{s}.jpg", "caption": "one", "split": s} for s in ("train", "validation", "test", "")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(SPLIT_ROWS),
+        "\n".join(map(json.dumps, SPLIT_ROWS)),
+        "\n".join(["image,caption,Split", *(",".join(row.values()) for row in SPLIT_ROWS)]),
+    ],
+)
+def test_rows_may_name_their_split(tmp_path, text):
+    path = written(tmp_path, "captions", text)
+    assert [name for name, _, _ in read(path, "val")[0]] == ["validation.jpg", ".jpg"]  # the last one names none
+    with pytest.raises(UserError, match="'split' is 7; expected the name of a split"):
+        read(written(tmp_path, "number.json", '[{"image": "a.jpg", "split": 7}]'))
+
+
+def test_a_metadata_file_may_name_splits(tmp_path, photographs):
+    link_images(photographs[:2], tmp_path / "images")
+    first, second = (path.name for path, _ in photographs[:2])
+    text = f"file_name,text,split\nimages/{first},one,train\nimages/{second},two,test\n"
+    written(tmp_path, "metadata.csv", text)
+    assert [name for name, _, _ in read(tmp_path, "test")[0]] == [second]
+
+
+def test_a_member_may_name_its_split(tmp_path, photographs):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for split in ("train", "test"):
+            add(tar, f"{split}.jpg", photographs[0][0].read_bytes())
+            add(tar, f"{split}.json", json.dumps({"caption": "one", "split": split}).encode())
+    assert [image_id for _, image_id, _ in read(tmp_path / "a.tar", "test")[0]] == ["test"]
+    processors = BlipImageTrain(8), BlipCaptionProcessor()
+    stream = CaptionStream("custom_caption", [f"pipe:cat {tmp_path}/a.tar"], *processors, "all", 1, print, ["test"])
+    assert [record.image_id for record, _ in stream.share(0, 1)] == ["test"]
 
 
 def test_a_folder_without_some_captions(tmp_path, photographs):

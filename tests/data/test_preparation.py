@@ -18,7 +18,8 @@ from launching import REPOSITORY
 from PIL import Image
 from serving import Handler, Server, serving
 
-from blipds.config.run import ArchiveConfig, Config, DatasetConfig, EnvConfig, load_run_config, packaged_dataset
+from blipds.config.run import load_run_config, packaged_dataset
+from blipds.config.sections import ArchiveConfig, Config, DatasetConfig, EnvConfig
 from blipds.data import preparation
 from blipds.data.datasets import build_dataset
 from blipds.data.preparation import StandardSet, announcement, fetch_annotations

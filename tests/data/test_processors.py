@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor
@@ -269,9 +270,24 @@ def test_load_image_converts_to_rgb(tmp_path):
 
 
 def test_load_image_shows_transparency_as_white(tmp_path):
-    assert pixel_after_saving(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), tmp_path / "clear.png") == WHITE
+    for mode, clear, opaque in (("RGBA", (0, 0, 0, 0), (9, 8, 7, 255)), ("LA", (0, 0), (9, 255))):
+        image = Image.new(mode, (4, 4), clear)
+        image.putpixel((3, 3), opaque)
+        assert pixel_after_saving(image, tmp_path / "clear.png") == WHITE
     assert pixel_after_saving(Image.new("RGBA", (4, 4), (9, 8, 7, 255)), tmp_path / "opaque.png") == (9, 8, 7)
-    assert pixel_after_saving(Image.new("LA", (4, 4), (0, 0)), tmp_path / "grey.png") == WHITE
+    # alpha that a program left at 0 throughout, as in many a BMP of 32 bits
+    assert pixel_after_saving(Image.new("RGBA", (4, 4), (9, 8, 7, 0)), tmp_path / "unused.png") == (9, 8, 7)
+    greys = Image.fromarray(np.array([[257 * 50, 257 * 255]], dtype=np.uint16))
+    greys.save(tmp_path / "grey.png", transparency=257 * 50)
+    assert np.asarray(load_image(tmp_path / "grey.png")).tolist() == [[[255] * 3, [255] * 3]]
+
+
+def test_large_texts_and_profiles_beside_the_pixels(tmp_path):
+    text = PngInfo()
+    text.add_text("workflow", "x" * (2 << 20), zip=True)
+    for extra in ({"pnginfo": text}, {"icc_profile": bytes(2 << 20)}):
+        Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "image.png", **extra)
+        assert load_image(tmp_path / "image.png").getpixel((0, 0)) == (9, 8, 7)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
@@ -416,6 +432,18 @@ def test_large_jpegs_are_decoded_smaller(tmp_path):
     for factor, size in ((2, (800, 600)), (3, (800, 600)), (4, (400, 300)), (8, (200, 150)), (100, (200, 150))):
         assert load_image(path, lambda width, height, factor=factor: factor).size == size
     assert load_image(path, BlipImageTrain(384).shrink).size == (800, 600)
+
+
+def test_a_jpeg_is_too_large_by_what_is_decoded(tmp_path, monkeypatch):
+    """A progressive one is held at its full size whatever the scale."""
+    monkeypatch.setattr(processors, "MAX_PIXELS", 800 * 600)
+    image, path = noise(1600, 1200), tmp_path / "large.jpg"
+    image.save(path)
+    assert load_image(path, lambda width, height: 2).size == (800, 600)
+    for shrink, options in ((None, {}), (lambda width, height: 2, {"progressive": True})):
+        image.save(path, **options)
+        with pytest.raises(OSError, match=r"large\.jpg: 1600 x 1200 pixels are more than 480,000"):
+            load_image(path, shrink)
 
 
 def test_other_formats_keep_their_pixels(tmp_path):

@@ -108,13 +108,22 @@ def test_what_is_left_out_is_said_once(tmp_path):
     shard = f"pipe:cat {tmp_path}/a.tar"
     assert said == [
         f"custom_caption: a second image under one key are left out; the first: 0.mask.png (of {shard})",
-        f"custom_caption: images without a caption are left out; the first: {shard}/0.png (of {shard})",
+        f"custom_caption: images without a caption beside them are left out; the first: {shard}/0.png (of {shard})",
         f"custom_caption: captions that cannot be read are left out; the first: {shard}/7.png: 'caption' is neither a "
         f"text nor a list of texts (of {shard})",
         "custom_caption: names that lead out of the archive or hold control characters are left out; the first: "
         f"../9.png (of {shard})",
         f"custom_caption: captions without a word are left out; the first: {shard}/8.png (of {shard})",
     ]
+
+
+@pytest.mark.parametrize("names", ["0.png 0.txt 1.png 2.png 1.txt", "1.txt 2.txt 1.png", "1.json 0.png 0.txt 1.png"])
+def test_members_of_a_key_must_stand_together(tmp_path, names):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in names.split():
+            add(tar, name, picture(1) if name.endswith("png") else b'"one"')
+    with pytest.raises(UserError, match=r"a\.tar: image and captions of '1' do not stand together, .* tar --sort=name"):
+        list(stream(f"pipe:cat {tmp_path}/a.tar").share(0, 1))
 
 
 # --- who reads which ---

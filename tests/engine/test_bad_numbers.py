@@ -3,15 +3,22 @@
 import json
 
 import pytest
+import torch
 from launching import launch
 
-FP32, BF16 = ({"bf16": {"enabled": on}, "fp16": {"enabled": False}} for on in (False, True))
-KINDS = {
-    "fp32 zero0": FP32 | {"zero_optimization": {"stage": 0}},
-    "bf16 zero0": BF16 | {"zero_optimization": {"stage": 0}},
-    "bf16 zero2": BF16 | {"zero_optimization": {"stage": 2}},
-    "fp32 zero3": FP32 | {"zero_optimization": {"stage": 3}},
+PRECISIONS = {
+    "fp32": {"bf16": {"enabled": False}, "fp16": {"enabled": False}},
+    "bf16": {"bf16": {"enabled": True}, "fp16": {"enabled": False}},
+    "fp16": {"bf16": {"enabled": False}, "fp16": {"enabled": True, "initial_scale_power": 4}},  # no overflow of its own
 }
+if not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    del PRECISIONS["fp16"]
+KINDS = {
+    f"{name} zero{stage}": precision | {"zero_optimization": {"stage": stage}}
+    for name, precision in PRECISIONS.items()
+    for stage in range(4)
+}
+KINDS["bf16 zero1 fp32 gradients"] = KINDS["bf16 zero1"] | {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +48,7 @@ def test_the_step_is_skipped_and_the_next_is_taken(runs, kind):
     assert len({first, second, fourth, fifth}) == 4
     assert result["losses"][2] is None and None not in result["losses"][:2] + result["losses"][3:]
     assert result["bad_steps"] == 1
+    assert result["adam_step"] == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -37,6 +37,7 @@ run:
   num_workers: 0
   limit_train: 2
   valid_splits: [val]
+  report_metric: false
   save_last: false
 """
     )

@@ -1,11 +1,13 @@
 """Checkpoints are whole or not there: damage of every kind, a full disk, what is kept."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from blipds.engine.checkpoints import CheckpointFolder, read_state, resume_point
 from blipds.engine.files import FileRecord, damage, host_copies, write_tensors
 from blipds.errors import UserError
+from blipds.models.weights import find_checkpoint
 
 NAMES = ("encoder.weight", "encoder.bias")
 
@@ -188,6 +191,34 @@ def test_keeps_the_newest_and_the_best(tmp_path):
         assert save(tmp_path, step, best=step == 2, keep_last=2) is None
     assert names(tmp_path) == ["best", "latest", "step_00000002", "step_00000005", "step_00000006"]
     assert (tmp_path / "checkpoints" / "best").resolve().name == "step_00000002"
+
+
+def test_without_symlinks(tmp_path, monkeypatch):
+    """SMB, exFAT, Colab's drive: the links are small text files, and mean the same everywhere."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    for step in range(1, 7):
+        assert save(tmp_path, step, best=step == 2, keep_last=2) is None
+    assert names(tmp_path) == ["best", "latest", "step_00000002", "step_00000005", "step_00000006"]
+    checkpoints = tmp_path / "checkpoints"
+    assert step_of(tmp_path) == (6, [])
+    assert resume_point(str(checkpoints / "best"), [])[0] == checkpoints / "step_00000002"
+    for location, step in ((tmp_path, 2), (checkpoints, 2), (checkpoints / "latest", 6)):
+        assert find_checkpoint(str(location), "best") == str(checkpoints / f"step_0000000{step}")
+    for link in ("best", "latest"):  # lost by a copy
+        (checkpoints / link).unlink()
+    for location in (tmp_path, checkpoints):
+        assert find_checkpoint(str(location), "best") == str(checkpoints / "step_00000006")
+
+
+def test_links_that_cannot_be_written_leave_a_checkpoint(tmp_path):
+    (tmp_path / "checkpoints" / "latest").mkdir(parents=True)
+    failure = save(tmp_path, 1)
+    assert failure.startswith(f"{tmp_path}/checkpoints/step_00000001 is whole, but the links to it cannot be written")
+    assert step_of(tmp_path) == (1, [])
 
 
 @pytest.mark.parametrize("better", [True, False])

@@ -34,6 +34,8 @@ LEARNT = {
 }
 NVME = "bf16 zero3 nvme"
 STANDING = {f"fp16 {name}": FP16 | ds for name, ds in STAGES.items()}
+RATES = 10 * [0.0] + 10 * [1e-3]
+AT_LENGTH = ("bf16 zero2", "bf16 zero3")  # the others take four of these steps
 FROM_RUN = {"finetuned": ("bf16 zero2", "bf16 zero3"), "resumed": ("bf16 zero1", "bf16 zero3 offload", "bf16 zero0")}
 RANDOM = ("bf16 zero0", "bf16 zero3")
 
@@ -90,10 +92,10 @@ def results(starts, tmp_path_factory):
     """What two ranks held, in one launch: from the checkpoint, random weights, checkpoints of the first settings."""
     folder = tmp_path_factory.mktemp("runs")
 
-    def spec(name, ds, then, start=starts / "checkpoint.safetensors", **rest):
+    def spec(name, ds, rates, start=starts / "checkpoint.safetensors", **rest):
         cfg = str(starts / f"{start.stem if start.parent == starts else 'checkpoint'}.yaml")
         quiet = ds | {"steps_per_print": 10**9}
-        return {"name": name, "ds": quiet, "cfg": cfg, "options": [], "then": then, "start": str(start), **rest}
+        return {"name": name, "ds": quiet, "cfg": cfg, "options": [], "rates": rates, "start": str(start), **rest}
 
     learnt = dict(LEARNT)
     if not any(load_op(builder, print) for builder in ASYNC_IO):
@@ -102,42 +104,43 @@ def results(starts, tmp_path_factory):
         learnt[NVME] = BF16 | {"zero_optimization": zero}
     elif os.environ.get("CI") == "true":
         pytest.fail("DeepSpeed's async_io does not compile: it needs libaio-dev")
-    specs = [spec(name, ds, "learn") for name, ds in learnt.items()]
+    specs = [spec(name, ds, RATES if name in AT_LENGTH else RATES[8:12]) for name, ds in learnt.items()]
     if torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        specs += [spec(name, ds, "stand still") for name, ds in STANDING.items()]
-    specs += [spec(f"random {name}", LEARNT[name], "nothing", starts / "random.safetensors") for name in RANDOM]
+        specs += [spec(name, ds, [0.0, 0.0]) for name, ds in STANDING.items()]
+    specs += [spec(f"random {name}", LEARNT[name], [], starts / "random.safetensors") for name in RANDOM]
     for how, names in FROM_RUN.items():
         for name in names:
             run_dir = folder / name
-            start = run_dir / "checkpoints" / "step_00000020" / "model.safetensors"
+            start = run_dir / "checkpoints" / "latest" / "model.safetensors"
             rest = {"resume": str(run_dir)} if how == "resumed" else {"options": [f"model.finetuned={run_dir}"]}
-            specs.append(spec(f"{how} {name}", LEARNT[name], "nothing", start, **rest))
+            specs.append(spec(f"{how} {name}", LEARNT[name], [], start, **rest))
     return launched(folder, specs)
 
 
 def test_every_setting_starts_with_the_numbers_of_its_source(results):
-    """Checkpoint, random numbers, another run, its own run before: masters and frozen tensors, all of them."""
-    assert {name: result["after 0 steps"] for name, result in results.items() if result["after 0 steps"]} == {}
-    assert len(results) >= len(LEARNT) + 2 + 5
+    """Checkpoint, random numbers, another run, its own run before: masters and frozen tensors, all of them.
 
-
-def test_steps_that_move_nothing_round_nothing(results):
+    So it is after steps at a learning rate of 0.
+    """
+    assert len(results) >= len(LEARNT) + len(RANDOM) + 5
     for name, result in results.items():
-        for number in range(1, 21):
-            assert result.get(f"after {number} steps", []) == [], (name, number)
+        assert all(names == [] for names in result["unequal"].values()), name
+    assert {name: len(result["unequal"]) for name, result in results.items() if name in LEARNT} == {
+        name: 11 if name in AT_LENGTH else 3 for name in LEARNT
+    }
 
 
 @pytest.mark.parametrize("name", [*LEARNT, NVME])
-def test_after_twenty_steps(results, name):
+def test_after_training(results, name):
     """Frozen tensors are the checkpoint's; learnt ones those of an fp32 copy that torch's AdamW moves alike.
 
-    A start rounded to bf16 would be 0.0039 off.
+    A start rounded to bf16 would be 0.0039 off; fp32 numbers around 1 lie 1.2e-7 apart.
     """
     if name not in results:
         pytest.skip("DeepSpeed's async_io does not compile: it needs libaio-dev, which tests/run.sh could not install")
     assert results[name]["frozen"] == []
-    assert results[name]["moved"] > 5e-3
-    assert results[name]["off the copy"] < 2e-6
+    assert results[name]["moved"] > (8e-3 if name in AT_LENGTH else 1.9e-3)
+    assert results[name]["off the copy"] < 3e-7
 
 
 def test_rank_0_alone_keeps_what_rounding_changed(results, starts):

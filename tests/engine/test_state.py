@@ -1,10 +1,17 @@
 """A run goes on from a checkpoint on other ranks and under another ZeRO stage as if nothing had happened."""
 
 import json
+import re
 import shutil
 
 import pytest
-from launching import launch
+import torch
+from deepspeed import __version__
+from launching import REPOSITORY, launch
+from torch import nn
+
+from blipds.engine.state import FIELDS, READ_VERSION, check_fields
+from blipds.errors import UserError
 
 STEPS, FIRST, SECOND = 6, 2, 4
 FP32 = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
@@ -86,3 +93,31 @@ def test_another_arrangement_goes_on_within_rounding(launches):
     for name in CHAINS:
         losses = whole[name][:FIRST] + second[name] + third[f"from {name}"]
         assert losses == pytest.approx(whole["zero2"], rel=1e-4), name
+
+
+# --- DeepSpeed's private fields
+
+
+def stub(kind, fields):
+    return type(kind, (), dict.fromkeys(fields))()
+
+
+def test_the_pinned_version_is_the_one_whose_fields_are_read():
+    (pin,) = re.findall("deepspeed>=(.*),<0.20", (REPOSITORY / "setup.cfg").read_text())
+    assert pin == READ_VERSION
+
+
+def test_a_missing_field_names_both_versions():
+    adam, parameter = torch.optim.AdamW([nn.Parameter(torch.zeros(1))]), nn.Parameter(torch.zeros(1))
+    parameter._hp_mapping = None
+    kind = "DeepSpeedZeroOptimizer"
+    check_fields(stub(kind, FIELDS[kind]), adam, [parameter])
+    with pytest.raises(UserError) as caught:
+        check_fields(stub(kind, FIELDS[kind][1:]), adam, [parameter, nn.Parameter(torch.zeros(1))])
+    assert str(caught.value) == (
+        f"deepspeed {__version__} is installed, and blipds knows the optimizers of {READ_VERSION} "
+        f"(DeepSpeedZeroOptimizer has no bit16_groups; a parameter has no _hp_mapping): "
+        f"pip install deepspeed=={READ_VERSION}"
+    )
+    with pytest.raises(UserError, match="SuperOffloadOptimizer_Stage3 is unknown"):
+        check_fields(stub("SuperOffloadOptimizer_Stage3", ()), adam, [])

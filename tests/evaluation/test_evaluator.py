@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from blipds import distributed
-from blipds.config.run import RunConfig
+from blipds.config.sections import RunConfig
 from blipds.data.annotations import Annotations, ImageFile, Record
 from blipds.data.datasets import CaptionDataset
 from blipds.data.processors import BlipImageEval
@@ -122,6 +122,11 @@ def test_an_annotation_file_in_cocos_layout(tmp_path):
     annotations = [{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}, {"image_id": 2, "caption": "c"}]
     path.write_text(json.dumps({"annotations": annotations, "images": [{"id": 2, "domain": "far"}, {"id": 1}]}))
     assert read_references(path) == References({"1": ["a", "b"], "2": ["c"]}, {"2": "far"})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # Windows' mark of UTF-8
+    assert read_references(path).captions == {"1": ["a", "b"], "2": ["c"]}
+    path.write_text(json.dumps({"annotations": [*annotations, {"image_id": 7, "caption": None}]}))
+    with pytest.raises(UserError, match=r"references.json: a caption of image 7 is no text: None$"):
+        read_references(path)
     path.write_text(json.dumps(annotations))
     with pytest.raises(UserError, match=r"^run.annotation_file .*references.json: not COCO's layout \(TypeError"):
         read_references(path)

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from launching import launch
+from launching import launch, launch_as_typed
 from PIL import Image
 
 from blipds.scoring.metrics import score_captions
@@ -32,7 +32,7 @@ def evaluate(ranks, folder, dataset, split, arguments, options, checkpoint="mode
     (folder / "run.yaml").write_text(f"datasets: {{{dataset}: {{images: images}}}}")
     what = ["--checkpoint", folder / checkpoint, "--split", split]
     typed = ["--cfg-path", folder / "run.yaml", *what, *arguments, "--options", *options]
-    return launch(ranks, "launch/evaluate.py", *typed)
+    return (launch if ranks == 1 else launch_as_typed)(ranks, "launch/evaluate.py", *typed)
 
 
 def evaluations(run_dir):

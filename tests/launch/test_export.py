@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from launching import REPOSITORY, environment
+from launching import REPOSITORY, launch, launch_as_typed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blipds.captioning.captioner import Captioner
-from blipds.config.run import Config, load_run_config
+from blipds.config.run import load_run_config
+from blipds.config.sections import Config
 from blipds.errors import UserError
 from blipds.models import build_model
 from blipds.models.blip.model import BlipCaption
@@ -307,14 +307,9 @@ def test_nothing_is_overwritten_unasked(export: Export, run_dir: Path, tmp_path:
 
 
 def test_the_command_line(run_dir: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "launch/export.py", "--checkpoint", run_dir, "--format", "blip", "--output"]
-    for output, status in (("x.pth", 0), ("x.pth", 1)):
-        done = subprocess.run(
-            [*map(str, command), str(tmp_path / output)],
-            cwd=REPOSITORY,
-            env=environment(),
-            text=True,
-            capture_output=True,
-        )
-        assert done.returncode == status, done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    typed = ("--checkpoint", run_dir, "--format", "blip", "--output", tmp_path / "x.pth")
+    exported = launch_as_typed(1, "launch/export.py", *typed)
+    assert exported.returncode == 0, exported.stdout
+    refused = launch(1, "launch/export.py", *typed)
+    assert refused.returncode == 1
+    assert refused.stdout.count("\n") == 1 and refused.stdout.startswith("error: ")

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from launching import launch
+from launching import launch, launch_as_typed
 from PIL import Image
 
 ZERO2, ZERO3 = "ds_configs/zero2.json", "ds_configs/zero3.json"
@@ -29,9 +29,8 @@ def lines(run_dir, kind):
 def finished(tmp_path_factory):
     """The run directory of two epochs on two ranks under ZeRO-3, and what was printed."""
     output = tmp_path_factory.mktemp("output")
-    process = launch(
-        2, "launch/finetune.py", *arguments(output, "run.max_epoch=2", "run.test_splits=[test]", ds_config=ZERO3)
-    )
+    options = arguments(output, "run.max_epoch=2", "run.test_splits=[test]", ds_config=ZERO3)
+    process = launch_as_typed(2, "launch/finetune.py", *options)
     assert process.returncode == 0, process.stdout[-4000:]
     return output / "test", process.stdout
 
@@ -110,7 +109,7 @@ def test_evaluate_writes_what_the_run_wrote(finished, tmp_path):
     run_dir, _ = finished
     options = [*arguments(tmp_path)[arguments(tmp_path).index("--options") :]]
     where = ["--cfg-path", "run_configs/shapes_tiny.yaml", "--checkpoint", run_dir, "--split", "test"]
-    process = launch(1, "launch/evaluate.py", *where, *options)
+    process = launch_as_typed(1, "launch/evaluate.py", *where, *options)
     assert process.returncode == 0, process.stdout[-4000:]
     written = next((run_dir / "results").glob("test_epoch*.json")).read_text()
     assert (tmp_path / "test" / "results" / "test.json").read_text() == written
@@ -153,7 +152,8 @@ def test_evaluate_writes_the_captions_of_the_original_code(shared, tmp_path):
         "model.image_size=96",
         f"model.med_config_path={shared}/oracle/med_config.json",
         f"env.cache_root={shared}/data",
-        *("run.limit_val=64", "run.num_workers=0", f"run.output_dir={tmp_path}", "run.job_id=oracle"),
+        *("run.limit_val=64", "run.num_workers=0", "run.report_metric=false"),
+        *(f"run.output_dir={tmp_path}", "run.job_id=oracle"),
     )
     assert process.returncode == 0, process.stdout[-4000:]
     results = json.loads((tmp_path / "oracle" / "results" / "val.json").read_text())
@@ -180,7 +180,8 @@ datasets:
     build_info:
       annotations: {{train: {{storage: {tmp_path}/train.json}}, val: {{storage: {tmp_path}/train.json}}}}
     images: {tmp_path}/images
-run: {{output_dir: {tmp_path}/output, job_id: test, max_epoch: 1, batch_size_train: 2, num_workers: 1, log_freq: 1}}
+run: {{output_dir: {tmp_path}/output, job_id: test, max_epoch: 1, batch_size_train: 2, num_workers: 1, log_freq: 1,
+       report_metric: false}}
 """
     )
     return tmp_path
@@ -206,7 +207,7 @@ def test_too_many_unreadable_images_end_the_run(collection):
 
 def test_a_mistake_is_one_line_on_two_ranks(tmp_path):
     started = time.monotonic()
-    process = launch(2, "launch/finetune.py", *arguments(tmp_path, "run.max_epohc=2"), timeout=120)
+    process = launch_as_typed(2, "launch/finetune.py", *arguments(tmp_path, "run.max_epohc=2"), timeout=120)
     assert process.returncode != 0
     errors = [line for line in process.stdout.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and "unknown key run.max_epohc; did you mean 'max_epoch'?" in errors[0]

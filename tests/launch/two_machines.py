@@ -1,6 +1,6 @@
-"""Two machines on one: network namespaces joined by a cable, with an sshd in each.
+"""Two machines on one: two network namespaces joined by a virtual cable, with an sshd in each.
 
-Needs root. Everything is temporary: keys, configuration and sshd's files lie in one folder, and `ssh` on the machines'
+Needs root. Everything is temporary: keys, configuration and sshd's files are in one folder, and `ssh` on the machines'
 PATH is a wrapper that uses them, so that neither ~/.ssh nor the system's configuration is touched.
 """
 
@@ -40,7 +40,7 @@ exec {ssh} -F none -i {folder}/key -o UserKnownHostsFile={folder}/known_hosts -o
 
 
 def what_is_missing() -> str | None:
-    """Why this machine cannot play two, or nothing."""
+    """Why two machines cannot be simulated here, or None."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "only root on Linux can make network namespaces"
     missing = [program for program in PROGRAMS if shutil.which(program, path=SBIN) is None]
@@ -59,7 +59,7 @@ def run(*command: object) -> None:
 
 
 class TwoMachines:
-    """`folder` holds what a person's working directory would: .deepspeed_env, and it is seen by both machines."""
+    """`folder` is the working directory on both machines, and holds .deepspeed_env."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -105,7 +105,7 @@ class TwoMachines:
         return {**environment(), "PATH": start, "DS_ACCELERATOR": "cpu"}
 
     def popen(self, *command: object, log: Path) -> subprocess.Popen[bytes]:
-        """Starts a command on the first machine, where a person would type it."""
+        """Starts a command on the first machine."""
         return subprocess.Popen(
             [*self.inside(self.names[0]), *map(str, command)],
             cwd=self.folder,
@@ -116,7 +116,7 @@ class TwoMachines:
         )
 
     def run(self, *command: object, timeout: float = 600) -> tuple[int, str]:
-        """Runs a command on the first machine to its end; its status, and all that it printed."""
+        """Runs a command on the first machine to its end; returns its status and all that it printed."""
         log = self.folder / "log"
         process = self.popen(*command, log=log)
         try:
@@ -127,7 +127,7 @@ class TwoMachines:
         return status, log.read_text()
 
     def processes(self, machine: int) -> list[psutil.Process]:
-        """What runs on a machine, its listening sshd aside."""
+        """What runs on a machine, except its listening sshd."""
         name = self.names[machine]
         listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, env={"PATH": SBIN})
         found = []

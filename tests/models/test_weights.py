@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blipds import cli
-from blipds.config.run import Config, DatasetConfig
+from blipds.config.sections import Config, DatasetConfig
 from blipds.errors import UserError
 from blipds.models import build_model, vision
 from blipds.models.blip.checkpoints import interpolate_pos_embed, open_checkpoint

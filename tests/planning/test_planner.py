@@ -1,6 +1,7 @@
 """The forecast against what a CPU's allocator and DeepSpeed's engines really hold, and its arithmetic by hand."""
 
 import json
+import math
 import runpy
 import subprocess
 import sys
@@ -184,7 +185,7 @@ def test_what_fits_is_a_matter_of_memory():
 
 def test_offloading_needs_host_memory():
     states = ModelStates(0, 0, 0, 0, 0, host=3 * GB)
-    for host_memory, fits in ((None, True), (6 * GB, True), (5 * GB, False)):
+    for host_memory, fits in ((math.inf, True), (6 * GB, True), (5 * GB, False)):
         cluster = Cluster(gpus_per_node=2, nodes=1, gpu_memory=24 * GB, host_memory=host_memory)
         assert Forecast(cluster, states, network=0, activations=0).fits is fits
 

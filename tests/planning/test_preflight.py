@@ -1,26 +1,36 @@
-"""The parsers and comparisons of preflight; tests/launch/test_several_machines.py runs it on two machines."""
+"""The checks of preflight, in this process; tests/launch/test_several_machines.py runs them on two machines."""
 
+import json
+import runpy
 import socket
-import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
-from launching import LAUNCHER, REPOSITORY, environment, free_port
+import torch
+from launching import REPOSITORY
 
+from blipds import distributed
+from blipds.config.run import load_run_config
 from blipds.errors import UserError
+from blipds.planning import preflight
+from blipds.planning.planner import ParameterSizes
 from blipds.planning.preflight import (
-    Command,
-    Host,
+    Check,
+    answer,
     check_command,
+    check_disk,
     check_gpus,
     check_interfaces,
-    check_port,
-    check_run,
     check_same,
-    checks,
-    exported,
-    port_is_free,
+    compare,
+    exported_variables,
+    parse_command,
     read_hostfile,
+    run_checks,
 )
+
+TINY = REPOSITORY / "run_configs" / "shapes_tiny.yaml"
 
 
 @pytest.fixture
@@ -32,19 +42,22 @@ def hostfile(tmp_path):
     return write
 
 
+# ---- What the user gives --------------------------------------------------------------------------------------------
+
+
 def test_hostfile(hostfile):
     text = "# two nodes\nnode1 slots=8\n\n  node2   slots=4  # the old one\n"
-    assert read_hostfile(hostfile(text)) == [Host("node1", 8), Host("node2", 4)]
+    assert read_hostfile(hostfile(text)) == {"node1": 8, "node2": 4}
 
 
 @pytest.mark.parametrize(
     ("text", "line", "said"),
     [
-        ("node1 slots=8\nnode2\n", 2, "'node2' is no host; expected NAME slots=N"),
-        ("node1 slots=eight\n", 1, "'node1 slots=eight' is no host"),
-        ("node1 slots=0\n", 1, "'node1 slots=0' is no host"),
-        ("node1 slots=8 max=9\n", 1, "is no host"),
-        ("node1 slots=8\n\nnode1 slots=8\n", 3, "node1 stands twice"),
+        ("node1 slots=8\nnode2\n", 2, "'node2' is not a host; expected NAME slots=N"),
+        ("node1 slots=eight\n", 1, "'node1 slots=eight' is not a host"),
+        ("node1 slots=0\n", 1, "'node1 slots=0' is not a host"),
+        ("node1 slots=8 max=9\n", 1, "is not a host"),
+        ("node1 slots=8\n\nnode1 slots=8\n", 3, "node1 is listed twice"),
     ],
 )
 def test_a_malformed_hostfile_names_the_line(hostfile, text, line, said):
@@ -55,20 +68,14 @@ def test_a_malformed_hostfile_names_the_line(hostfile, text, line, said):
 
 
 def test_an_empty_hostfile_is_an_error(hostfile):
-    with pytest.raises(UserError, match="names no host"):
+    with pytest.raises(UserError, match="lists no hosts"):
         read_hostfile(hostfile("# nobody\n"))
-
-
-def test_a_missing_hostfile_ends_preflight_with_one_line(tmp_path):
-    found = list(checks(tmp_path / "nowhere", []))
-    assert len(found) == 1 and not found[0].good
-    assert str(found[0]).startswith("failed  hostfile    no such hostfile: ")
 
 
 def test_exported_variables(tmp_path):
     (tmp_path / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0\nHF_HOME=/a=b\n")
     environ = {"PYTHONPATH": "/code", "NCCL_DEBUG": "INFO", "HOME": "/root", "OMP_NUM_THREADS": "1"}
-    assert exported(environ, [tmp_path, tmp_path / "nowhere"]) == {
+    assert exported_variables(environ, [tmp_path, tmp_path / "nowhere"]) == {
         "PYTHONPATH": "/code",
         "NCCL_DEBUG": "INFO",
         "GLOO_SOCKET_IFNAME": "eth0",
@@ -76,91 +83,138 @@ def test_exported_variables(tmp_path):
     }
     (tmp_path / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0\nexport\n")
     with pytest.raises(UserError, match=r"\.deepspeed_env:2: 'export' is not NAME=value"):
-        exported(environ, [tmp_path])
+        exported_variables(environ, [tmp_path])
 
 
 def test_what_preflight_reads_of_a_command():
-    words = "deepspeed --hostfile hosts --master_port=29501 launch/finetune.py --cfg-path a.yaml --ds-config b.json "
-    words += "--plugin my.module --options run.max_epoch=1 env.cache_root=/data"
-    assert Command.parse(words.split()) == Command(
-        hostfile="hosts",
-        port=29501,
-        cfg_path="a.yaml",
-        ds_config="b.json",
-        options=("run.max_epoch=1", "env.cache_root=/data"),
-        plugins=("my.module",),
-    )
+    words = "deepspeed --hostfile hosts --include node1:0 --master_port=29501 launch/finetune.py --cfg-path a.yaml "
+    words += "--ds-config b.json --plugin my.module --resume auto --options run.max_epoch=1 env.cache_root=/data"
+    command = parse_command(words.split())
+    assert (command.hostfile, command.master_port, command.launcher) == ("hosts", "29501", "pdsh")
+    assert (str(command.cfg_path), str(command.ds_config)) == ("a.yaml", "b.json")
+    assert (command.options, command.plugin) == (["run.max_epoch=1", "env.cache_root=/data"], ["my.module"])
+    with pytest.raises(UserError, match="--master_port high is not a number"):
+        parse_command(["deepspeed", "--master_port", "high"])
 
 
 def test_the_command_must_name_the_hostfile_that_was_checked(tmp_path):
-    assert not check_command(tmp_path / "hosts", Command()).good
-    other = check_command(tmp_path / "hosts", Command(hostfile="elsewhere"))
-    assert not other.good and "it says --hostfile elsewhere" in other.text
-    assert check_command(tmp_path / "hosts", Command(hostfile=str(tmp_path / "hosts"), launcher="slurm")).good
+    with pytest.raises(UserError, match="it has no --hostfile"):
+        check_command(tmp_path / "hosts", parse_command([]))
+    with pytest.raises(UserError, match="it says --hostfile elsewhere"):
+        check_command(tmp_path / "hosts", parse_command(["-H", "elsewhere"]))
+    same = parse_command(["--hostfile", str(tmp_path / "hosts"), "--launcher", "slurm"])
+    assert check_command(tmp_path / "hosts", same) == "the same hostfile, started by slurm"
+
+
+# ---- On each host ---------------------------------------------------------------------------------------------------
+
+
+def test_the_interface_must_exist_and_reach_the_others():
+    def said(named, own="lo", route="eth1"):
+        try:
+            return check_interfaces(["eth0", "eth1", "lo"], named, own, route)
+        except UserError as error:
+            return f"failed: {error}"
+
+    assert said({"GLOO_SOCKET_IFNAME": "eth1"}) == said({}, own="eth1") == "interface eth1"
+    assert said({}, route=None) == "interface lo"  # one machine
+    assert said({}).startswith("failed: the others are reached by eth1, but gloo would take lo: put GLOO_SOCKET_IFNAME")
+    assert "but gloo would take eth0" in said({"GLOO_SOCKET_IFNAME": "eth0"})
+    assert said({"NCCL_SOCKET_IFNAME": "ib0"}).startswith("failed: NCCL_SOCKET_IFNAME=ib0, but there is eth0, eth1, lo")
+
+
+def test_a_host_says_what_is_wrong_with_it(tmp_path):
+    """A port in use, a file that another machine wrote and this one cannot see, a run config that is not there."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        words = ["deepspeed", "--master_port", str(port), "--cfg-path", "nowhere.yaml"]
+        said = json.loads(json.dumps(answer("127.0.0.1", 1, tmp_path / "unseen", words)))
+    failed = {name: text for name, good, text in said["checks"] if not good}
+    assert failed["port"] == f"{port} is in use: deepspeed --master_port {port + 1}"
+    assert failed["shared disk"].startswith(f"{tmp_path} is not")
+    assert failed["run config"] == "no such config file: nowhere.yaml"
+    words = ["deepspeed", "--master_port", str(port), "--cfg-path", str(TINY)]
+    words += ["--options", "datasets.shapes_caption.num_images={train: 4, val: 2, test: 2}"]
+    (tmp_path / "seen").touch()
+    said = answer("127.0.0.1", 1, tmp_path / "seen", [*words, f"run.output_dir={tmp_path}"])
+    assert [name for name, good, _ in said["checks"] if good] == ["network", "shared disk", "port", "disk"]
+    assert said["same"].keys() == {"versions", "code", "config", "data"}
+
+
+def test_three_checkpoints_must_fit_on_the_disk(tmp_path, monkeypatch):
+    """Of 1 billion trainable and 1 billion frozen parameters: 3 x (2 x 8 + 1 x 12) = 84 GB."""
+    monkeypatch.setattr(ParameterSizes, "of", lambda config: ParameterSizes(((10**9,),), (10**9,)))
+    config, _ = load_run_config(TINY, [f"run.output_dir={tmp_path}"])
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=84 * 10**9))
+    assert check_disk(config) == f"84.0 GB free for 84.0 GB of checkpoints in {tmp_path}"
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=83 * 10**9))
+    with pytest.raises(UserError, match=r"only 83\.0 GB free for 84\.0 GB"):
+        check_disk(config)
+
+
+# ---- Comparing ------------------------------------------------------------------------------------------------------
 
 
 def test_versions_that_differ_are_named():
-    facts = {"a": {"versions": {"torch": "2.9", "timm": "1.0"}}, "b": {"versions": {"torch": "2.8", "timm": "1.0"}}}
-    found = check_same("versions", facts, "install the same everywhere")
-    assert not found.good
-    assert found.text == "torch is 2.9 on a and 2.8 on b: install the same everywhere"
-    facts["b"] = facts["a"]
-    assert check_same("versions", facts, "").good
+    here, there = {"torch": "2.9", "timm": "1.0"}, {"torch": "2.8", "timm": "1.0"}
+    with pytest.raises(UserError, match=r"^torch is 2.9 on a and 2.8 on b: install the same everywhere$"):
+        check_same({"a": here, "b": there}, "install the same everywhere")
+    assert check_same({"a": here, "b": here}, "") == "torch 2.9, timm 1.0"
 
 
 def test_gpus_are_counted_against_slots():
-    hosts = [Host("a", 8), Host("b", 8)]
-    assert check_gpus(hosts, {"a": {"gpus": 0}, "b": {"gpus": 0}}).good
-    assert check_gpus(hosts, {"a": {"gpus": 8}, "b": {"gpus": 8}}).good
-    missing = check_gpus(hosts, {"a": {"gpus": 8}, "b": {"gpus": 7}})
-    assert not missing.good and missing.text == "b has 7 GPUs, but the hostfile gives it 8 slots"
+    hosts = {"a": 8, "b": 8}
+    assert check_gpus(hosts, {"a": 0, "b": 0}).startswith("none on any host")
+    assert check_gpus(hosts, {"a": 8, "b": 9}) == "as many as slots; 1 more stay unused"
+    with pytest.raises(UserError, match="b has 7 GPUs, but the hostfile gives it 8 slots"):
+        check_gpus(hosts, {"a": 8, "b": 7})
 
 
-def facts_of_network(named, own="lo", route="eth1"):
-    return {"a": {"named": named, "own": own, "route": route, "interfaces": ["eth0", "eth1", "lo"]}}
+def test_what_a_host_lacks_is_said_with_its_name():
+    code = {"versions": {"torch": "2.9"}, "code": {"digest": "x"}}
+    same = {**code, "config": {"digest": "y"}, "data": {"digest": "z"}}
+    good = {"same": same, "gpus": 0, "checks": [Check("disk", True, "50 GB free")]}
+    full = {"same": {**same, "data": {"digest": "w"}}, "gpus": 0, "checks": [Check("disk", False, "only 1 GB free")]}
+    broken = {"same": code, "gpus": 0, "checks": [Check("run config", False, "?")]}
+    hosts = {"a": 1, "b": 1}
+    assert all(check.good for check in compare(hosts, {"a": good, "b": good}))
+    failed = [check for check in compare(hosts, {"a": good, "b": full}) if not check.good]
+    assert [(check.name, check.text) for check in failed] == [
+        ("data", "digest is z on a and w on b: annotations must be the same, at the same path"),
+        ("disk", "b: only 1 GB free"),
+    ]
+    (failed,) = [check for check in compare(hosts, {"a": good, "b": broken}) if not check.good]
+    assert str(failed) == "failed  run config  b: ?"
 
 
-def test_the_interface_must_be_there_and_reach_the_others():
-    hosts = [Host("a", 1), Host("b", 1)]
-
-    def found(*args, **kwargs):
-        facts = facts_of_network(*args, **kwargs)
-        return check_interfaces(hosts, {**facts, "b": facts["a"]})
-
-    assert found({"GLOO_SOCKET_IFNAME": "eth1"}).good
-    assert found({}, own="eth1").good
-    assert "gloo would take lo: put GLOO_SOCKET_IFNAME=eth1" in found({}).text
-    assert "gloo would take eth0" in found({"GLOO_SOCKET_IFNAME": "eth0"}).text
-    assert "NCCL_SOCKET_IFNAME=ib0, but a has eth0, eth1, lo" in found({"NCCL_SOCKET_IFNAME": "ib0"}).text
+# ---- From end to end ------------------------------------------------------------------------------------------------
 
 
-def test_a_port_that_is_held_is_not_free():
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
-        assert not port_is_free(port)
-    assert port_is_free(port)
-    taken = check_port([Host("a", 1)], {"a": {"port_free": False}}, Command(port=29500))
-    assert not taken.good and "deepspeed --master_port 29501" in taken.text
+def test_a_missing_hostfile_ends_preflight_with_one_line(tmp_path):
+    (found,) = run_checks(tmp_path / "nowhere", [])
+    assert str(found).startswith(f"failed  hostfile    {tmp_path}/nowhere: cannot be read: ")
 
 
-def test_the_run_must_be_the_same_and_checkpoints_must_fit():
-    run = {"run": "", "config": "x", "data": "y", "output": "/out", "free": 50e9, "needed": 20e9}
-    assert all(check.good for check in check_run({"a": run, "b": run}))
-    changed = [check for check in check_run({"a": run, "b": {**run, "config": "z", "free": 10e9}}) if not check.good]
-    assert [check.name for check in changed] == ["config", "disk"]
-    assert changed[1].text == "b: only 10.0 GB free for 20.0 GB of checkpoints in /out"
-    (broken,) = check_run({"a": run, "b": {"run": "no such annotation file: x.json"}})
-    assert not broken.good and broken.text == "b: no such annotation file: x.json"
+def test_a_host_that_does_not_answer_is_named(hostfile, monkeypatch):
+    """A shell stands in for ssh; `gone` is a host that it does not know."""
+    script = '[ "$1" != gone ] || { echo "no route to host" >&2; exit 255; }; exec sh -c "$2"'
+    monkeypatch.setattr(preflight, "SSH", ("sh", "-c", script, "ssh"))
+    found, command, ssh = run_checks(hostfile("here slots=1\ngone slots=2\n"), ["true"])
+    assert found.good and found.text.endswith("2 hosts, 3 slots")
+    assert not command.good and "it has no --hostfile" in command.text
+    assert not ssh.good and ssh.text.startswith("gone: no route to host: ssh must work without a password")
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    *_, ssh, python = run_checks(hostfile("here slots=1\n"), [])
+    assert ssh.good and not python.good
+    assert python.text.startswith("here: ") and "/nowhere/python and blipds must be there too" in python.text
 
 
-def test_a_run_with_too_few_ranks_stops_at_once(tmp_path):
-    """What deepspeed does with a hostfile that is not there: it goes on alone."""
-    start = [LAUNCHER, "--hostfile", tmp_path / "nowhere", "--num_accelerators", "1", "--master_port", free_port()]
-    run = ["launch/finetune.py", "--cfg-path", "run_configs/shapes_tiny.yaml", "--options"]
-    options = [f"run.output_dir={tmp_path}/out", "run.expect_world_size=16"]
-    words = [str(word) for word in (*start, *run, *options)]
-    done = subprocess.run(words, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
-    assert done.returncode != 0
-    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert said.startswith("error: run.expect_world_size is 16, but 1 rank was started: look at --hostfile")
+def test_a_run_with_too_few_ranks_stops_at_once(tmp_path, monkeypatch):
+    """Without its hostfile deepspeed starts the ranks of this machine alone."""
+    monkeypatch.setattr(distributed, "initialise", lambda minutes: torch.device("cpu"))
+    words = ["finetune.py", "--cfg-path", str(TINY), "--options", f"run.output_dir={tmp_path}/out"]
+    monkeypatch.setattr(sys, "argv", [*words, "run.expect_world_size=16"])
+    main = runpy.run_path(str(REPOSITORY / "launch" / "finetune.py"))["main"]
+    with pytest.raises(UserError, match=r"run.expect_world_size is 16, but 1 rank was started: look at --hostfile"):
+        main()
     assert not (tmp_path / "out").exists()

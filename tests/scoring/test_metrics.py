@@ -12,6 +12,7 @@ from blipds.errors import UserError
 from blipds.scoring import metrics
 from blipds.scoring.metrics import score_captions, score_held_out_reference
 
+THE_SAME = {"a": "two cats sleep"}, {"a": ["two cats sleep"]}
 WITHOUT_METEOR = ("Bleu", "ROUGE_L", "CIDEr")  # METEOR alone needs 5 s to load
 
 REFERENCES = {
@@ -149,7 +150,7 @@ def test_java_is_gone_afterwards(monkeypatch):
             super().__init__(*arguments, **keywords)
 
     monkeypatch.setattr(subprocess, "Popen", Recorded)
-    score_captions(CANDIDATES, REFERENCES, ("METEOR",))
+    assert score_captions(*THE_SAME, ("METEOR",)).values == {"METEOR": 1.0}
     assert [process.returncode for process in started] == [0, 0]  # tokenizer, METEOR
 
 
@@ -173,10 +174,8 @@ def test_what_spice_needs_of_the_environment_is_undone(monkeypatch):
 
 def test_meteor_where_numbers_have_a_comma(monkeypatch):
     """German by JAVA_TOOL_OPTIONS, as LC_ALL=de_DE.UTF-8 would say where that locale is installed."""
-    same = {"a": "two cats sleep"}, {"a": ["two cats sleep"]}
-    expected = score_captions(*same, ("METEOR",)).values
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
-    assert score_captions(*same, ("METEOR",)).values == expected == {"METEOR": 1.0}
+    assert score_captions(*THE_SAME, ("METEOR",)).values == {"METEOR": 1.0}
 
 
 def test_small_sets_are_warned_about():

@@ -1,11 +1,12 @@
-"""The global batch of a checkpoint on other ranks, worked out by hand."""
+"""A checkpoint on other ranks or other data, worked out by hand."""
 
 import pytest
 
 from blipds import distributed
-from blipds.config.run import RunConfig
+from blipds.config.sections import RunConfig
 from blipds.errors import UserError
-from blipds.training.building import keep_global_batch
+from blipds.training.building import keep_global_batch, other_data
+from blipds.training.run_state import RunState
 
 
 @pytest.fixture
@@ -52,3 +53,19 @@ def test_sizes_that_were_changed_are_named(ranks):
     ranks(4)
     with pytest.raises(UserError, match=r"with 32 samples a step, but run.batch_size_train 16 x .* x 4 ranks = 64"):
         keep_global_batch(RunConfig(batch_size_train=16), {"global_batch": 32, "ranks": 4})
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "line"),
+    [
+        # 4 steps are done; of 10 samples, 4 a step, a pass has 3 steps: pass 2, its first step is done
+        (16, 10, "10 samples, but the checkpoint was made on 16: goes on with step 2 of 3 in pass 2 over them"),
+        (10, 10, None),
+        (None, 10, None),  # a new run, or a checkpoint from before this was noted
+        (16, 0, None),  # a stream
+    ],
+)
+def test_a_checkpoint_made_on_other_data(before, now, line):
+    state = RunState(global_step=4, samples=before)
+    assert other_data(state, now, steps=3) == line
+    assert state.samples == (now or None)

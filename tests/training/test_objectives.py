@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from blipds.config.run import Config
+from blipds.config.sections import Config
 from blipds.data.caption_rows import caption_rows
 from blipds.data.images import Images
 from blipds.data.loader import Batch

@@ -1,6 +1,6 @@
 """The arithmetic of a run: steps counted by hand."""
 
-from blipds.config.run import RunConfig
+from blipds.config.sections import RunConfig
 from blipds.training.run_state import StepPlan
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from blipds.config.run import RunConfig
+from blipds.config.sections import RunConfig
 from blipds.data.loader import Batch
 from blipds.errors import UserError
 from blipds.monitor import NullMonitor

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from blipds.config.run import RunConfig
+from blipds.config.sections import RunConfig
 from blipds.evaluation.evaluator import GeneratedCaptions
 from blipds.monitor import NullMonitor
 from blipds.scoring.metrics import Scores

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from blipds.config.run import ModelConfig, check
+from blipds.config.sections import ModelConfig, check
+from blipds.files.paths import user_path
 from blipds.models.blip.text_decoder import TextConfig
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -60,6 +61,6 @@ def read_text_config(path: str | None) -> TextConfig:
     """A path of the user's, or, as in LAVIS, a packaged one (configs/models/med_config.json)."""
     if path is None:
         return TextConfig()
-    given, packaged = Path(path).expanduser(), CONFIGS / Path(path).name
+    given, packaged = user_path(path), CONFIGS / Path(path).name
     is_packaged = path.startswith("configs/models/") and packaged.exists() and not given.exists()
     return TextConfig.from_json(packaged if is_packaged else given)

@@ -110,7 +110,7 @@ def save_transformers(
             bos_token_id=token_ids[0], eos_token_id=token_ids[1], pad_token_id=token_ids[2], **generation
         )
         settings.save_pretrained(temporary)
-        (temporary / "README.md").write_text(model_card(folder.name, prompt, generation, card_text))
+        (temporary / "README.md").write_text(model_card(folder.name, prompt, generation, card_text), "utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
@@ -124,7 +124,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(f"{folder}: exists already; choose another output, or replace an earlier export with --force")
     try:
-        is_export = json.loads((folder / "config.json").read_text()).get("model_type") == "blip"
+        is_export = json.loads((folder / "config.json").read_text("utf-8")).get("model_type") == "blip"
     except (OSError, ValueError, AttributeError):
         is_export = False
     if not is_export:
@@ -267,4 +267,4 @@ def _untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -43,7 +43,7 @@ class TextConfig:
     def from_json(cls, path: Path) -> "TextConfig":
         """Reads a BERT-style JSON. What BERT has and this decoder has not (`type_vocab_size`, ...) is left aside."""
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text("utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(f"model.med_config_path {path}: {error}") from error
         if not isinstance(values, dict):
