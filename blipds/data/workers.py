@@ -35,7 +35,7 @@ def received(batches: Iterable[T]) -> Iterator[T]:
     """
     try:
         for batch in batches:
-            yield tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_shared() else tensor, batch)
+            yield tree_map_only(Tensor, lambda found: found.clone() if found.is_shared() else found, batch)
     except RuntimeError as error:
         if "shared memory" not in str(error):  # of a worker that was killed by a bus error, too
             raise
