@@ -112,6 +112,7 @@ def start_script(typed: Sequence[object], variables: dict[str, str], log: Path) 
 def run_script(typed: Sequence[str], variables: dict[str, str], log: str) -> None:
     """In a fork: what `python SCRIPT ARGUMENTS` does in a process of its own."""
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # loaders start their workers as in any process
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
