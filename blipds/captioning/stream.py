@@ -14,6 +14,7 @@ from blipds import distributed
 from blipds.captioning.captioner import CaptionModel
 from blipds.captioning.inputs import ImageReader, NamedImage
 from blipds.captioning.outputs import CaptionOutput
+from blipds.data.workers import Shared, received
 from blipds.signals import leave_signals_alone
 
 
@@ -52,14 +53,14 @@ def caption_images(
     loader = DataLoader(
         reader,
         batch_sampler=shares(wanted, batch_size),
-        collate_fn=reader.collate,
+        collate_fn=Shared(reader.collate),
         num_workers=num_workers,
         worker_init_fn=leave_signals_alone,
         pin_memory=model.device.type == "cuda",
     )
     hidden = None if distributed.is_main() else True  # None: where stderr is no terminal
     with tqdm(total=total, unit="image", desc="caption", disable=hidden) as bar:
-        for pixels, named, errors in loader:
+        for pixels, named, errors in received(loader):
             with torch.inference_mode():
                 captions = model.captions(pixels, [image.name for image in named]) if named else []
             for captioned, unreadable in distributed.gather((list(zip(named, captions, strict=True)), errors)):

@@ -191,13 +191,10 @@ def texts_in(value: str, place: str) -> list[str]:
     """The texts of a list that was written as text, by JSON or, as pandas does, by Python; else the text itself."""
     if not value.startswith("[") or not LIKE_A_LIST.fullmatch(value):
         return [value]
-    with suppress(ValueError, RecursionError):
-        found = json.loads(value)
-        if all(isinstance(text, str) for text in found):
-            return found
-    with suppress(ValueError, SyntaxError):
-        if LIST_OF_TEXTS.fullmatch(value):  # texts without a comma between them are one for literal_eval
-            return ast.literal_eval(value)
+    if LIST_OF_TEXTS.fullmatch(value):  # texts without a comma between them are one for literal_eval
+        for parse_list in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError):
+                return parse_list(value)
     raise UserError(f"{place} is a list written as text that cannot be read (JSON's and Python's can): {value[:80]}")
 
 
@@ -376,17 +373,12 @@ def folder_split(name: str) -> str | None:
 
 def folder_splits(folder: Path, names: Iterable[str]) -> set[str]:
     """The splits that the folders of `names` are named as. UserError where only some are: of what split is the rest?"""
-    splits: set[str] = set()
-    others: dict[str, None] = {}
-    for name in names:
-        if split := folder_split(name):
-            splits.add(split)
-        else:
-            others[posixpath.dirname(name) or name] = None
-    if splits and others:
+    split_of = {posixpath.dirname(name) or name: folder_split(name) for name in names}
+    splits = {split for split in split_of.values() if split}
+    if others := [place for place, split in split_of.items() if splits and not split]:
         raise UserError(
             f"{folder}: it has folders of the splits {', '.join(sorted(splits))}, and images that are in none of them "
-            f"({', '.join(list(others)[:5])}): move these, or give the folder of one split"
+            f"({', '.join(others[:5])}): move these, or give the folder of one split"
         )
     return splits
 

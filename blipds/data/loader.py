@@ -15,6 +15,7 @@ from blipds.data.datasets import CaptionDataset, Sample
 from blipds.data.images import EmbedStore, ImageEmbeds, Images, stack
 from blipds.data.processors import ImageProcessor
 from blipds.data.tokenizer import CaptionTokenizer
+from blipds.data.workers import Shared, received
 from blipds.errors import UserError
 from blipds.signals import leave_signals_alone
 
@@ -208,7 +209,7 @@ class TrainLoader:
         self.loader = DataLoader(
             KeyedSamples(datasets),
             batch_sampler=batches,
-            collate_fn=Collator(tokenizer, datasets[0]),
+            collate_fn=Shared(Collator(tokenizer, datasets[0])),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             worker_init_fn=leave_signals_alone,
@@ -229,7 +230,7 @@ class TrainLoader:
     def start(self, epoch: int, first_step: int = 0) -> None:
         """Sets the workers to the batches of `windows(epoch, first_step)`, to be ready when they are asked for."""
         self.batches.epoch, self.batches.first_step = epoch, first_step
-        self.started = (epoch, first_step), iter(self.loader)
+        self.started = (epoch, first_step), received(iter(self.loader))
 
     def windows(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """The accumulation windows of one epoch, one for each optimizer step from `first_step` on."""
@@ -269,7 +270,7 @@ class EvalLoader:
         self.loader = DataLoader(
             IndexedImages(dataset),
             batch_sampler=[list(records[i : i + batch_size]) for i in range(0, len(records), batch_size)],
-            collate_fn=self.collate,
+            collate_fn=Shared(self.collate),
             num_workers=num_workers,
             worker_init_fn=leave_signals_alone,
             pin_memory=torch.cuda.is_available(),
@@ -286,7 +287,7 @@ class EvalLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        return iter(self.loader)
+        return received(iter(self.loader))
 
 
 class IndexedImages(Dataset[tuple[int, Tensor | None, str | None]]):

@@ -75,10 +75,12 @@ def load_image(path: str | os.PathLike[str], shrink: Shrink | None = None, data:
     """
     try:
         with Image.open(path if data is None else data, formats=FORMATS) as image:
-            whole = image.size
+            whole = image.width * image.height
             if shrink is not None and (factor := shrink(image.width, image.height)) > 1:
                 image.draft(None, (image.width // factor, image.height // factor))
-            check_size(whole if image.info.get("progressive") else image.size)  # its coefficients are held at full size
+            # of a progressive JPEG all coefficients are held, whatever the scale
+            if (pixels := whole if image.info.get("progressive") else image.width * image.height) > MAX_PIXELS:
+                raise ValueError(f"{pixels:,} pixels are more than {MAX_PIXELS:,}: might be an attack")
             encoding = str(image.tile[:1])
             image.load()
             return to_rgb(upright(image), encoding)
@@ -86,11 +88,6 @@ def load_image(path: str | os.PathLike[str], shrink: Shrink | None = None, data:
         raise
     except Exception as error:  # decoders raise anything on damaged bytes: SyntaxError, struct.error, zlib.error, ...
         raise OSError(f"cannot read the image {os.fspath(path)}: {error}") from error
-
-
-def check_size(size: tuple[int, int]) -> None:
-    if size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(f"{size[0]} x {size[1]} pixels are more than {MAX_PIXELS:,}, and might be an attack")
 
 
 def upright(image: Image.Image) -> Image.Image:

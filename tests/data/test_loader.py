@@ -1,8 +1,10 @@
 """Batches: labels by hand and by the oracle, and which samples meet in a global batch."""
 
 import json
+import resource
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -233,6 +235,33 @@ def test_shards_shuffle_split_and_resume_as_files_do(tokenizer, tmp_path):
     assert Counter(seen for step in epoch for seen, _ in step) == dict.fromkeys(pixels, 1)
     assert epoch == steps(from_files, 0, num_workers=0)
     assert epoch[3:] == steps(from_shards, 3, num_workers=2)
+
+
+def test_a_large_window_needs_few_open_files(tokenizer):
+    """The batches of a step are held together: 80 x 6 tensors, each of which would keep a file open."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 150, before[1]))
+    try:
+        mine = loader(tokenizer, [noise_dataset()], micro_batch=1, accumulation=80, num_workers=1)
+        (window,) = mine.windows(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert sum(batch.num_captions for batch in window) == 21 and len(window) == 80
+
+
+def test_too_little_shared_memory_is_named(tokenizer, monkeypatch):
+    """As torch says it, in the worker, where /dev/shm is docker's 64 MB."""
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    for mine in (
+        loader(tokenizer, [noise_dataset()], num_workers=1).windows(0),
+        EvalLoader(noise_dataset(training=False), range(3), batch_size=2, num_workers=1),
+    ):
+        with pytest.raises(UserError, match=r"/dev/shm \([\d,]+ MiB\) is too small .* --shm-size"):
+            next(iter(mine))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -12,7 +12,7 @@ from blipds.data.datasets import CaptionDataset
 from blipds.data.images import EmbedStore
 from blipds.data.processors import BlipImageEval, BlipImageTrain
 from blipds.errors import UserError
-from blipds.training.feature_cache import fill, my_share, raise_first, refuse_random_processors
+from blipds.training.feature_cache import fill, my_share, refuse_random_processors
 
 ENGINE = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
 
@@ -62,9 +62,3 @@ def test_augmented_images_are_refused(tmp_path):
     refuse_random_processors([dataset(tmp_path, BlipImageEval(image_size=8))])
     with pytest.raises(UserError, match=r"but the processor of datasets\.custom draws at random"):
         refuse_random_processors([dataset(tmp_path, BlipImageTrain(image_size=8))])
-
-
-def test_an_error_of_one_rank_is_raised_on_all():
-    raise_first([None, None])
-    with pytest.raises(UserError, match="the second"):
-        raise_first([None, UserError("the second"), UserError("the third")])

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from blipds.config.sections import RunConfig
-from blipds.data.loader import Batch
 from blipds.errors import UserError
 from blipds.monitor import NullMonitor
 from blipds.signals import Stopped
@@ -18,16 +17,20 @@ from blipds.training.trainer import StepSignals, Trainer
 
 
 @dataclass
-class StubBatch(Batch):
-    """A micro-batch with the figures that its objective will give."""
+class StubBatch:
+    """What the loop asks of a micro-batch, and the figures that its objective will give."""
 
-    weight: float = 1.0
-    loss: float = 1.0
+    num_images: int
+    num_captions: int
+    names: list[str]
+    errors: list[str]
+    weight: float
+    loss: float
 
 
 def batch(weight=1.0, loss=1.0, images=1, errors=()):
     named = [f"image of weight {weight:g}"]
-    return StubBatch(None, None, images, 2 * images, named, list(errors), weight=weight, loss=loss)
+    return StubBatch(images, 2 * images, named, list(errors), weight, loss)
 
 
 class StubObjective:
