@@ -63,7 +63,9 @@ def test_a_plugin_s_captioner_is_a_first_class_one(cfg_path, tmp_path):
     image = next(picture.glob("*.jpg")) if picture.is_dir() else Path(__file__).with_name("none.jpg")
     captioned = run("launch/caption.py", image, "--checkpoint", run_dir)
     assert captioned.returncode == 0, captioned.stdout
-    assert json.loads(next(line for line in captioned.stdout.splitlines() if line[0] == "{"))["image"] == str(image)
+    assert json.loads(next(line for line in captioned.stdout.splitlines() if line.startswith("{")))["image"] == str(
+        image
+    )
 
     planned = run("launch/plan.py", "--cfg-path", cfg_path, "--gpus", 2, "--gpu-memory", "24GB")
     assert planned.returncode == 0 and "fits: " in planned.stdout, planned.stdout
