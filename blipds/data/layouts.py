@@ -1,6 +1,6 @@
 """What people keep captions in, told apart by its content: `read_layout` gives the entries of any of them.
 
-README.md, "Your own captions", has an example of each.
+run_configs/README.md, "Your own captions", has an example of each.
 """
 
 import ast
