@@ -87,7 +87,7 @@ class RunValues:
     weight_decay: float  # run.weight_decay
     max_grad_norm: float | None = None  # run.max_grad_norm; None: no clipping
     compile: bool = False  # run.compile
-    activation_checkpointing: bool = False  # model.vit_grad_ckpt or model.text_grad_ckpt
+    activation_checkpointing: bool = False  # ModelConfig.recomputes
 
 
 def resolve_ds_config(
@@ -292,8 +292,8 @@ def _faults(ds: Section, run: RunValues, world_size: int, device_type: str) -> I
         yield f"{on_host} moves activations off the GPU, and there is none here: remove it"
     if checkpoints_on_host(ds) and not run.activation_checkpointing:
         yield (
-            f"{on_host} says where checkpoints are kept, but the run config makes none: set model.vit_grad_ckpt or "
-            f"model.text_grad_ckpt, or remove it"
+            f"{on_host} says where checkpoints are kept, but the run config makes none: switch them on in its "
+            "model section (BLIP: model.vit_grad_ckpt, model.text_grad_ckpt), or remove it"
         )
     params = "optimizer.params"
     if setting(ds, "optimizer.type") == "AdamW" and setting(ds, f"{params}.adam_w_mode") is False:

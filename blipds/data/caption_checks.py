@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from blipds.data.processors import BlipCaptionProcessor
+from blipds.data.processors import CaptionProcessor
 from blipds.data.tokenizer import CaptionTokenizer
 
 LOOKED_AT = 2_000  # captions; tokenizing them takes a fraction of a second
@@ -16,7 +16,7 @@ def cut_lines(captions: Sequence[str], processor: Callable[[str], str], tokenize
     """How many training captions are cut, a line for each key that cuts some. Looks at `LOOKED_AT` of them at most."""
     sample = evenly_sampled(captions)
     cut = {}
-    if isinstance(processor, BlipCaptionProcessor):
+    if isinstance(processor, CaptionProcessor):
         key = f"text_processor.train.max_words={processor.max_words}"
         cut[key] = sum(len(processor.words(caption)) > processor.max_words for caption in sample)
     if sample:

@@ -23,7 +23,7 @@ class CaptionRows(NamedTuple):
     labels: Tensor
 
     def to(self, device: torch.device) -> dict[str, Tensor]:
-        """The arguments of `BlipCaption.forward` that they are."""
+        """The arguments of `CaptioningModel.forward` that they are."""
         return {name: tensor.to(device, non_blocking=True) for name, tensor in self._asdict().items()}
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from blipds.data.annotations import Annotations, Record, same_id
 from blipds.data.caption_checks import spelling
-from blipds.data.processors import BlipCaptionProcessor
+from blipds.data.processors import CaptionProcessor
 from blipds.data.sources import ImageSource
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
@@ -55,7 +55,7 @@ def inspect(name: str, annotations: Annotations, tokenizer: CaptionTokenizer, ma
     """Opens every image, in `workers` processes, and tokenizes every caption."""
     pictures = look_at_all([record.image for record in annotations.records], name, workers)
     findings = Findings(name, annotations, pictures, max_words)
-    processor = BlipCaptionProcessor(max_words=max_words)
+    processor = CaptionProcessor(max_words=max_words)
     written = [caption for record in annotations.records for caption in record.captions]
     findings.cut_by_words = sum(len(processor.words(caption)) > max_words for caption in written)
     findings.spelling = spelling(written, tokenizer).line()

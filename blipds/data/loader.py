@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     errors: list[str]
 
     def model_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The arguments of `BlipCaption.forward`, on the device."""
+        """The arguments of `CaptioningModel.forward`, on the device."""
         return {**self.images.model_inputs(device, dtype), **self.captions.to(device)}
 
 

@@ -311,7 +311,7 @@ _PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys('.!"()*#:;~', " "))
 
 @PROCESSORS.register("blip_caption")
 @dataclass(frozen=True)
-class BlipCaptionProcessor:
+class CaptionProcessor:
     """Cleans a caption as LAVIS does and puts the prompt in front of it."""
 
     prompt: str = ""

@@ -16,7 +16,7 @@ from torchvision.transforms import functional as TF
 
 from blipds.data.annotations import ImageFile, Record, annotations_of
 from blipds.data.datasets import CaptionDataset
-from blipds.data.processors import CLIP_MEAN, CLIP_STD, FILL, BlipCaptionProcessor, BlipImageTrain
+from blipds.data.processors import CLIP_MEAN, CLIP_STD, FILL, BlipImageTrain, CaptionProcessor
 
 IMAGE_SIZE = 384
 
@@ -81,7 +81,7 @@ def loading(rounds: int, images: int = 48) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         paths = make_photographs(Path(folder), images)
         records = [Record(ImageFile(path), ("a picture of a dog",), path.stem) for path in paths]
-        text = BlipCaptionProcessor()
+        text = CaptionProcessor()
         dataset = CaptionDataset("jpegs", annotations_of(records), BlipImageTrain(IMAGE_SIZE), text, 1, True)
         drawn = iter(range(10**9))
 

@@ -431,7 +431,7 @@ def zero(**keys):
         ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "needs stage 1 or more"),
         ({"optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}}, 'say type "Adam"'),
         ({"optimizer": {"params": {"torch_adam": True, "bias_correction": True}}}, "bias_correction"),
-        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "the run config makes none: set model.vit_grad"),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "the run config makes none: switch them on"),
     ],
 )
 def test_combinations_that_do_not_work(ds, said):

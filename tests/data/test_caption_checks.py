@@ -3,7 +3,7 @@
 import pytest
 
 from blipds.data.caption_checks import cut_lines, spelling, spelling_lines
-from blipds.data.processors import BlipCaptionProcessor
+from blipds.data.processors import CaptionProcessor
 from blipds.data.tokenizer import CaptionTokenizer
 
 
@@ -15,17 +15,17 @@ def tokenizer():
 
 def test_which_key_cuts(tokenizer):
     captions = ["dog " * count for count in (8, 9, 11, 12)]
-    processor = BlipCaptionProcessor("a picture of ", max_words=8)
+    processor = CaptionProcessor("a picture of ", max_words=8)
     assert cut_lines(captions, processor, tokenizer) == [
         "3 of 4 captions are longer than text_processor.train.max_words=8, and are cut"
     ]
-    processor = BlipCaptionProcessor("a picture of ", max_words=11)
+    processor = CaptionProcessor("a picture of ", max_words=11)
     assert cut_lines(captions, processor, tokenizer) == [
         "1 of 4 captions are longer than text_processor.train.max_words=11, and are cut",
         "2 of 4 captions are longer than model.max_txt_len=15 tokens, the prompt's included, and are cut",
     ]
-    assert cut_lines(captions[:2], BlipCaptionProcessor("a picture of "), tokenizer) == []
-    assert cut_lines([], BlipCaptionProcessor("a picture of "), tokenizer) == []
+    assert cut_lines(captions[:2], CaptionProcessor("a picture of "), tokenizer) == []
+    assert cut_lines([], CaptionProcessor("a picture of "), tokenizer) == []
 
 
 def test_a_plugins_processor_has_no_max_words(tokenizer):
@@ -34,7 +34,7 @@ def test_a_plugins_processor_has_no_max_words(tokenizer):
 
 def test_many_captions_are_sampled(tokenizer):
     captions = ["dog " * 60, "a dog", "a dog"] * 2000
-    assert cut_lines(captions, BlipCaptionProcessor("a picture of "), tokenizer)[0] == (
+    assert cut_lines(captions, CaptionProcessor("a picture of "), tokenizer)[0] == (
         "2,000 of 2,000 captions looked at (of 6,000) are longer than text_processor.train.max_words=50, and are cut"
     )
 

@@ -29,7 +29,7 @@ from blipds.config.run import load_run_config
 from blipds.data.annotations import read_annotations
 from blipds.data.datasets import CaptionDataset
 from blipds.data.loader import Collator
-from blipds.data.processors import BlipCaptionProcessor, BlipImageTrain, load_image
+from blipds.data.processors import BlipImageTrain, CaptionProcessor, load_image
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
 
@@ -147,7 +147,7 @@ def to_a_batch(path, tokenizer, cache=None):
     assert all(str(record.image_id) is not None for record in annotations.records)
     processor = BlipImageTrain(8)
     dataset = CaptionDataset(
-        "hostile", annotations, processor, BlipCaptionProcessor(prompt="a picture of "), "all", training=True
+        "hostile", annotations, processor, CaptionProcessor(prompt="a picture of "), "all", training=True
     )
     batch = Collator(tokenizer, dataset)([dataset[index] for index in range(len(dataset))])
     assert batch.captions.position_ids.max() < 39 and bool(torch.isfinite(batch.images.pixels.float()).all())

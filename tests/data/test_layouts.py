@@ -15,7 +15,7 @@ from blipds.data.annotations import expand_braces, read_annotations, read_splits
 from blipds.data.datasets import build_dataset
 from blipds.data.layouts import KINDS, read_layout
 from blipds.data.loader import RankShare, epoch_loader
-from blipds.data.processors import BlipCaptionProcessor, BlipImageTrain
+from blipds.data.processors import BlipImageTrain, CaptionProcessor
 from blipds.data.streams import CaptionStream
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
@@ -304,7 +304,7 @@ def test_a_member_may_name_its_split(tmp_path, photographs):
             add(tar, f"{split}.jpg", photographs[0][0].read_bytes())
             add(tar, f"{split}.json", json.dumps({"caption": "one", "split": split}).encode())
     assert [image_id for _, image_id, _ in read(tmp_path / "a.tar", "test")[0]] == ["test"]
-    processors = BlipImageTrain(8), BlipCaptionProcessor()
+    processors = BlipImageTrain(8), CaptionProcessor()
     stream = CaptionStream("custom_caption", [f"pipe:cat {tmp_path}/a.tar"], *processors, "all", 1, print, ["test"])
     assert [record.image_id for record, _ in stream.share(0, 1)] == ["test"]
 
@@ -499,7 +499,7 @@ def test_dots_in_the_names_of_members(tmp_path, photographs):
     assert read(tmp_path / "a.tar") == (expected, (line,))
 
     said: list[str] = []
-    processors = BlipImageTrain(8), BlipCaptionProcessor()
+    processors = BlipImageTrain(8), CaptionProcessor()
     streamed = CaptionStream("s", [f"pipe:cat {tmp_path}/a.tar"], *processors, "all", 1, said.append)
     records = [record for record, _ in streamed.share(0, 1)]
     assert [(Path(str(r.image)).name, r.image_id, r.captions) for r in records] == expected

@@ -17,9 +17,9 @@ from blipds.data.processors import (
     FILL,
     OPERATION_NAMES,
     OPERATIONS,
-    BlipCaptionProcessor,
     BlipImageEval,
     BlipImageTrain,
+    CaptionProcessor,
     draw_operations,
     load_image,
     random_crop_box,
@@ -36,7 +36,7 @@ def noise(width: int, height: int) -> Image.Image:
 def test_processors_are_registered():
     assert PROCESSORS["blip_image_train"] is BlipImageTrain
     assert PROCESSORS["blip_image_eval"] is BlipImageEval
-    assert PROCESSORS["blip_caption"] is BlipCaptionProcessor
+    assert PROCESSORS["blip_caption"] is CaptionProcessor
 
 
 # --- evaluation and training processors ---
@@ -484,15 +484,15 @@ def test_no_photograph_is_decoded_to_fewer_pixels_than_needed(width, height, tra
     ],
 )
 def test_caption_cleaning(caption, cleaned):
-    assert BlipCaptionProcessor()(caption) == cleaned
+    assert CaptionProcessor()(caption) == cleaned
 
 
 def test_caption_is_cut_to_max_words_after_cleaning():
-    assert BlipCaptionProcessor(max_words=3)("one . two ! three four") == "one two three"
-    assert BlipCaptionProcessor()(" ".join(["word"] * 60)).split() == ["word"] * 50
+    assert CaptionProcessor(max_words=3)("one . two ! three four") == "one two three"
+    assert CaptionProcessor()(" ".join(["word"] * 60)).split() == ["word"] * 50
 
 
 def test_prompt_goes_in_front_untouched_and_uncounted():
-    processor = BlipCaptionProcessor(prompt="a picture of ", max_words=2)
+    processor = CaptionProcessor(prompt="a picture of ", max_words=2)
     assert processor("A dog runs.") == "a picture of a dog"
     assert processor.clean("A dog runs.") == "a dog"

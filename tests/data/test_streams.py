@@ -21,7 +21,7 @@ from serving import Handler, serving
 from blipds.config.run import load_run_config
 from blipds.data.annotations import read_annotations
 from blipds.data.loader import RankShare, TrainLoader
-from blipds.data.processors import BlipCaptionProcessor, BlipImageTrain
+from blipds.data.processors import BlipImageTrain, CaptionProcessor
 from blipds.data.streams import CaptionStream, piped, read_ahead, shards_of, shuffled, stream_loader, streams_of
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
@@ -53,7 +53,7 @@ def shards(tmp_path_factory):
 
 
 def stream(*storages, captions_per_image="all", buffer=1, say=print):
-    processors = BlipImageTrain(8), BlipCaptionProcessor(prompt="a picture of ")
+    processors = BlipImageTrain(8), CaptionProcessor(prompt="a picture of ")
     return CaptionStream("custom_caption", storages, *processors, captions_per_image, buffer, say)
 
 
