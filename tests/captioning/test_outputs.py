@@ -1,4 +1,4 @@
-"""Files of captions that are gone on with, byte by byte."""
+"""Files of captions that are continued, byte by byte."""
 
 import os
 from pathlib import Path
