@@ -1,6 +1,6 @@
 """Tar shards that come through a pipe or from an address: read in order, through a shuffle buffer, over and over.
 
-Nothing of them is kept, so they have no known length: the number of steps is set (`run.max_iters`). Each rank reads
+Nothing of them is kept, so they have no known length: set the number of steps (`run.max_iters`). Each rank reads
 its own shards once a pass, in a thread beside the training, and hands the undecoded images to its workers. Names as in
 WebDataset: `pipe:COMMAND` and `https://...`, with {000..099} in them.
 """

@@ -61,7 +61,7 @@ class StepDecoder(Protocol):
 class Lockstep:
     """A decoder that steps as often as that of every other rank, for parameters that ranks gather step by step.
 
-    `any_rank(asks)` says whether any rank asks for a step. It costs a small all-reduce a token; ranks that are done wait by
+    `any_rank(asks)` says whether any rank asks for a step: a small all-reduce a token. Ranks that are done wait by
     stepping along. Building it, `start`, `step` and `finish` are collective.
     """
 
