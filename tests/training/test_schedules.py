@@ -31,7 +31,7 @@ def exactly(*values):
 
 
 def test_names():
-    assert SCHEDULES.names() == NAMES
+    assert set(NAMES) <= set(SCHEDULES.names())  # and those of plugins that other tests import
 
 
 def test_cosine_moves_once_an_epoch():

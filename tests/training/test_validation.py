@@ -25,6 +25,7 @@ class StubEngine:
 class StubEvaluator:
     def __init__(self, split, references=True):
         self.split, self.references, self.calls = split, {} if references else None, []
+        self.unscored = "" if references else "no references"
 
     def caption(self, model, device, dtype, results, lockstep):
         self.calls.append((model, lockstep))
@@ -47,7 +48,7 @@ class Log(NullMonitor):
     def __init__(self):
         self.evaluations, self.said = [], []
 
-    def evaluation(self, split, epoch, step, values, missing, note="", seconds=None):
+    def evaluation(self, split, epoch, step, values, missing, note="", seconds=None, unscored=""):
         self.evaluations.append((split, epoch, step, dict(values), dict(seconds)))
 
     def say(self, line):
