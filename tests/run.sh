@@ -34,4 +34,12 @@ echo "== DeepSpeed's compiled parts"
 python -m blipds.engine --offload
 [ ! -e /usr/include/libaio.h ] || python -m blipds.engine --nvme || true  # the test says what is missing
 echo "== pytest"
-python -m pytest --durations=25 "$@"
+if [ $# -gt 0 ]; then
+    exec python -m pytest --durations=25 "$@"
+fi
+# Two files at a time: most of a launch is waiting. A test that fails beside another may have lacked a core, and tests
+# with deadlines do: what failed must pass alone.
+python -m pytest -n 2 --dist loadfile --durations=25 || {
+    echo "== pytest, what failed, alone"
+    python -m pytest --last-failed --last-failed-no-failures none
+}
