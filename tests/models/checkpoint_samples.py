@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blipds.models.blip.checkpoints import open_checkpoint
+from blipds.models.blip.checkpoints import BlipFormat
 from blipds.models.blip.export import save_transformers, transformers_config
 from blipds.models.blip.geometry import BlipGeometry
 from blipds.models.blip.names import from_transformers_name
-from blipds.models.checkpoints import load_into
+from blipds.models.checkpoints import Checkpoint, load_into, open_stored
 
 VOCAB = Path(__file__).parents[2] / "blipds" / "data" / "bert-base-uncased-vocab.txt"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -113,3 +113,8 @@ def save_own(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any
     own = {name: tensor.detach().float().contiguous() for name, tensor in tensors.items() if name not in dict(TIED)}
     own = {name: tensor for name, tensor in own.items() if not name.endswith(".position_ids")}
     save_file(own, path, metadata={"format": "blipds", "config": json.dumps(config)})
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A file or folder as a checkpoint of BLIP."""
+    return Checkpoint(open_stored(path), BlipFormat())

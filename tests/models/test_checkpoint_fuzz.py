@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_samples import open_checkpoint
 from safetensors.torch import save_file
 from torch import Tensor
 
 from blipds.errors import UserError
-from blipds.models.blip.checkpoints import open_checkpoint
 from blipds.models.checkpoints import load_into
 
 EMBEDDINGS = "text_decoder.bert.embeddings.word_embeddings.weight"

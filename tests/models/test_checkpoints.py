@@ -7,12 +7,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoint_samples import EMBEDDINGS, TIED, assert_same, load, shapes_of, tiny_tensors, transformers_blip
+from checkpoint_samples import (
+    EMBEDDINGS,
+    TIED,
+    assert_same,
+    load,
+    open_checkpoint,
+    shapes_of,
+    tiny_tensors,
+    transformers_blip,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 
 from blipds.errors import UserError
-from blipds.models.blip.checkpoints import BlipFormat, interpolate_pos_embed, open_checkpoint
+from blipds.models.blip.checkpoints import BlipFormat, interpolate_pos_embed
 from blipds.models.blip.export import save_blip
 from blipds.models.blip.names import from_transformers_name, to_transformers_name
 from blipds.models.checkpoints import Checkpoint, load_into, stored_in_memory

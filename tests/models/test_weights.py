@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from checkpoint_samples import open_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from blipds import cli
 from blipds.config.sections import Config, DatasetConfig
 from blipds.errors import UserError
 from blipds.models import build_model, vision
-from blipds.models.blip.checkpoints import interpolate_pos_embed, open_checkpoint
+from blipds.models.blip.checkpoints import interpolate_pos_embed
 from blipds.models.blip.config import BlipConfig
 from blipds.models.blip.export import save_blip, transformers_config
 from blipds.models.blip.geometry import geometry_of

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from blipds.errors import UserError
 from blipds.models.blip import names as names_of
 from blipds.models.blip.text_decoder import TextConfig
 from blipds.models.checkpoint_files import listed
-from blipds.models.checkpoints import Checkpoint, CheckpointFormat, StoredTensors, matches, open_stored
+from blipds.models.checkpoints import CheckpointFormat, StoredTensors, matches
 
 POS_EMBED = "visual_encoder.pos_embed"
 # Kinds of checkpoints that hold one part: the rest of the model is not asked of them; and the keys that name them.
@@ -109,11 +108,6 @@ class BlipFormat(CheckpointFormat):
         rows = tensor[: wanted[0]]
         kept = wanted[0] - len(rows)
         return rows, f"{name}: {len(rows)} rows" + (f", {kept} keep the model's values" if kept else "")
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """A file or folder as a checkpoint of BLIP. UserError for whatever cannot be used."""
-    return Checkpoint(open_stored(path), BlipFormat())
 
 
 def _text_layers(names: Iterable[str]) -> set[str]:

@@ -15,6 +15,7 @@ from checkpoint_samples import (
     export,
     in_folder,
     load,
+    open_checkpoint,
     save_own,
     shapes_of,
     tiny_tensors,
@@ -27,7 +28,6 @@ from torch import Tensor
 from blipds.captioning.captioner import Captioner
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
-from blipds.models.blip.checkpoints import open_checkpoint
 from blipds.models.blip.export import save_blip, transformers_config
 from blipds.models.blip.geometry import geometry_from_transformers_config, stated_vision_eps
 from blipds.models.generation import GenerationConfig
