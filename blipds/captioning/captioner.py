@@ -21,7 +21,7 @@ from blipds.engine import DTYPES
 from blipds.errors import UserError
 from blipds.files.paths import user_path
 from blipds.models import build_model
-from blipds.models.checkpoints import StoredTensors
+from blipds.models.checkpoint_files import StoredTensors
 from blipds.models.generation import GenerationConfig
 from blipds.models.parameters import fingerprint
 from blipds.models.protocol import CaptioningModel, CheckpointFn, keep_activations

@@ -13,7 +13,8 @@ from blipds.models.blip.export import export_blip, export_transformers
 from blipds.models.blip.geometry import BlipGeometry, geometry_from_transformers_config, published_geometry
 from blipds.models.blip.model import BlipCaption
 from blipds.models.blip.text_decoder import TextConfig, TextDecoder
-from blipds.models.checkpoints import Checkpoint, StoredTensors
+from blipds.models.checkpoint_files import StoredTensors
+from blipds.models.checkpoints import Checkpoint
 from blipds.models.protocol import Arch, CheckpointFn, Description, Export
 from blipds.models.vision import build_vision_transformer, checkpoint_last, encoder_mean_std, hub_name_of
 from blipds.registry import ARCHS
@@ -67,8 +68,8 @@ class Blip(Arch):
             if stored.config.get("vit_pretrained"):  # its mean and std are nowhere in the file
                 return None
             return describe_section(stored)
-        checkpoint = Checkpoint(stored, BlipFormat())
-        geometry = published_geometry({name: checkpoint.shape(name) for name in checkpoint.names()})
+        tensors = Checkpoint(stored, BlipFormat()).tensors
+        geometry = published_geometry({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         return None if geometry is None else described(geometry)
 
 
