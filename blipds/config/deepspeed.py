@@ -7,11 +7,11 @@ first, by the table in deepspeed_schema.py. Neither deepspeed nor torch is impor
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from blipds.config.deepspeed_schema import NOT_HERE, SCHEMA, ZERO, Json, Kind, Schema, Section
+from blipds.config.sections import Config, RunConfig
 from blipds.errors import UserError, nearest
 
 Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
@@ -76,27 +76,12 @@ def _check_section(section: Section, schema: Schema, prefix: str, source: str) -
 # ---- Resolving ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RunValues:
-    """What the run config decides and DeepSpeed must agree with; the names in comments are the run config's."""
-
-    micro_batch_size: int  # run.batch_size_train
-    gradient_accumulation_steps: int  # run.accum_grad_iters
-    learning_rate: float  # run.init_lr
-    betas: tuple[float, float]  # 0.9 and run.beta2
-    weight_decay: float  # run.weight_decay
-    max_grad_norm: float | None = None  # run.max_grad_norm; None: no clipping
-    compile: bool = False  # run.compile
-    activation_checkpointing: bool = False  # ModelConfig.recomputes
-
-
 def resolve_ds_config(
     ds: Section,
-    run: RunValues,
+    config: Config,
     *,
     world_size: int,
     default_precision: Precision,
-    hidden_size: int,
     source: str,
     local_world_size: int | None = None,
     device_type: str = "cuda",
@@ -104,11 +89,11 @@ def resolve_ds_config(
     """A new dict without "auto", ready for `deepspeed.initialize`; UserError where it contradicts the run config.
 
     `default_precision` is what "auto" in bf16.enabled and fp16.enabled stands for on this device (`device_type`: "cuda"
-    or "cpu"), `hidden_size` the widest hidden size of the model, `source` the file that errors name, `local_world_size`
-    the ranks on each machine (None: all of them on one).
+    or "cpu"), `source` the file that errors name, `local_world_size` the ranks on each machine (None: all of them on
+    one).
     """
-    resolved = copy.deepcopy(ds)
-    _resolve_run_values(resolved, run, world_size, source)
+    resolved, hidden_size = copy.deepcopy(ds), config.model.hidden_size
+    _resolve_run_values(resolved, config.run, world_size, source)
     # AdamW unless said; adam_w_mode is written out, since DeepSpeed's "Adam" is AdamW unless it says false
     for path, default in (("optimizer.type", "AdamW"), ("optimizer.params.adam_w_mode", True)):
         _put(resolved, path, setting(resolved, path, default))
@@ -124,7 +109,7 @@ def resolve_ds_config(
     for path, value in autos.items():
         if setting(resolved, path) == "auto":
             _put(resolved, path, value)
-    for fault in _faults(resolved, run, world_size, device_type):
+    for fault in _faults(resolved, config, world_size, device_type):
         raise UserError(f"{source}: {fault}")
     return resolved
 
@@ -191,17 +176,17 @@ def with_torch_adam(ds: Section) -> Section:
     return changed
 
 
-def _resolve_run_values(ds: Section, run: RunValues, world_size: int, source: str) -> None:
+def _resolve_run_values(ds: Section, run: RunConfig, world_size: int, source: str) -> None:
     """Fill in what the run config owns; a key left out counts as "auto" (DeepSpeed would clip at 1.0)."""
-    batch = f"run.batch_size_train {run.micro_batch_size} x run.accum_grad_iters {run.gradient_accumulation_steps}"
-    global_batch_size = run.micro_batch_size * run.gradient_accumulation_steps * world_size
+    batch = f"run.batch_size_train {run.batch_size_train} x run.accum_grad_iters {run.accum_grad_iters}"
+    global_batch_size = run.batch_size_train * run.accum_grad_iters * world_size
     owned: dict[str, tuple[Json, str]] = {
-        "train_micro_batch_size_per_gpu": (run.micro_batch_size, "run.batch_size_train"),
-        "gradient_accumulation_steps": (run.gradient_accumulation_steps, "run.accum_grad_iters"),
+        "train_micro_batch_size_per_gpu": (run.batch_size_train, "run.batch_size_train"),
+        "gradient_accumulation_steps": (run.accum_grad_iters, "run.accum_grad_iters"),
         "train_batch_size": (global_batch_size, f"{batch} x {world_size} ranks"),
         "gradient_clipping": (run.max_grad_norm or 0.0, "run.max_grad_norm (0: no clipping)"),
-        "optimizer.params.lr": (run.learning_rate, "run.init_lr"),
-        "optimizer.params.betas": (list(run.betas), "(0.9, run.beta2)"),
+        "optimizer.params.lr": (run.init_lr, "run.init_lr"),
+        "optimizer.params.betas": ([0.9, run.beta2], "(0.9, run.beta2)"),
         "optimizer.params.weight_decay": (run.weight_decay, "run.weight_decay"),
     }
     for path, (value, owner) in owned.items():
@@ -235,7 +220,7 @@ _STAGE_3_KEYS: Mapping[str, Json] = {
 }
 
 
-def _faults(ds: Section, run: RunValues, world_size: int, device_type: str) -> Iterator[str]:
+def _faults(ds: Section, config: Config, world_size: int, device_type: str) -> Iterator[str]:
     """What DeepSpeed ignores silently or stops at with an assertion, a phrase each."""
 
     def zero(key: str, default: Json = None) -> Json:
@@ -259,7 +244,7 @@ def _faults(ds: Section, run: RunValues, world_size: int, device_type: str) -> I
     # Gradients of different parameters would be added up (seen with DeepSpeed 0.19): ranks whose captions differ in
     # length compile layers that bring their gradients in different orders. Stage 3 sorts them before it adds them up,
     # stages 0 and 1 without overlap take them by parameter.
-    if run.compile and world_size > 1 and (stage == 2 or (stage == 1 and overlap)):
+    if config.run.compile and world_size > 1 and (stage == 2 or (stage == 1 and overlap)):
         yield (
             f"stage {stage}{' with overlap_comm' if stage == 1 else ''} adds up the gradients of {world_size} ranks in "
             "the order in which they come, which run.compile makes another on each: take stage 0 or 3, or 1 with "
@@ -290,7 +275,7 @@ def _faults(ds: Section, run: RunValues, world_size: int, device_type: str) -> I
     on_host = "activation_checkpointing.cpu_checkpointing"
     if checkpoints_on_host(ds) and device_type == "cpu":
         yield f"{on_host} moves activations off the GPU, and there is none here: remove it"
-    if checkpoints_on_host(ds) and not run.activation_checkpointing:
+    if checkpoints_on_host(ds) and not config.model.recomputes:
         yield (
             f"{on_host} says where checkpoints are kept, but the run config makes none: switch them on in its "
             "model section (BLIP: model.vit_grad_ckpt, model.text_grad_ckpt), or remove it"

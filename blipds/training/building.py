@@ -11,7 +11,6 @@ import torch
 from blipds import distributed
 from blipds.captioning.captioner import Captioner
 from blipds.config.deepspeed import (
-    RunValues,
     Section,
     checkpoints_on_host,
     offload_folders,
@@ -143,25 +142,13 @@ def other_data(state: RunState, samples: int, steps: int) -> str | None:
 
 def resolve(config: Config, ds_config: Section, device: torch.device, source: str) -> Section:
     """The DeepSpeed config with every "auto" filled in from the run config; contradictions are UserErrors."""
-    run = config.run
-    values = RunValues(
-        micro_batch_size=run.batch_size_train,
-        gradient_accumulation_steps=run.accum_grad_iters,
-        learning_rate=run.init_lr,
-        betas=(0.9, run.beta2),
-        weight_decay=run.weight_decay,
-        max_grad_norm=run.max_grad_norm,
-        compile=run.compile,
-        activation_checkpointing=config.model.recomputes,
-    )
     return resolve_ds_config(
         ds_config,
-        values,
+        config,
         world_size=distributed.world_size(),
         local_world_size=distributed.local_world_size(),
         device_type=device.type,
         default_precision=default_precision(device),
-        hidden_size=config.model.hidden_size,
         source=source,
     )
 
