@@ -4,7 +4,6 @@ DeepSpeed lets unknown top-level keys and unknown keys of several sections pass 
 first, by the table in deepspeed_schema.py. Neither deepspeed nor torch is imported here.
 """
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -92,12 +91,11 @@ def resolve_ds_config(
     or "cpu"), `source` the file that errors name, `local_world_size` the ranks on each machine (None: all of them on
     one).
     """
-    resolved, hidden_size = copy.deepcopy(ds), config.model.hidden_size
-    _resolve_run_values(resolved, config.run, world_size, source)
+    resolved, hidden_size = _with_run_values(ds, config.run, world_size, source), config.model.hidden_size
     # AdamW unless said; adam_w_mode is written out, since DeepSpeed's "Adam" is AdamW unless it says false
     for path, default in (("optimizer.type", "AdamW"), ("optimizer.params.adam_w_mode", True)):
-        _put(resolved, path, setting(resolved, path, default))
-    _resolve_precision(resolved, default_precision)
+        resolved = with_setting(resolved, path, setting(resolved, path, default))
+    resolved = _with_precision(resolved, default_precision)
     # sizes in elements, as transformers' Trainer fills them in (transformers/integrations/deepspeed.py)
     autos: dict[str, Json] = {
         "optimizer.params.eps": 1e-8,
@@ -108,7 +106,7 @@ def resolve_ds_config(
     }
     for path, value in autos.items():
         if setting(resolved, path) == "auto":
-            _put(resolved, path, value)
+            resolved = with_setting(resolved, path, value)
     for fault in _faults(resolved, config, world_size, device_type):
         raise UserError(f"{source}: {fault}")
     return resolved
@@ -122,6 +120,13 @@ def setting(ds: Section, path: str, default: Json = None) -> Json:
             return default
         node = node[key]
     return node
+
+
+def with_setting(ds: Section, path: str, value: Json) -> Section:
+    """The same config with another value at a dotted path; sections on the way are made where there are none."""
+    key, _, rest = path.partition(".")
+    inner = ds.get(key)
+    return ds | {key: with_setting(inner if isinstance(inner, dict) else {}, rest, value) if rest else value}
 
 
 def precision(ds: Section) -> Precision:
@@ -142,9 +147,14 @@ def offloads_optimizer(ds: Section) -> bool:
     return setting(ds, "zero_optimization.offload_optimizer.device", "none") != "none"
 
 
-def _nvme_sections(ds: Section) -> list[str]:
-    sections = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
-    return [section for section in sections if setting(ds, f"{section}.device") == "nvme"]
+def checkpoints_on_host(ds: Section) -> bool:
+    """Whether checkpointed activations wait for the backward pass in the host's memory."""
+    return setting(ds, "activation_checkpointing.cpu_checkpointing") is True
+
+
+def uses_torch_adam(ds: Section) -> bool:
+    """Whether torch's fused AdamW takes the place of DeepSpeed's own."""
+    return setting(ds, "optimizer.params.torch_adam") is True
 
 
 def offload_folders(ds: Section) -> set[str]:
@@ -154,29 +164,17 @@ def offload_folders(ds: Section) -> set[str]:
 
 def with_offload_folder(ds: Section, name: str) -> Section:
     """The same config with a folder of its own, `name`, below each folder that NVMe offload writes to."""
-    changed = copy.deepcopy(ds)
     for section in _nvme_sections(ds):
-        _put(changed, f"{section}.nvme_path", f"{setting(ds, f'{section}.nvme_path')}/{name}")
-    return changed
+        ds = with_setting(ds, f"{section}.nvme_path", f"{setting(ds, f'{section}.nvme_path')}/{name}")
+    return ds
 
 
-def checkpoints_on_host(ds: Section) -> bool:
-    """Whether checkpointed activations wait for the backward pass in the host's memory."""
-    return setting(ds, "activation_checkpointing.cpu_checkpointing") is True
+def _nvme_sections(ds: Section) -> list[str]:
+    sections = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+    return [section for section in sections if setting(ds, f"{section}.device") == "nvme"]
 
 
-def uses_torch_adam(ds: Section) -> bool:
-    return setting(ds, "optimizer.params.torch_adam") is True
-
-
-def with_torch_adam(ds: Section) -> Section:
-    """The same config with torch's fused AdamW in place of DeepSpeed's own."""
-    changed = copy.deepcopy(ds)
-    _put(changed, "optimizer.params.torch_adam", True)
-    return changed
-
-
-def _resolve_run_values(ds: Section, run: RunConfig, world_size: int, source: str) -> None:
+def _with_run_values(ds: Section, run: RunConfig, world_size: int, source: str) -> Section:
     """Fill in what the run config owns; a key left out counts as "auto" (DeepSpeed would clip at 1.0)."""
     batch = f"run.batch_size_train {run.batch_size_train} x run.accum_grad_iters {run.accum_grad_iters}"
     global_batch_size = run.batch_size_train * run.accum_grad_iters * world_size
@@ -196,16 +194,18 @@ def _resolve_run_values(ds: Section, run: RunConfig, world_size: int, source: st
                 f"{source}: {path} is {json.dumps(given)} but {owner} is {json.dumps(value)}; "
                 f'say "auto" in the JSON: the run config owns it'
             )
-        _put(ds, path, value)
+        ds = with_setting(ds, path, value)
+    return ds
 
 
-def _resolve_precision(ds: Section, default: Precision) -> None:
+def _with_precision(ds: Section, default: Precision) -> Section:
     """Where it says "auto", on if `default` names it; off beside a precision that is switched on by name."""
     for name in ("bf16", "fp16"):
         if setting(ds, f"{name}.enabled") == "auto":
             others = ("fp16" if name == "bf16" else "bf16", "torch_autocast")
             chosen = any(setting(ds, f"{other}.enabled") is True for other in others)
-            _put(ds, f"{name}.enabled", default == name and not chosen)
+            ds = with_setting(ds, f"{name}.enabled", default == name and not chosen)
+    return ds
 
 
 # ---- Combinations ---------------------------------------------------------------------------------------------------
@@ -285,13 +285,3 @@ def _faults(ds: Section, config: Config, world_size: int, device_type: str) -> I
         yield f'{params}.adam_w_mode false is ignored by type "AdamW"; for decay as an L2 penalty say type "Adam"'
     if setting(ds, f"{params}.torch_adam") is True and setting(ds, f"{params}.bias_correction") is not None:
         yield f"{params}.bias_correction does not go with torch_adam, which always corrects; remove one"
-
-
-def _put(ds: Section, path: str, value: Json) -> None:
-    """Set the value at a dotted path, making the sections on the way."""
-    *names, key = path.split(".")
-    for name in names:
-        section = ds.setdefault(name, {})
-        assert isinstance(section, dict), f"{path}: check_keys() comes first"
-        ds = section
-    ds[key] = value

@@ -7,7 +7,6 @@ parameters and a function that writes one of them.
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,9 +22,9 @@ class CheckpointFormat:
     """How files name and lay out an arch's weights. This one: under the names that the model has."""
 
     # A file may have the name on the left, that on the right (the model's), or both, with equal values.
-    tied: ClassVar[Mapping[str, str]] = {}
+    tied: Mapping[str, str] = {}
     # Kinds that hold one part of the model: what the part's names begin with, and the run config's key for such a file.
-    parts: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    parts: Mapping[str, tuple[str, str]] = {}
 
     def kind(self, stored: StoredTensors) -> str:
         """What wrote it, in a word for messages. UserError for what this arch cannot read."""

@@ -19,7 +19,7 @@ from blipds.config.deepspeed import (
     resolve_ds_config,
     uses_torch_adam,
     with_offload_folder,
-    with_torch_adam,
+    with_setting,
     zero_stage,
 )
 from blipds.config.sections import Config, RunConfig
@@ -225,7 +225,7 @@ def build_engine(config: Config, ds_config: Section, run_dir: Path, resumed: Pat
         ds_config = prepare_offload_folders(ds_config, run_dir)
         prepare_nvme(monitor.say)
     if not uses_torch_adam(ds_config) and not prepare_ops(offloads_optimizer(ds_config), monitor.say):
-        ds_config = with_torch_adam(ds_config)
+        ds_config = with_setting(ds_config, "optimizer.params.torch_adam", True)
     with partitioned_init(ds_config):
         model = build_model(config.model, checkpointed_on_host if checkpoints_on_host(ds_config) else checkpointed)
     if run.compile:

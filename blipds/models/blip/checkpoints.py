@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ TEXT_POSITIONS = "text_decoder.bert.embeddings.position_embeddings.weight"
 # BERT has no rows for [DEC] and [ENC], the last two of BLIP's vocabulary.
 VOCABULARY = names_of.TIED.values()
 EXTRA_TOKENS = 2
+PARTS = {"timm": ("visual_encoder.", "model.vit_pretrained"), "bert": ("text_decoder.", "model.text_pretrained")}
 # Kind -> patterns of names that are left aside, and our name of any other.
 NAMES: dict[str, tuple[tuple[str, ...], Callable[[str], str]]] = {
     "blip": (names_of.PRETRAINING_ONLY, str),
@@ -41,11 +42,8 @@ class BlipFormat(CheckpointFormat):
     """
 
     num_prefix_positions: int = 1
-    tied: ClassVar[Mapping[str, str]] = names_of.TIED
-    parts: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "timm": ("visual_encoder.", "model.vit_pretrained"),
-        "bert": ("text_decoder.", "model.text_pretrained"),
-    }
+    tied = names_of.TIED
+    parts = PARTS
 
     def kind(self, stored: StoredTensors) -> str:
         model_type = stored.config.get("model_type")

@@ -122,7 +122,6 @@ def _check_free(folder: Path, overwrite: bool) -> None:
 def transformers_config(geometry: BlipGeometry, token_ids: tuple[int, int, int] = TOKEN_IDS) -> dict[str, Any]:
     """config.json for `BlipForConditionalGeneration`; whatever has a default that differs from BLIP is written out."""
     start, end, padding = token_ids
-    shared = {"hidden_act": "gelu", "initializer_range": 0.02}
     return {
         "architectures": ["BlipForConditionalGeneration"],
         "model_type": "blip",
@@ -135,13 +134,14 @@ def transformers_config(geometry: BlipGeometry, token_ids: tuple[int, int, int] 
         "vision_config": {
             "model_type": "blip_vision_model",
             **{key: getattr(geometry, name) for name, key in VISION_KEYS.items()},
-            **shared,
+            "hidden_act": "gelu",
             "attention_dropout": 0.0,
+            "initializer_range": 0.02,
         },
         "text_config": {
             "model_type": "blip_text_model",
-            **{key: getattr(geometry, key) for key in sorted(TEXT_KEYS)},
-            **shared,
+            **{key: getattr(geometry, key) for key in TEXT_KEYS},
+            "hidden_act": "gelu",
             "encoder_hidden_size": geometry.vision_width,
             "is_decoder": True,
             "use_cache": True,

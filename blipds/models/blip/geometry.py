@@ -1,8 +1,7 @@
 """The sizes and constants of a captioner: of a built model, of a transformers config, and where the two differ."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from math import isqrt
 from typing import Any
 
 from timm.layers import Mlp
@@ -10,6 +9,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
 from blipds.errors import UserError
+from blipds.models.blip.text_decoder import TextConfig
 from blipds.models.vision import layer_norm_eps
 
 ORIGINAL_VISION_EPS = 1e-6
@@ -22,11 +22,12 @@ FREE_FIELDS = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
     "label_smoothing",
+    "initializer_range",
 )
 
 
 @dataclass(frozen=True)
-class BlipGeometry:
+class BlipGeometry(TextConfig):
     """All sizes and constants that transformers' BLIP needs to compute what our model computes; defaults: BLIP base."""
 
     image_size: int = 384
@@ -36,20 +37,11 @@ class BlipGeometry:
     vision_heads: int = 12
     vision_mlp_dim: int = 3072
     vision_eps: float = ORIGINAL_VISION_EPS
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    vocab_size: int = 30524
-    max_position_embeddings: int = 512
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
     label_smoothing: float = 0.1
     vision_features: tuple[str, ...] = ()  # what transformers' BLIP lacks: "layer scale", "4 register tokens", ...
 
 
-# What the vision_config of a config.json calls them; its text_config has the names above.
+# What a config.json calls them in its vision_config, and in its text_config.
 VISION_KEYS = {
     "image_size": "image_size",
     "patch_size": "patch_size",
@@ -59,7 +51,7 @@ VISION_KEYS = {
     "vision_mlp_dim": "intermediate_size",
     "vision_eps": "layer_norm_eps",
 }
-TEXT_KEYS = {field.name for field in fields(BlipGeometry)} - {*VISION_KEYS, "vision_features"}
+TEXT_KEYS = [*(field.name for field in fields(TextConfig)), "label_smoothing"]
 # transformers' defaults where they are not BLIP's
 THEIR_DEFAULTS = {
     "num_attention_heads": 8,
@@ -89,34 +81,6 @@ def geometry_from_transformers_config(config: Mapping[str, Any]) -> BlipGeometry
     return BlipGeometry(**stated)
 
 
-def published_geometry(shapes: Mapping[str, tuple[int, ...]]) -> BlipGeometry | None:
-    """BLIP base or large, at any image size, by the shapes of its tensors; None for anything else.
-
-    Heads show in no tensor: those of a ViT of these widths and of a bert-base are known.
-    """
-    positions = shapes.get("visual_encoder.pos_embed", ())
-    patches = shapes.get("visual_encoder.patch_embed.proj.weight")
-    words = shapes.get("text_decoder.bert.embeddings.word_embeddings.weight")
-    if len(positions) != 3 or words != (30524, 768):
-        return None
-    heads = {(768, 12): 12, (1024, 24): 16}
-    width, depth = positions[2], _count_layers(shapes, "visual_encoder.blocks.")
-    layers = _count_layers(shapes, "text_decoder.bert.encoder.layer.")
-    if (width, depth) not in heads or patches != (width, 3, 16, 16) or layers != 12:
-        return None
-    return BlipGeometry(
-        image_size=16 * isqrt(positions[1] - 1),
-        vision_width=width,
-        vision_depth=depth,
-        vision_heads=heads[width, depth],
-        vision_mlp_dim=4 * width,
-    )
-
-
-def _count_layers(names: Iterable[str], prefix: str) -> int:
-    return len({name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)})
-
-
 def stated_vision_eps(config: Mapping[str, Any]) -> tuple[float, str]:
     """The vision LayerNorm epsilon of a transformers config.json, and a line that says why it is this one."""
     vision = config.get("vision_config")
@@ -143,7 +107,7 @@ def geometry_of(model: Any) -> BlipGeometry:
         vision_eps=layer_norm_eps(vit) or ORIGINAL_VISION_EPS,
         vision_features=tuple(features),
         label_smoothing=model.label_smoothing,
-        **{key: getattr(text, key) for key in TEXT_KEYS - {"label_smoothing"}},
+        **asdict(text),
     )
 
 

@@ -19,7 +19,7 @@ VIT_ONLY = ("head.*", "head_dist.*", "pre_logits.*", "attn_pool.*", "fc_norm.*",
 BERT_ONLY = ("*pooler.*", "cls.seq_relationship.*", "*embeddings.token_type_embeddings.*")
 BUFFERS = ("*.position_ids", "position_ids")
 
-# Parts of names, ours and those of transformers' BLIP; the text decoder's are the same.
+# Parts of the image encoder's names, ours and those of transformers' BLIP.
 RENAMED = (
     ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
     ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
@@ -34,15 +34,15 @@ RENAMED = (
 
 
 def from_transformers_name(name: str) -> str:
-    """Our name of a parameter of `BlipForConditionalGeneration`."""
-    for ours, theirs in RENAMED:
+    """Our name of a parameter of `BlipForConditionalGeneration`; other names stay."""
+    for ours, theirs in RENAMED if name.startswith("vision_model.") else ():
         name = name.replace(theirs, ours)
     return name
 
 
 def to_transformers_name(name: str) -> str:
     """The inverse."""
-    for ours, theirs in RENAMED:
+    for ours, theirs in RENAMED if name.startswith("visual_encoder.") else ():
         name = name.replace(ours, theirs)
     return name
 
