@@ -276,11 +276,11 @@ class EvalLoader:
             pin_memory=torch.cuda.is_available(),
         )
 
-    def collate(self, found: Sequence[tuple[int, Tensor | None, str | None]]) -> EvalBatch:
-        readable = [(index, image) for index, image, _ in found if image is not None]
+    def collate(self, found: Sequence[tuple[int, Sample]]) -> EvalBatch:
+        readable = [(index, sample.image) for index, sample in found if sample.image is not None]
         given: list[Tensor | None] = [image for _, image in readable]
         images = stack(given or [None], self.dataset.image_processor, self.dataset.features)
-        errors = [error for _, _, error in found if error is not None]
+        errors = [sample.error for _, sample in found if sample.error is not None]
         return EvalBatch(images, [index for index, _ in readable], errors)
 
     def __len__(self) -> int:
@@ -290,9 +290,9 @@ class EvalLoader:
         return received(iter(self.loader))
 
 
-class IndexedImages(Dataset[tuple[int, Tensor | None, str | None]]):
+class IndexedImages(Dataset[tuple[int, Sample]]):
     def __init__(self, dataset: CaptionDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str | None]:
-        return index, *self.dataset.image(index)
+    def __getitem__(self, index: int) -> tuple[int, Sample]:
+        return index, self.dataset.image(index)

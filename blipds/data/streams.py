@@ -12,7 +12,6 @@ import random
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -22,18 +21,18 @@ from itertools import groupby, islice
 from math import gcd
 from operator import itemgetter
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 from PIL import Image
 
 from blipds.config.sections import Config
 from blipds.data.annotations import Record, RecordBuilder, expand_braces
-from blipds.data.datasets import Sample, build_processors, caption_groups, is_stream, make_sample, read_pixels
+from blipds.data.datasets import Sample, build_processors, caption_groups, is_stream, read_sample
 from blipds.data.layouts import canonical_split, sample_entry
 from blipds.data.loader import Key, RankShare, TrainLoader, derive_seed
 from blipds.data.processors import ImageProcessor, Shrink, load_image
-from blipds.data.shards import ShardSample, keyed_members, samples_of, take_member
+from blipds.data.shards import ShardSample, keyed_members, open_tar, samples_of, take_member
 from blipds.data.sources import is_image
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
@@ -63,6 +62,7 @@ class StreamedImage:
 StreamSample = tuple[Record, tuple[int, ...]]  # an image, and which of its captions
 
 
+@dataclass
 class CaptionStream:
     """A dataset of tar shards that are read from start to end.
 
@@ -71,26 +71,18 @@ class CaptionStream:
     Raises UserError for addresses that cannot be streamed, and later for what breaks for good.
     """
 
-    def __init__(
-        self,
-        name: str,
-        storages: Sequence[str],
-        image_processor: ImageProcessor,
-        text_processor: Callable[[str], str],
-        captions_per_image: int | str,
-        shuffle_buffer: int,
-        say: Callable[[str], None],
-        splits: Sequence[str] = ("train",),
-    ) -> None:
-        self.name = name
-        self.shards = [shard for storage in storages for shard in shards_of(storage)]
-        self.image_processor = image_processor
-        self.features = None  # a stream gives pixels
-        self.text_processor = text_processor
-        self.captions_per_image = captions_per_image
-        self.shuffle_buffer = shuffle_buffer
-        self.say = say
-        self.splits = [canonical_split(split) for split in splits]
+    name: str
+    storages: Sequence[str]
+    image_processor: ImageProcessor
+    text_processor: Callable[[str], str]
+    captions_per_image: int | str
+    shuffle_buffer: int
+    say: Callable[[str], None]
+    splits: Sequence[str] = ("train",)
+    features: ClassVar[None] = None  # a stream gives pixels
+
+    def __post_init__(self) -> None:
+        self.shards = [shard for storage in self.storages for shard in shards_of(storage)]
         self.said: set[str] = set()
 
     def share(self, rank: int, world_size: int) -> Iterator[StreamSample]:
@@ -119,7 +111,7 @@ class CaptionStream:
             except UserError as error:
                 self.note(shard, "captions that cannot be read", str(error))
                 continue
-            if entry.split not in (None, *self.splits):
+            if entry.split not in (None, *map(canonical_split, self.splits)):
                 self.note(shard, "images of other splits", place)
                 continue
             builder = RecordBuilder()
@@ -136,27 +128,25 @@ class CaptionStream:
         """The samples of a shard with the bytes of their images. Members of one key stand together, as WebDataset's."""
         left_out = partial(self.note, shard)
         lone: dict[str, bool] = {}  # keys with an image or captions only: whether it is the image
-        try:
-            with closing(pieces_of(shard)) as pieces, open_tar(pieces) as tar:
-                for key, members in groupby(keyed_members(tar, left_out), key=itemgetter(0)):
-                    names: dict[str, ShardSample] = {}
-                    data: dict[str, bytes] = {}
-                    for _, member in members:
-                        take_member(tar, member, names, left_out)
-                        if is_image(member.name) and (file := tar.extractfile(member)):
-                            data[member.name] = file.read()
-                    captioned = any(sample.text is not None or sample.json is not None for sample in names.values())
-                    if names and captioned != bool(data) and lone.setdefault(key, bool(data)) != bool(data):
-                        raise UserError(
-                            f"{shard}: image and captions of '{key}' do not stand together, which a stream needs: pack "
-                            "it with tar --sort=name, or give the tar as a file"
-                        )
-                    for sample in samples_of(key, names, left_out):
-                        yield sample, data[sample.image]
-        except UserError:  # of the pieces
-            raise
-        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-            raise UserError(f"{shard} is damaged or no tar file: {' '.join(str(error).split())}") from error
+        with (
+            closing(pieces_of(shard)) as pieces,
+            open_tar(shard, fileobj=Pieces(pieces), mode="r|*", bufsize=PIECE) as tar,  # compressed or not
+        ):
+            for key, members in groupby(keyed_members(tar, left_out), key=itemgetter(0)):
+                names: dict[str, ShardSample] = {}
+                data: dict[str, bytes] = {}
+                for _, member in members:
+                    take_member(tar, member, names, left_out)
+                    if is_image(member.name) and (file := tar.extractfile(member)):
+                        data[member.name] = file.read()
+                captioned = any(sample.text is not None or sample.json is not None for sample in names.values())
+                if names and captioned != bool(data) and lone.setdefault(key, bool(data)) != bool(data):
+                    raise UserError(
+                        f"{shard}: image and captions of '{key}' do not stand together, which a stream needs: pack it "
+                        "with tar --sort=name, or give the tar as a file"
+                    )
+                for sample in samples_of(key, names, left_out):
+                    yield sample, data[sample.image]
 
     def note(self, shard: str, what: str, first: str) -> None:
         if what not in self.said:
@@ -165,9 +155,7 @@ class CaptionStream:
 
     def sample(self, which: StreamSample, seed: int) -> Sample:
         """What a worker makes of a sample: the image augmented by a random state that `seed` alone decides."""
-        record, captions = which
-        pixels = read_pixels(record.image, self.image_processor, seed)
-        return make_sample(record, captions, self.text_processor, *pixels)
+        return read_sample(*which, self.image_processor, self.text_processor, seed)
 
 
 class StreamBatches:
@@ -300,7 +288,7 @@ def piped(command: str) -> Generator[bytes, None, None]:
 
 
 class Pieces:
-    """Pieces of bytes as what tarfile reads a stream from."""
+    """Pieces of bytes as what tarfile reads a stream from: all that it calls is read()."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self.pieces = pieces
@@ -311,23 +299,6 @@ class Pieces:
             self.rest += piece
         taken, self.rest = self.rest[:size], self.rest[size:]
         return taken
-
-
-class StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a damaged header for the end of the archive."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> "StrictTarInfo":
-        try:
-            return super().fromtarfile(tar)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError(f"{error} at byte {tar.offset}") from error
-
-
-def open_tar(pieces: Iterator[bytes]) -> tarfile.TarFile:
-    """Compressed or not; several archives one after the other, as `cat` joins them, are read as one."""
-    file: Any = Pieces(pieces)  # all that tarfile calls of a stream is read()
-    return tarfile.open(fileobj=file, mode="r|*", bufsize=PIECE, tarinfo=StrictTarInfo, ignore_zeros=True)
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
