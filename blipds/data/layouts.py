@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from blipds.data.shards import TEXTS, ShardSample, shard_index
-from blipds.data.sources import ImageFolder, ImageSource, ShardImage, files_in, is_image, passed_over, unread_suffix
+from blipds.data.sources import ImageFile, ImageFolder, ImageSource, files_in, is_image, passed_over, unread_suffix
 from blipds.errors import UserError
 
 KINDS = (
@@ -423,8 +423,7 @@ def shard_entries(shard: Path, split: str | None, cache: Path | None, notices: l
     samples, left_out = shard_index(shard, cache)
     notices += left_out
     for sample in samples:
-        source = ShardImage(str(shard), sample.image, sample.offset, sample.size)
-        entry = sample_entry(sample, source)
+        entry = sample_entry(sample, ImageFile(shard, sample.image, sample.offset, sample.size))
         yield replace(entry, split=entry.split or split)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from blipds.data.caption_rows import CaptionRows, caption_rows
 from blipds.data.datasets import CaptionDataset, Sample
@@ -159,19 +159,18 @@ class RankShare:
         return self.samples * self.world_size
 
 
-class RankBatches(Protocol):
+class RankBatches(Sampler[list[Any]]):
     """The micro-batches of one rank, as lists of keys, from a step of an epoch on; its length: steps in an epoch."""
 
-    share: RankShare
-    epoch: int
-    first_step: int
+    def __init__(self, share: RankShare) -> None:
+        self.share = share
+        self.epoch, self.first_step = 0, 0
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
-    def __iter__(self) -> Iterator[list[Any]]: ...
 
-
-class EpochBatches:
+class EpochBatches(RankBatches):
     """Each rank's share of every global batch of an `EpochOrder`.
 
     The last global batch of an epoch is completed with fillers that carry no label, so that every pair counts exactly
@@ -179,9 +178,8 @@ class EpochBatches:
     """
 
     def __init__(self, order: EpochOrder, share: RankShare) -> None:
+        super().__init__(share)
         self.order = order
-        self.share = share
-        self.epoch, self.first_step = 0, 0
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.share.global_batch)

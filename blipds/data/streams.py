@@ -30,7 +30,7 @@ from blipds.config.sections import Config
 from blipds.data.annotations import Record, RecordBuilder, expand_braces
 from blipds.data.datasets import Sample, build_processors, caption_groups, is_stream, read_sample
 from blipds.data.layouts import canonical_split, sample_entry
-from blipds.data.loader import Key, RankShare, TrainLoader, derive_seed
+from blipds.data.loader import Key, RankBatches, RankShare, TrainLoader, derive_seed
 from blipds.data.processors import ImageProcessor, Shrink, load_image
 from blipds.data.shards import ShardSample, keyed_members, open_tar, samples_of, take_member
 from blipds.data.sources import is_image
@@ -128,8 +128,9 @@ class CaptionStream:
         """The samples of a shard with the bytes of their images. Members of one key stand together, as WebDataset's."""
         left_out = partial(self.note, shard)
         lone: dict[str, bool] = {}  # keys with an image or captions only: whether it is the image
+        content = piped(shard.removeprefix("pipe:")) if shard.startswith("pipe:") else download.stream(shard)
         with (
-            closing(pieces_of(shard)) as pieces,
+            closing(content) as pieces,
             open_tar(shard, fileobj=Pieces(pieces), mode="r|*", bufsize=PIECE) as tar,  # compressed or not
         ):
             for key, members in groupby(keyed_members(tar, left_out), key=itemgetter(0)):
@@ -158,7 +159,7 @@ class CaptionStream:
         return read_sample(*which, self.image_processor, self.text_processor, seed)
 
 
-class StreamBatches:
+class StreamBatches(RankBatches):
     """The micro-batches of one rank: one epoch without an end.
 
     Pass p of a rank is in an order that `seed`, p and the rank decide, so that a resumed run comes to where it was by
@@ -166,10 +167,9 @@ class StreamBatches:
     """
 
     def __init__(self, stream: CaptionStream, share: RankShare, seed: int) -> None:
+        super().__init__(share)
         self.stream = stream
-        self.share = share
         self.seed = seed
-        self.epoch, self.first_step = 0, 0
 
     def __len__(self) -> int:
         return ENDLESS
@@ -262,10 +262,6 @@ def shards_of(storage: str) -> list[str]:
     if suffix in ANNOTATIONS:
         raise UserError(f"{storage}: only tar shards can be streamed; download it, and give the path of the file")
     return expand_braces(storage)
-
-
-def pieces_of(shard: str) -> Generator[bytes, None, None]:
-    return piped(shard.removeprefix("pipe:")) if shard.startswith("pipe:") else download.stream(shard)
 
 
 def piped(command: str) -> Generator[bytes, None, None]:
