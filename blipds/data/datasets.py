@@ -92,7 +92,7 @@ class CaptionDataset(Dataset[Sample]):
 def caption_groups(record: Record, captions_per_image: int | str) -> list[tuple[int, ...]]:
     """The captions of an image, those of a sample together."""
     captions = range(len(record.captions))
-    size = len(captions) if captions_per_image == "all" else int(captions_per_image)
+    size = max(len(captions), 1) if captions_per_image == "all" else int(captions_per_image)
     return [tuple(captions[k : k + size]) for k in range(0, len(captions), size)]
 
 

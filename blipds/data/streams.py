@@ -98,31 +98,25 @@ class CaptionStream:
 
     def samples(self, shards: Iterable[str]) -> Iterator[StreamSample]:
         for shard in shards:
-            for record in self.records(shard):
+            for sample, data in self.read(shard):
+                place = f"{shard}/{sample.image}"
+                try:
+                    entry = sample_entry(sample, StreamedImage(place, data))
+                except UserError as error:
+                    self.note(shard, "captions that cannot be read", str(error))
+                    continue
+                if entry.split not in (None, *map(canonical_split, self.splits)):
+                    self.note(shard, "images of other splits", place)
+                    continue
+                builder = RecordBuilder()
+                builder.add(entry)
+                (record,) = builder.annotations().records
+                if builder.blank:
+                    self.note(shard, "captions without a word", place)
+                if not record.captions:
+                    self.note(shard, "images without a caption beside them", place)
                 for captions in caption_groups(record, self.captions_per_image):
                     yield record, captions
-
-    def records(self, shard: str) -> Iterator[Record]:
-        """The images of a shard that have captions."""
-        for sample, data in self.read(shard):
-            place = f"{shard}/{sample.image}"
-            try:
-                entry = sample_entry(sample, StreamedImage(place, data))
-            except UserError as error:
-                self.note(shard, "captions that cannot be read", str(error))
-                continue
-            if entry.split not in (None, *map(canonical_split, self.splits)):
-                self.note(shard, "images of other splits", place)
-                continue
-            builder = RecordBuilder()
-            builder.add(entry)
-            (record,) = builder.annotations().records
-            if builder.blank:
-                self.note(shard, "captions without a word", place)
-            if record.captions:
-                yield record
-            else:
-                self.note(shard, "images without a caption beside them", place)
 
     def read(self, shard: str) -> Iterator[tuple[ShardSample, bytes]]:
         """The samples of a shard with the bytes of their images. Members of one key stand together, as WebDataset's."""
@@ -315,29 +309,26 @@ def shuffled(items: Iterable[T], size: int, generator: random.Random) -> Iterato
 
 
 def read_ahead(items: Iterator[T], count: int) -> Iterator[T]:
-    """The same items, taken `count` ahead in a thread; what it raises is raised here."""
-    found: queue.Queue[tuple[list[T], BaseException | None]] = queue.Queue(count)
+    """The same items, none of them None, taken `count` ahead in a thread; what it raises is raised here."""
+    found: queue.Queue[T | BaseException | None] = queue.Queue(count)
     left = threading.Event()
 
     def run() -> None:
         try:
             for item in items:
-                found.put(([item], None))
+                found.put(item)
                 if left.is_set():
                     return
-            found.put(([], None))
+            found.put(None)
         except BaseException as error:
-            found.put(([], error))
+            found.put(error)
 
     threading.Thread(target=run, name="stream", daemon=True).start()
     try:
-        while True:
-            item, error = found.get()
-            if error is not None:
-                raise error
-            if not item:
-                return
-            yield from item
+        while (item := found.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
     finally:
         left.set()
         while not found.empty():  # makes room for the item that the thread may be waiting with
