@@ -34,7 +34,7 @@ def heat_maps(
     tokenizer = evaluator.captioner.tokenizer
     found = {}
     for image_id, caption in tqdm(captions.items(), desc=f"attention {evaluator.split}", unit="image", disable=None):
-        image, _ = evaluator.dataset.image(places[image_id])
+        image = evaluator.dataset.image(places[image_id]).image
         if image is not None:
             pixel_values = stack([image], evaluator.dataset.image_processor).to(device, torch.float32)
             found[image_id] = word_maps(model, tokenizer, pixel_values, caption)
