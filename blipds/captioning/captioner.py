@@ -57,20 +57,10 @@ class Captioner:
 
     @classmethod
     def from_config(cls, config: Config, num_captions: int = 1) -> "Captioner":
-        run = config.run
-        generation = GenerationConfig(
-            num_beams=run.num_beams,
-            max_len=run.max_len,
-            min_len=run.min_len,
-            length_penalty=run.length_penalty,
-            repetition_penalty=run.repetition_penalty,
-            use_nucleus_sampling=run.use_nucleus_sampling,
-            top_p=run.top_p,
-            temperature=run.temperature,
-            num_captions=num_captions,
-        )
+        names = [field.name for field in fields(GenerationConfig) if field.name != "num_captions"]
+        generation = GenerationConfig(num_captions=num_captions, **{name: getattr(config.run, name) for name in names})
         tokenizer = CaptionTokenizer(config.model.tokenizer, config.model.prompt, config.model.max_txt_len)
-        return cls(tokenizer, generation, run.seed)
+        return cls(tokenizer, generation, config.run.seed)
 
     def caption(
         self, model: CaptioningModel, images: dict[str, Tensor], names: Sequence[object], lockstep: bool = False
@@ -130,15 +120,14 @@ class CaptionModel:
 
     def settings(self) -> dict[str, Any]:
         """All that captions depend on beside the images, as JSON."""
-        processor, tokenizer, decoding = self.image_processor, self.captioner.tokenizer, self.captioner.generation
-        seed = {"seed": self.captioner.seed} if decoding.use_nucleus_sampling else {}
+        decoding = self.captioner.generation
         return {
             "weights": self.weights,
             "precision": str(self.dtype).removeprefix("torch."),
-            "prompt": tokenizer.prompt,
+            "prompt": self.captioner.tokenizer.prompt,
             **asdict(decoding),
-            **seed,
-            "images": repr(processor),
+            **({"seed": self.captioner.seed} if decoding.use_nucleus_sampling else {}),
+            "images": repr(self.image_processor),
         }
 
 
@@ -154,11 +143,11 @@ class CaptionRecipe:
     def with_decoding(self, **given: Any) -> "CaptionRecipe":
         """The same with values of `run` and `model` keys that are not None; UserError as in a run config."""
         names = {field.name for field in fields(RunConfig)}
-        wanted = {key: value for key, value in given.items() if value is not None}
-        run = replace(self.config.run, **{key: value for key, value in wanted.items() if key in names})
-        model = replace(self.config.model, **{key: value for key, value in wanted.items() if key not in names})
+        run = {key: value for key, value in given.items() if value is not None and key in names}
+        model = {key: value for key, value in given.items() if value is not None and key not in names}
         # datasets are left out: what they say about prompts is about their training
-        return replace(self, config=Config(model=model, run=run, env=self.config.env))
+        config = Config(replace(self.config.model, **model), run=replace(self.config.run, **run), env=self.config.env)
+        return replace(self, config=config)
 
 
 def load_caption_model(

@@ -297,9 +297,8 @@ def start_block(
     run, model, ranks = config.run, config.model, distributed.world_size()
     parameters = f"{sizes['parameters']:,} parameters, and {sizes['frozen_parameters']:,} frozen"
     images = run.batch_size_train * run.accum_grad_iters * ranks
-    batch = (
-        f"{run.batch_size_train} micro x {run.accum_grad_iters} accumulated x {ranks} ranks = {images} images a step"
-    )
+    micro = f"{run.batch_size_train} micro x {run.accum_grad_iters} accumulated"
+    batch = f"{micro} x {ranks} ranks = {images} images a step"
     length = "a stream"
     if samples:
         captions = sizes["captions"]
