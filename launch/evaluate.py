@@ -26,7 +26,7 @@ from blipds.engine import DTYPES
 from blipds.evaluation.evaluator import evaluate_checkpoint, read_cider_corpus
 from blipds.models.weights import find_checkpoint, initial_weights
 from blipds.monitor import Monitor, NullMonitor
-from blipds.report import machine_facts
+from blipds.report.machine import machine_facts
 from blipds.scoring.metrics import METRICS, Scores
 from blipds.scoring.published import published, table
 from blipds.training import building

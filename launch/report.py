@@ -22,7 +22,8 @@ from blipds.errors import UserError
 from blipds.evaluation.evaluator import Evaluator, load_model
 from blipds.evaluation.heat_maps import heat_maps
 from blipds.models.weights import find_checkpoint
-from blipds.report import REPORT, HeatMap, shown_captions, write_report
+from blipds.report.gallery import HeatMap
+from blipds.report.page import REPORT, shown_captions, write_report
 from blipds.training import building
 
 

@@ -29,7 +29,8 @@ from blipds.models.parameters import copy_into
 from blipds.models.protocol import CaptioningModel, keep_activations
 from blipds.models.weights import load_weights, open_weights
 from blipds.monitor import Monitor
-from blipds.report import Shown, write_cider
+from blipds.report.gallery import Shown
+from blipds.report.run_files import write_cider
 from blipds.scoring.metrics import METRICS, Captions, Scores
 from blipds.scoring.process import Scoring, ScoringTask
 
@@ -69,7 +70,6 @@ class Evaluator:
         self.unscored = ""  # why its captions are not scored
         if references is None:
             self.unscored = "no references" if run.report_metric else "run.report_metric is false"
-        self.tokenized: Captions = {}  # the references' tokens, once there has been an evaluation
         if references is not None:
             ids = [str(record.image_id) for record in dataset.records]
             if unknown := [image_id for image_id in ids if not references.captions.get(image_id)]:
@@ -135,7 +135,6 @@ class Evaluator:
                 {image_id: candidates[image_id] for image_id in ids},
                 {image_id: self.references.captions[image_id] for image_id in ids},
                 metrics,
-                self.tokenized,
                 cider_corpus or {},
             )
             for name, ids in parts.items()

