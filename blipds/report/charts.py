@@ -49,9 +49,10 @@ def chart(
     `epoch_ends`: (epoch from 1, its last step). `best`: the point to mark. Points that are not finite are left out.
     """
     finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in curves.items()}
-    values = {name: [value for _, value in points] for name, points in finite.items() if points}
-    if not values:
+    finite = {name: points for name, points in finite.items() if points}
+    if not finite:
         return None
+    values = {name: [value for _, value in points] for name, points in finite.items()}
     scale = ticks(0.0 if from_zero else min(map(min, values.values())), max(map(max, values.values())))
 
     def mark(step: float, value: float, label: str) -> Mark:
@@ -66,7 +67,10 @@ def chart(
             f"{name} from {found[0]:.4g} to {found[-1]:.4g}, lowest {min(found):.4g}, highest {max(found):.4g}"
             for name, found in values.items()
         ),
-        {name: [mark(x, y, f"{name} {y:.4g} at step {x:,.0f}") for x, y in thinned(finite[name])] for name in values},
+        {
+            name: [mark(x, y, f"{name} {y:.4g} at step {x:,}") for x, y in points[:: -(-len(points) // MOST_POINTS)]]
+            for name, points in finite.items()
+        },
         dots,
         x_ticks=[mark(tick, scale[0], short(tick)) for tick in ticks(0, last_step) if tick <= last_step],
         y_ticks=[mark(0, tick, f"{tick:.4g}") for tick in scale],
@@ -84,13 +88,6 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [index * step for index in range(first, last + 1)]
-
-
-def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most `most` points, each the mean of neighbours."""
-    size = math.ceil(len(points) / most)
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
 def short(step: float) -> str:
