@@ -7,6 +7,8 @@ import atexit
 import os
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -198,8 +200,14 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def raise_together(error: UserError | None) -> None:
-    """Raises the first rank's error on every rank: those without one would wait for the others. Collective."""
+@contextmanager
+def raising_together() -> Iterator[None]:
+    """A UserError in its block is raised on every rank: those without one would wait for the others. Collective."""
+    error = None
+    try:
+        yield
+    except UserError as own:
+        error = own
     for failed in gather(error):
         if failed is not None:
             raise failed

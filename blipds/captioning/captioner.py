@@ -171,8 +171,7 @@ def caption_recipe(location: str, cfg_path: Path | None, options: Sequence[str])
     transformers folder or hub name, a .pth of `launch/export.py`, BLIP's and LAVIS's own base and large. UserError
     where nothing states the geometry.
     """
-    run_dir = run_directory(user_path(location))
-    if cfg_path is None and run_dir is not None:
+    if cfg_path is None and (run_dir := run_directory(user_path(location))):
         cfg_path = run_dir / "config.yaml"
     if cfg_path is not None:
         config, _ = load_run_config(cfg_path, options)
@@ -181,9 +180,8 @@ def caption_recipe(location: str, cfg_path: Path | None, options: Sequence[str])
         return CaptionRecipe(stored, config, image_processor_of(config), partial(build_model, config.model))
     if options:
         raise UserError("--options change a run config, and there is none: give --cfg-path too")
-    config = Config()
-    stored = open_weights(location, user_path(config.env.cache_root))
-    found = next((found for name in ARCHS.names() if (found := ARCHS[name]().describe(stored)) is not None), None)
+    stored = open_weights(location, user_path(Config().env.cache_root))
+    found = next(filter(None, (ARCHS[name]().describe(stored) for name in ARCHS.names())), None)
     if found is None:
         raise UserError(
             f"--checkpoint {location}: nothing beside it or in it says how its model is built, and it is neither BLIP "
@@ -200,16 +198,12 @@ def caption_recipe(location: str, cfg_path: Path | None, options: Sequence[str])
 
 def image_processor_of(config: Config) -> ImageProcessor:
     """The evaluation processor that all datasets of a config share. UserError where their mean or std differ."""
-    if not config.datasets:
-        return BlipImageEval(config.model.image_size)
-    processors = [
-        build_image_processor(dataset.vis_processor.eval, config.model.image_size)
-        for dataset in config.datasets.values()
-    ]
+    size, datasets = config.model.image_size, config.datasets.values()
+    processors = [build_image_processor(dataset.vis_processor.eval, size) for dataset in datasets]
     statistics = {(processor.mean, processor.std) for processor in processors}
     if len(statistics) > 1:
         raise UserError(f"the datasets normalise images with different mean and std ({statistics}); one must be chosen")
-    return processors[0]
+    return processors[0] if processors else BlipImageEval(size)
 
 
 def run_directory(checkpoint: Path) -> Path | None:

@@ -57,16 +57,11 @@ class Scoring:
 
     def scores(self) -> list[Scores]:
         """One for each task; waits for them. If the process died, that is the reason why metrics are missing."""
-        status = self._process.wait()
-        try:
-            answers = json.loads(_content(self._answers)) if status == 0 else None
-        except ValueError:
-            answers = None
-        if answers is None:
+        if status := self._process.wait():
             last = (_content(self._complaints).decode(errors="replace").strip().splitlines() or [""])[-1]
             reason = f"the scoring process ended with status {status}{last and ': '}{last}"
             return [Scores(missing=dict.fromkeys(task.metrics, reason)) for task in self.tasks]
-        return [Scores(**answer) for answer in answers]
+        return [Scores(**answer) for answer in json.loads(_content(self._answers))]
 
 
 def _content(file: IO[bytes]) -> bytes:

@@ -63,15 +63,11 @@ def my_share(store: EmbedStore) -> list[int]:
     """
     folder = store.rows_path.parent
     token = folder / f"{distributed.broadcast(uuid.uuid4().hex)}.tmp"
-    error: UserError | None = None
-    if distributed.local_rank() == 0:
-        try:
+    with distributed.raising_together():
+        if distributed.local_rank() == 0:
             store.allocate()
-            if distributed.is_main():
-                token.touch()
-        except UserError as refused:
-            error = refused
-    distributed.raise_together(error)
+        if distributed.is_main():
+            token.touch()
     one_folder = all(distributed.gather(token.exists()))
     if distributed.is_main():
         token.unlink()
@@ -97,15 +93,12 @@ def fill(
     """
     loader = EvalLoader(dataset, missing, batch_size=run.batch_size_eval, num_workers=run.num_workers)
     shown = None if distributed.is_main() and missing else True
-    error: UserError | None = None
-    with tqdm(desc=f"features of {dataset.name}", total=len(missing), unit="image", leave=False, disable=shown) as bar:
-        for batch in loader:
+    with distributed.raising_together():
+        for batch in tqdm(loader, desc=f"features of {dataset.name}", unit="batch", leave=False, disable=shown):
             if batch.indices:
+                pixel_values = batch.images.model_inputs(engine.device, engine.dtype)["pixel_values"]
                 try:
-                    pixel_values = batch.images.model_inputs(engine.device, engine.dtype)["pixel_values"]
                     store.write(batch.indices, encoder(pixel_values))
-                except OSError as failed:
-                    error = UserError(f"model.cache_image_embeds: cannot write to {store.rows_path}: {failed}")
-                    break
-            bar.update(len(batch.indices) + len(batch.errors))
-    distributed.raise_together(error)
+                except OSError as error:
+                    place = f"model.cache_image_embeds: cannot write to {store.rows_path}"
+                    raise UserError(f"{place}: {error}") from error
