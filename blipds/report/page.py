@@ -61,18 +61,11 @@ def write_report(
 
 def page(run_dir: Path, splits: Sequence[Shown], heat_maps: Mapping[str, Mapping[str, Sequence[HeatMap]]]) -> str:
     """The report's HTML. All that comes from files is escaped by the template; script and style are known by hash."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import StrictUndefined, Template
 
-    environment = Environment(
-        loader=PackageLoader("blipds.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["weights"] = weights_of
-    folder = Path(__file__).parent
-    style, script = (folder / "page.css").read_text("utf-8"), (folder / "page.js").read_text("utf-8")
+    names = ("page.html", "page.css", "page.js")
+    html, style, script = (Path(__file__).with_name(name).read_text("utf-8") for name in names)
+    template = Template(html, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     lines = read_lines(run_dir)
     config, _ = load_run_config(run_dir / "config.yaml")
     evaluations = by_split(of_kind(lines, "eval"))
@@ -81,7 +74,7 @@ def page(run_dir: Path, splits: Sequence[Shown], heat_maps: Mapping[str, Mapping
         for shown in splits
         if (evaluation := shown_evaluation(run_dir, shown, evaluations.get(shown.split)))
     ]
-    return environment.get_template("page.html").render(
+    return template.render(
         style=style,
         script=script,
         style_hash=csp(style),
@@ -93,6 +86,7 @@ def page(run_dir: Path, splits: Sequence[Shown], heat_maps: Mapping[str, Mapping
         charts=charts_of(lines, evaluations),
         width=WIDTH,
         height=HEIGHT,
+        weights=weights_of,
         tables=[table_of(split, rows) for split, rows in evaluations.items()],
         galleries=galleries,
         facts=facts(run_dir, config, lines, splits),
@@ -108,9 +102,6 @@ def csp(text: str) -> str:
 
 def read_text(path: Path) -> str | None:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
-
-
-# --- head
 
 
 def tiles(lines: Sequence[Line], evaluations: Mapping[str, list[Line]]) -> list[tuple[str, str, str]]:
@@ -133,9 +124,6 @@ def tiles(lines: Sequence[Line], evaluations: Mapping[str, list[Line]]) -> list[
 def when(line: Line) -> str:
     """The epoch, counted from 1; the weights for an evaluation outside of training."""
     return weights_of(line) if line["epoch"] is None else f"epoch {line['epoch'] + 1}"
-
-
-# --- curves and tables
 
 
 def charts_of(lines: Sequence[Line], evaluations: Mapping[str, list[Line]]) -> list[Chart]:
@@ -176,9 +164,6 @@ def weights_of(line: Line) -> str:
     """The note of an evaluation, a path shortened to its last part."""
     what, comma, precision = str(line.get("note") or "").rpartition(", ")
     return f"{Path(what).name}{comma}{precision}"
-
-
-# --- gallery
 
 
 def gallery_of(

@@ -75,9 +75,6 @@ def read_evaluation(run_dir: Path, line: Line) -> Evaluation | None:
     return None
 
 
-# --- CIDEr of each image
-
-
 def cider_path(results: Path) -> Path:
     """<run>/results/val_epoch0.json -> <run>/scores/val_epoch0.json"""
     return results.parent.parent / "scores" / results.name

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -222,15 +223,10 @@ def build_loader(
 
 
 def build_schedule(run: RunConfig, plan: StepPlan) -> Schedule:
-    return SCHEDULES[run.lr_sched](
-        init_lr=run.init_lr,
-        max_epoch=plan.epochs,
-        total_steps=plan.total_steps,
-        min_lr=run.min_lr,
-        warmup_lr=run.warmup_lr,
-        warmup_steps=run.warmup_steps,
-        lr_decay_rate=run.lr_decay_rate,
-    )
+    """The fields of a schedule are run keys, but for how long the run is."""
+    length = {"max_epoch": plan.epochs, "total_steps": plan.total_steps}
+    values = {field.name: getattr(run, field.name) for field in fields(Schedule) if field.name not in length}
+    return SCHEDULES[run.lr_sched](**length, **values)
 
 
 def build_engine(config: Config, ds_config: Section, run_dir: Path, resumed: Path | None, monitor: Monitor) -> Engine:
@@ -319,12 +315,9 @@ def evaluators_of_run(config: Config, run_dir: Path) -> list[Evaluator]:
     UserError where the data are no longer there.
     """
     evaluated = {line["split"] for line in of_kind(read_lines(run_dir), "eval")}
-    splits = [split for dataset in config.datasets.values() for split in splits_of(dataset)]
-    captioner = Captioner.from_config(config)
-    found = []
-    for split in dict.fromkeys(splits):
-        if any(name == split or name.endswith(f"_{split}") for name in evaluated):
-            found += build_evaluators(config, [split], captioner)
+    splits = dict.fromkeys(split for dataset in config.datasets.values() for split in splits_of(dataset))
+    wanted = [split for split in splits if any(f"_{name}".endswith(f"_{split}") for name in evaluated)]
+    found = build_evaluators(config, wanted, Captioner.from_config(config))
     return [evaluator for evaluator in found if evaluator.split in evaluated]
 
 
