@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import IO
 
 from blipds.scoring.metrics import METRICS, Scores, score_captions
 from blipds.signals import leave_signals_alone
@@ -57,16 +56,14 @@ class Scoring:
 
     def scores(self) -> list[Scores]:
         """One for each task; waits for them. If the process died, that is the reason why metrics are missing."""
-        if status := self._process.wait():
-            last = (_content(self._complaints).decode(errors="replace").strip().splitlines() or [""])[-1]
+        status = self._process.wait()
+        for file in (self._answers, self._complaints):
+            file.seek(0)
+        if status:
+            last = (self._complaints.read().decode(errors="replace").strip().splitlines() or [""])[-1]
             reason = f"the scoring process ended with status {status}{last and ': '}{last}"
             return [Scores(missing=dict.fromkeys(task.metrics, reason)) for task in self.tasks]
-        return [Scores(**answer) for answer in json.loads(_content(self._answers))]
-
-
-def _content(file: IO[bytes]) -> bytes:
-    file.seek(0)
-    return file.read()
+        return [Scores(**answer) for answer in json.load(self._answers)]
 
 
 def _end_with(parent: int) -> None:

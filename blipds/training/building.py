@@ -186,7 +186,10 @@ def check_world_size(config: Config) -> None:
 
 
 def memory_warning(config: Config, ds_config: Section, device: torch.device) -> str | None:
-    """A line if the run will not fit into this rank's GPU, by launch/plan.py's forecast; nothing on CPUs."""
+    """A line if the run will not fit into this rank's GPU, by launch/plan.py's forecast.
+
+    Nothing on CPUs.
+    """
     if device.type != "cuda":
         return None
     memory = torch.cuda.get_device_properties(device).total_memory
