@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from blipds import cli, distributed
+from blipds.captioning.captioner import Captioner
 from blipds.config.sections import Config
 from blipds.errors import UserError
 from blipds.evaluation.evaluator import Evaluator, load_model
@@ -59,7 +60,7 @@ def heat_maps_of(
     if checkpoint == str(args.run):
         raise UserError(f"{args.run} has no checkpoint; give one with --checkpoint")
     device = torch.device(distributed.device_type())
-    model = load_model(config, checkpoint, device, torch.float32, print)
+    model = load_model(config, checkpoint, Captioner.from_config(config), device, torch.float32, print)
     return {
         evaluator.split: heat_maps(
             model, evaluator, shown_captions(args.run, evaluator.shown(), args.attention), device

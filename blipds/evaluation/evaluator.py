@@ -215,10 +215,16 @@ def build_evaluators(config: Config, splits: Sequence[str], captioner: Captioner
 
 
 def load_model(
-    config: Config, checkpoint: str | None, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
+    config: Config,
+    checkpoint: str | None,
+    captioner: Captioner,
+    device: torch.device,
+    dtype: torch.dtype,
+    say: Callable[[str], None],
 ) -> CaptioningModel:
-    """The model of a run config with the weights of a checkpoint, to be evaluated; None: with random weights."""
+    """The model of a run config with the weights of a checkpoint, for a captioner; None: with random weights."""
     model = build_model(config.model, keep_activations)
+    captioner.check_model(model)
     if checkpoint is None:
         initialise(model, config.run.seed, partial(copy_into, model))
     else:
@@ -246,8 +252,7 @@ def evaluate_checkpoint(
     fetch_annotations(config, splits, monitor.say)
     captioner = Captioner.from_config(config)
     evaluators = build_evaluators(config, splits, captioner)  # fails fast on what a user can mend
-    model = load_model(config, checkpoint, device, DTYPES[precision], monitor.say)
-    captioner.check_model(model)
+    model = load_model(config, checkpoint, captioner, device, DTYPES[precision], monitor.say)
     evaluations = []
     for evaluator in evaluators:
         name = evaluator.split if epoch is None else f"{evaluator.split}_epoch{epoch}"
