@@ -7,23 +7,18 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import IO
 
-from blipds.errors import UserError, nearest
+from blipds.errors import UserError
+from blipds.registry import Registry
 
-METRICS = ("Bleu", "METEOR", "ROUGE_L", "CIDEr")
-DESCRIPTIONS = {
-    "Bleu": "BLEU-1 to BLEU-4 (Papineni et al. 2002)",
-    "METEOR": "with stems, synonyms and paraphrases, by Java (Denkowski and Lavie 2014)",
-    "ROUGE_L": "longest common subsequence (Lin 2004)",
-    "CIDEr": "CIDEr-D, consensus of n-grams weighted by TF-IDF (Vedantam et al. 2015)",
-    "SPICE": "scene graphs; needs `launch/prepare_data.py spice` (Anderson et al. 2016)",
-}
+METRICS = ("Bleu", "METEOR", "ROUGE_L", "CIDEr")  # the default
+SCORERS = Registry("metric")  # each adds what it finds to the scores or raises
 FEW_IMAGES = 50  # below this, CIDEr's word weights rest on too few references to compare anything
 
 Captions = dict[str, list[str]]  # image id -> tokenized captions; one each for candidates
@@ -81,11 +76,11 @@ def score_captions(
     )
     scores.seconds["tokenization"] = time.perf_counter() - started
 
-    scorers = _SCORERS | ({"CIDEr": partial(_cider, corpus=frequencies)} if frequencies else {})
     for name in metrics:
         started = time.perf_counter()
         try:
-            scorers[name](tokenized, known, scores)
+            scorer = partial(_cider, corpus=frequencies) if name == "CIDEr" and frequencies else SCORERS[name]
+            scorer(tokenized, known, scores)
         except Exception as error:
             scores.missing[name] = _one_line(error)
         scores.seconds[name] = time.perf_counter() - started
@@ -111,8 +106,7 @@ def score_held_out_reference(references: dict[str, list[str]], metrics: Sequence
 
 def _check(candidates: dict[str, str], references: dict[str, list[str]], metrics: Sequence[str]) -> None:
     for name in metrics:
-        if name not in _SCORERS:
-            raise UserError(f"unknown metric '{name}'; {nearest(name, _SCORERS)}")
+        SCORERS[name]  # UserError where it is unknown
     if not candidates:
         raise UserError("nothing to score: there are no candidate captions")
     for what, ids in {
@@ -195,21 +189,22 @@ def _java_for_spice() -> Iterator[None]:
                 os.environ[name] = value
 
 
-# --- the metrics: each adds what it finds to `scores` or raises
-
-
+@SCORERS.register("Bleu")
 def _bleu(candidates: Captions, references: Captions, scores: Scores) -> None:
+    """BLEU-1 to BLEU-4 (Papineni et al. 2002)."""
     from pycocoevalcap.bleu.bleu import Bleu
 
     values, _ = Bleu(4).compute_score(references, candidates, verbose=0)
     scores.values |= {f"Bleu_{n}": float(value) for n, value in enumerate(values, start=1)}
 
 
+@SCORERS.register("METEOR")
 def _meteor(candidates: Captions, references: Captions, scores: Scores) -> None:
-    """METEOR 1.5 as pycocoevalcap calls it; about 5 s to load its paraphrases, then 2 ms an image.
+    """METEOR 1.5, with stems, synonyms and paraphrases, by Java (Denkowski and Lavie 2014).
 
-    All questions are on their way before the first answer is read: on a busy machine a round trip waits for its turn
-    twice (seen beside a training run on both cores, 1,000 images, 10 s of work: 308 s by round trips, 141 s without).
+    About 5 s to load its paraphrases, then 2 ms an image. All questions are on their way before the first answer is
+    read: on a busy machine a round trip waits for its turn twice (seen beside a training run on both cores, 1,000
+    images, 10 s of work: 308 s by round trips, 141 s without).
     """
     from pycocoevalcap.meteor import meteor
 
@@ -249,14 +244,20 @@ def _ask(java: IO[str], questions: Iterable[tuple[str, ...]]) -> None:
         java.flush()
 
 
+@SCORERS.register("ROUGE_L")
 def _rouge_l(candidates: Captions, references: Captions, scores: Scores) -> None:
+    """Longest common subsequence (Lin 2004)."""
     from pycocoevalcap.rouge.rouge import Rouge
 
     scores.values["ROUGE_L"] = float(Rouge().compute_score(references, candidates)[0])
 
 
+@SCORERS.register("CIDEr")
 def _cider(candidates: Captions, references: Captions, scores: Scores, corpus: Captions | None = None) -> None:
-    """CIDEr-D with the document frequencies of these references, as all published COCO numbers, or of `corpus`."""
+    """CIDEr-D, consensus of n-grams weighted by TF-IDF (Vedantam et al. 2015).
+
+    With the document frequencies of these references, as all published COCO numbers, or of `corpus`.
+    """
     from pycocoevalcap.cider.cider import Cider
 
     if corpus is None:
@@ -286,7 +287,9 @@ def _cider_by_corpus(candidates: Captions, references: Captions, corpus: Caption
     return np.mean(np.array(per_image)), per_image
 
 
+@SCORERS.register("SPICE")
 def _spice(candidates: Captions, references: Captions, scores: Scores) -> None:
+    """Scene graphs; needs `launch/prepare_data.py spice` (Anderson et al. 2016)."""
     from pycocoevalcap.spice import get_stanford_models, spice
 
     models = Path(_beside(get_stanford_models, "lib"), f"{get_stanford_models.JAR}-models.jar")
@@ -296,12 +299,3 @@ def _spice(candidates: Captions, references: Captions, scores: Scores) -> None:
         )
     with _java_for_spice():
         scores.values["SPICE"] = float(spice.Spice().compute_score(references, candidates)[0])
-
-
-_SCORERS: dict[str, Callable[[Captions, Captions, Scores], None]] = {
-    "Bleu": _bleu,
-    "METEOR": _meteor,
-    "ROUGE_L": _rouge_l,
-    "CIDEr": _cider,
-    "SPICE": _spice,
-}

@@ -63,7 +63,7 @@ def ours(candidates: dict[str, str], references: dict[str, list[str]]) -> dict[s
     known = {key: [next(texts) for _ in captions] for key, captions in references.items()}
     costs = {"tokenization": cost_of(lambda: metrics.score_captions(candidates, references, ()))}
     for name in METRICS:
-        costs[name] = cost_of(lambda name=name: metrics._SCORERS[name](tokens, known, scores))
+        costs[name] = cost_of(lambda name=name: metrics.SCORERS[name](tokens, known, scores))
     return costs
 
 
