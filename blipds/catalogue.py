@@ -6,7 +6,7 @@ from pathlib import Path
 from blipds.config.run import PACKAGED_DATASETS
 from blipds.config.schema import read_yaml
 from blipds.registry import ARCHS, DATASETS, OBJECTIVES, PROCESSORS, SCHEDULES
-from blipds.scoring.metrics import DESCRIPTIONS
+from blipds.scoring.metrics import SCORERS
 
 
 def catalogue() -> Iterator[str]:
@@ -26,7 +26,7 @@ def catalogue() -> Iterator[str]:
     yield from section_of("processors (vis_processor, text_processor)", PROCESSORS.descriptions())
     yield from section_of("schedules (run.lr_sched)", SCHEDULES.descriptions())
     yield from section_of("objectives (run.objective)", OBJECTIVES.descriptions())
-    yield from section_of("metrics (launch/evaluate.py --metrics)", DESCRIPTIONS)
+    yield from section_of("metrics (launch/evaluate.py --metrics)", SCORERS.descriptions())
 
 
 def section_of(title: str, entries: Mapping[str, str]) -> Iterator[str]:

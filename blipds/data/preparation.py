@@ -75,8 +75,8 @@ def fetch_annotations(config: Config, splits: Collection[str], say: Callable[[st
 
     One rank a node downloads. UserError, on every rank: a download failed, or a standard set has no image folder.
     """
-    root, error = user_path(config.env.cache_root), None
-    try:
+    root = user_path(config.env.cache_root)
+    with distributed.raising_together():
         for name, dataset in config.datasets.items() if distributed.local_rank() == 0 else ():
             files = [file for file in annotation_files(dataset, root) if file.split in splits]
             images = dataset.images or dataset.build_info.images.storage
@@ -86,9 +86,6 @@ def fetch_annotations(config: Config, splits: Collection[str], say: Callable[[st
                 if not file.path.exists():
                     file.fetch(root / "downloads")
                     say(f"data       {file.path}: {file.path.stat().st_size / 1e6:.1f} MB from {file.url}")
-    except UserError as failed:
-        error = failed
-    distributed.raise_together(error)
 
 
 def check_images(name: str, config: Config, paths: Sequence[Path]) -> None:
