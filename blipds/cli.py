@@ -70,6 +70,20 @@ def run(main: Callable[[], None]) -> None:
     distributed.shut_down()
 
 
+def start_ranks(module: str) -> None:
+    """Replaces this process by DeepSpeed's launcher with a rank of `module` for each GPU, where there are several.
+
+    RANKS asks for another number, on CPUs too. Returns in a rank of another launcher, and where one rank is enough.
+    """
+    distributed.take_launcher_names()
+    given = os.environ.get("RANKS", "")
+    ranks = int(given) if given.isdigit() else distributed.device_count()
+    if ranks > 1 and "RANK" not in os.environ:
+        number = ["--num_accelerators", given] if given else []  # without it CUDA_VISIBLE_DEVICES counts
+        words = ["--quiet", *number, "--master_port", str(distributed.free_port()), "--module", module]
+        os.execv(sys.executable, [sys.executable, "-m", "deepspeed.launcher.runner", *words, *sys.argv[1:]])
+
+
 def leave(status: int) -> None:
     """Ends this process at once: an orderly shutdown would wait for ranks that may never come."""
     with contextlib.suppress(OSError):
@@ -88,7 +102,9 @@ def stdout_takes() -> bool:
 
 
 def add_config_arguments(
-    parser: argparse.ArgumentParser, cfg_path_required: bool = True, cfg_path_help: str = "run config (run_configs/)"
+    parser: argparse.ArgumentParser,
+    cfg_path_required: bool = True,
+    cfg_path_help: str = "run config, or the name of one of run_configs/",
 ) -> None:
     parser.add_argument("--cfg-path", type=Path, required=cfg_path_required, metavar="YAML", help=cfg_path_help)
     add_override_arguments(parser)

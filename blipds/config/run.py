@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from blipds.config.quoting import quoted, quoted_option, type_hints
 from blipds.config.sections import AnnotationConfig, Config, DatasetConfig, ModelConfig, one_of
 from blipds.errors import UserError, nearest
+from blipds.files.paths import find_config
 from blipds.registry import ARCHS
 
 PACKAGED_DATASETS = Path(__file__).parents[1] / "data" / "configs"
@@ -35,9 +36,11 @@ REPLACED_RUN_KEYS = {
 def load_run_config(cfg_path: Path, options: Sequence[str] = ()) -> tuple[Config, list[str]]:
     """Merges and checks; returns the config and the lines about keys that something else decides now.
 
-    `options` are `key.path=value`, the value read as YAML. Raises UserError with one line that names the key, what was
+    `cfg_path` may be the name of a packaged one (run_configs/). `options` are `key.path=value`, the value read as YAML.
+    Raises UserError with one line that names the key, what was
     given and what is allowed.
     """
+    cfg_path = find_config(cfg_path, "run_configs", ".yaml")
     model = model_config_class(with_options(read_yaml(cfg_path), options))
     sections = type_hints(Config) | {"model": model}
     given = with_options(read_yaml(cfg_path, sections), [quoted_option(option, sections) for option in options])
