@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from blipds import distributed
+from blipds.chatter import CHATTER
 from blipds.config.run import load_run_config
 from blipds.config.sections import Config
 from blipds.errors import UserError
@@ -33,14 +34,15 @@ def run(main: Callable[[], None]) -> None:
 
     So is standard output on a full disk; where nobody reads it any more (`| head`), the status is a shell's, 141.
     Other signals to stop are REQUEUE; while it trains, `Trainer.train` saves first. A bug's traceback is shown once, by
-    the rank that met it first, and no rank outlives it.
+    the rank that met it first, and no rank outlives it. Warnings of libraries go to the run's log file.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a caption may have letters that the locale has not
         sys.stdout.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: leave(REQUEUE))
     try:
-        main()
+        with CHATTER:
+            main()
         print(end="", flush=True)
     except UserError as error:
         if distributed.rank() != 0:
@@ -65,9 +67,26 @@ def run(main: Callable[[], None]) -> None:
                 print(f"error: standard output cannot be written: {error}", file=sys.stderr, flush=True)
             leave(141 if error.errno == errno.EPIPE else 1)
         if first:  # the others fail because this rank is gone: gloo says so at length
-            print(f"rank {distributed.rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            said = f"{CHATTER.unwritten()}{traceback.format_exc()}"
+            print(f"rank {distributed.rank()} failed:\n{said}", file=sys.stderr, flush=True)
         leave(1)
     distributed.shut_down()
+
+
+def start_ranks(module: str) -> None:
+    """Replaces this process by DeepSpeed's launcher with a rank of `module` for each GPU, where there are several.
+
+    RANKS asks for another number, on CPUs too. Returns in a rank of another launcher, and where one rank is enough.
+    """
+    distributed.take_launcher_names()
+    given = os.environ.get("RANKS", "")
+    ranks = int(given) if given.isdigit() else distributed.device_count()
+    if ranks > 1 and "RANK" not in os.environ:
+        if distributed.device_type() == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"  # else the launcher warns that it found nothing else
+        number = ["--num_accelerators", given] if given else []  # without it CUDA_VISIBLE_DEVICES counts
+        words = ["--quiet", *number, "--master_port", str(distributed.free_port()), "--module", module]
+        os.execv(sys.executable, [sys.executable, "-m", "deepspeed.launcher.runner", *words, *sys.argv[1:]])
 
 
 def leave(status: int) -> None:
@@ -88,7 +107,9 @@ def stdout_takes() -> bool:
 
 
 def add_config_arguments(
-    parser: argparse.ArgumentParser, cfg_path_required: bool = True, cfg_path_help: str = "run config (run_configs/)"
+    parser: argparse.ArgumentParser,
+    cfg_path_required: bool = True,
+    cfg_path_help: str = "run config, or the name of one of run_configs/",
 ) -> None:
     parser.add_argument("--cfg-path", type=Path, required=cfg_path_required, metavar="YAML", help=cfg_path_help)
     add_override_arguments(parser)
@@ -188,4 +209,5 @@ def open_run_dir(config: Config, resumed: Path | None = None, restart: bool = Fa
             problem = f"run.output_dir: {run_dir} cannot be written to ({error})"
     if problem := distributed.broadcast(problem):
         raise UserError(problem)
+    CHATTER.open(run_dir)
     return run_dir

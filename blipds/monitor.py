@@ -64,8 +64,10 @@ class Monitor:
         """`done` steps of this epoch are finished; the bar ends in `postfix` (loss, lr, ...)."""
         assert self._bar is not None, "advance() before start_epoch()"
         self._bar.set_postfix(postfix, refresh=False)
-        self._bar.update(done - self._bar.n)
-        if done >= self._bar.total:
+        if done < self._bar.total:
+            self._bar.update(done - self._bar.n)
+        else:  # closing draws the last line
+            self._bar.n = done
             self._close_bar()
 
     def start(self, step: int, facts: Mapping[str, Any]) -> None:

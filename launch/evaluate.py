@@ -113,5 +113,10 @@ def chosen_precision(args: argparse.Namespace, config: Config, device: torch.dev
     return precision(building.resolve(config, load_ds_config(args.ds_config), device, str(args.ds_config)))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`blipds-evaluate`."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -160,5 +160,10 @@ def trained_at(line: dict[str, Any], step: int | None) -> bool:
     return line["step"] == step and str(line.get("note", "")).startswith("training weights")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`blipds-export`."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

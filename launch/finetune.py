@@ -4,6 +4,7 @@
     deepspeed launch/finetune.py --cfg-path run_configs/caption_coco_large.yaml --ds-config ds_configs/zero2.json
     deepspeed --num_accelerators 2 launch/finetune.py ...       two ranks on this machine, GPUs or not
     deepspeed --hostfile hosts launch/finetune.py ...           several machines
+    blipds-finetune --cfg-path caption_coco_base --ds-config zero2      the installed command: a rank for each GPU
 
 torchrun and plain python (one process) work too. run_configs/README.md explains every key, ds_configs/README.md which
 DeepSpeed config to pick. The run directory, run.output_dir/<job id>, gets metrics.jsonl, TensorBoard's files, captions,
@@ -21,13 +22,13 @@ from blipds.config.sections import Config
 from blipds.engine.checkpoints import read_state, resume_point
 from blipds.errors import UserError
 from blipds.evaluation.evaluator import evaluate_checkpoint
-from blipds.files.paths import user_path
+from blipds.files.paths import packaged, user_path
 from blipds.models.weights import find_checkpoint, initial_weights
 from blipds.monitor import Monitor, NullMonitor
 from blipds.training import building
 from blipds.training.run_state import RunState
 
-DEFAULT_DS_CONFIG = Path(__file__).parent.parent / "ds_configs" / "zero2.json"
+DEFAULT_DS_CONFIG = packaged("ds_configs") / "zero2.json"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         default=DEFAULT_DS_CONFIG,
         metavar="JSON",
-        help="DeepSpeed config (default: ds_configs/zero2.json)",
+        help="DeepSpeed config, or the name of one of ds_configs/ (default: zero2)",
     )
     parser.add_argument(
         "--resume",
@@ -130,6 +131,13 @@ def evaluate(
         cli.keep_config(config, run_dir)
         building.rewrite_report(config, run_dir, monitor.say)
     monitor.close()
+
+
+def command() -> None:
+    """`blipds-finetune`: starts a rank for each GPU, or RANKS of them, by DeepSpeed's launcher."""
+    parse_arguments()  # --help and mistakes need no launcher
+    cli.start_ranks("blipds.launch.finetune")
+    cli.run(main)
 
 
 if __name__ == "__main__":

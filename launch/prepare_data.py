@@ -181,5 +181,10 @@ def write(path: Path, text: str) -> None:
         raise UserError(f"--problems {path}: {error.strerror}") from error
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`blipds-prepare-data`."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -6,14 +6,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install_blipds ""
 cd "$root"
 
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+[ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu # else DeepSpeed warns that it found nothing else
 echo "== DeepSpeed's compiled parts"
 python -m blipds.engine
 
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=$((gpus > 0 ? gpus : 2))
 job=quickstart-$(date +%Y%m%d-%H%M%S)
 echo "== training on $ranks ranks ($gpus GPUs)"
-deepspeed --num_accelerators "$ranks" launch/finetune.py \
+deepspeed --quiet --master_port "$(free_port)" --num_accelerators "$ranks" launch/finetune.py \
     --cfg-path run_configs/shapes_tiny.yaml --ds-config ds_configs/zero2.json \
     --options run.job_id="$job" "$@"
 

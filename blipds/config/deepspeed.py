@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 from blipds.config.deepspeed_schema import NOT_HERE, SCHEMA, ZERO, Json, Kind, Schema, Section
 from blipds.config.sections import Config, RunConfig
 from blipds.errors import UserError, nearest
+from blipds.files.paths import find_config
 
 Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
 
@@ -19,9 +20,13 @@ Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
 
 
 def load_ds_config(path: str | Path) -> Section:
-    """Read and check a DeepSpeed JSON; "auto" stays. UserError in one line for whatever is wrong with the file."""
+    """Read and check a DeepSpeed JSON, or a packaged one (ds_configs/) by its name; "auto" stays.
+
+    UserError in one line for whatever is wrong with the file.
+    """
+    path = find_config(Path(path), "ds_configs", ".json", "DeepSpeed JSON")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot read the DeepSpeed JSON: {error.strerror}") from None
     except UnicodeDecodeError:

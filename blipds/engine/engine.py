@@ -4,7 +4,6 @@ import io
 import logging
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -138,7 +137,6 @@ class Engine:
             config = {**config, "gradient_clipping": 0.0}
         if uses_torch_adam(config):
             groups = [{**group, "fused": True} for group in groups]
-        warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's own calls
         join_deepspeed()
         with redirect_stdout(io.StringIO()):  # it prints one line a rank for each op
             self._deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)

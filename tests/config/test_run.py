@@ -1,5 +1,6 @@
 """The run config: what wins over what, what LAVIS's configs need, and the one line that a mistake gets."""
 
+import json
 import re
 from pathlib import Path
 
@@ -384,6 +385,16 @@ def test_missing_file_and_folder(tmp_path):
         load_run_config(tmp_path / "a.yaml")
     with pytest.raises(UserError, match="is a directory"):
         load_run_config(tmp_path)
+
+
+def test_a_packaged_config_brings_the_files_that_it_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, _ = load_run_config(Path("caption_flickr8k_tiny"))
+    text_decoder = json.loads((ROOT / "run_configs" / "med_config_flickr8k_tiny.json").read_text())
+    assert config.model.hidden_size == text_decoder["hidden_size"]
+    assert fails(load_run_config, Path("caption_flickr8k_tniy")).startswith(
+        "no such config file: caption_flickr8k_tniy; did you mean 'caption_flickr8k_tiny'? packaged: caption_coco_base,"
+    )
 
 
 def test_options_that_are_no_assignment(load):
