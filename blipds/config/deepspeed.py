@@ -113,6 +113,12 @@ def resolve_ds_config(
     for path, default in (("optimizer.type", "AdamW"), ("optimizer.params.adam_w_mode", True)):
         _put(resolved, path, setting(resolved, path, default))
     _resolve_precision(resolved, default_precision)
+    # bf16's 8 bits lose a micro-batch's small gradients in the sum of many; stage 0 has no other sum
+    accumulates_bf16 = (
+        run.gradient_accumulation_steps > 1 and precision(resolved) == "bf16" and zero_stage(resolved) > 0
+    )
+    if accumulates_bf16 and setting(resolved, "data_types.grad_accum_dtype") is None:
+        _put(resolved, "data_types.grad_accum_dtype", "fp32")
     # sizes in elements, as transformers' Trainer fills them in (transformers/integrations/deepspeed.py)
     autos: dict[str, Json] = {
         "optimizer.params.eps": 1e-8,

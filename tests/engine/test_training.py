@@ -171,6 +171,14 @@ def test_features_from_disk_make_the_same_run(two_ranks, embeds_folder):
     assert done.read_bytes() == b"\x01" * 70
 
 
+def test_bf16_adds_small_gradients_up(tmp_path):
+    """1 and fifteen times 2^-9, which bf16 would add to 1; stage 1 rounds the sum once, to a 256th."""
+    process = launch(1, "tests/engine/accumulated.py", tmp_path / "sums.json")
+    assert process.returncode == 0, process.stdout[-4000:]
+    sums = json.loads((tmp_path / "sums.json").read_text())
+    assert sums == {"1": pytest.approx(1 + 15 / 512, rel=2**-8), "2": 1 + 15 / 512, "3": 1 + 15 / 512}
+
+
 def agrees(result, reference, name):
     assert result["losses"] == pytest.approx(reference["losses"], rel=1e-4), name
     assert result["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3), name
