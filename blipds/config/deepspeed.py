@@ -114,10 +114,8 @@ def resolve_ds_config(
         _put(resolved, path, setting(resolved, path, default))
     _resolve_precision(resolved, default_precision)
     # bf16's 8 bits lose a micro-batch's small gradients in the sum of many; stage 0 has no other sum
-    accumulates_bf16 = (
-        run.gradient_accumulation_steps > 1 and precision(resolved) == "bf16" and zero_stage(resolved) > 0
-    )
-    if accumulates_bf16 and setting(resolved, "data_types.grad_accum_dtype") is None:
+    sums_bf16 = run.gradient_accumulation_steps > 1 and precision(resolved) == "bf16" and zero_stage(resolved) > 0
+    if sums_bf16 and setting(resolved, "data_types.grad_accum_dtype") is None:
         _put(resolved, "data_types.grad_accum_dtype", "fp32")
     # sizes in elements, as transformers' Trainer fills them in (transformers/integrations/deepspeed.py)
     autos: dict[str, Json] = {

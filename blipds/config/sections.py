@@ -217,6 +217,7 @@ class RunConfig:
     limit_val: int | None = None
     max_bad_images: int = 100
     compile: bool = False
+    tf32: bool = False
     seed: int = 42
 
     # splits and captions
@@ -224,6 +225,7 @@ class RunConfig:
     valid_splits: list[str] = field(default_factory=lambda: ["val"])
     test_splits: list[str] = field(default_factory=list)
     evaluate: bool = False
+    eval_precision: str = "fp32"
     gather_for_evaluation: bool = True
     num_beams: int = 3
     max_len: int = 20
@@ -258,6 +260,7 @@ class RunConfig:
         one_of("run.task", self.task, ["captioning"])
         one_of("run.runner", self.runner, ["runner_base", "runner_iter"])
         one_of("run.weight_decay_on", self.weight_decay_on, ["matrices", "all"])
+        one_of("run.eval_precision", self.eval_precision, ["fp32", "bf16", "fp16"])
         for name in ("batch_size_train", "batch_size_eval", "accum_grad_iters", "num_beams", "max_epoch"):
             check(f"run.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in ("log_freq", "val_freq", "save_freq", "keep_last", "max_bad_steps"):
