@@ -56,7 +56,9 @@ def parse_arguments() -> argparse.Namespace:
         "custom_caption reads), not from the references of the set that is evaluated; for small sets. COCO's "
         "captions_val2014.json is what coco-val-df.p was counted in",
     )
-    parser.add_argument("--precision", choices=list(DTYPES), help="of weights and arithmetic (default: fp32)")
+    parser.add_argument(
+        "--precision", choices=list(DTYPES), help="of weights and arithmetic (default: run.eval_precision)"
+    )
     parser.add_argument(
         "--ds-config", type=Path, metavar="JSON", help="take the precision from a DeepSpeed config, as training does"
     )
@@ -109,7 +111,7 @@ def summary(evaluations: list[tuple[str, dict[str, Scores]]], checkpoint: str | 
 
 def chosen_precision(args: argparse.Namespace, config: Config, device: torch.device) -> str:
     if args.precision or not args.ds_config:
-        return args.precision or "fp32"
+        return args.precision or config.run.eval_precision
     return precision(building.resolve(config, load_ds_config(args.ds_config), device, str(args.ds_config)))
 
 

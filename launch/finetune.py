@@ -86,6 +86,8 @@ def main() -> None:
     try:
         trainer = building.build_trainer(config, ds_config, run_dir, monitor, resumed)
         trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise building.out_of_memory(config, ds_config, device, DEFAULT_DS_CONFIG.parent, error) from error
     finally:
         monitor.close()
     trainer.close()
@@ -123,10 +125,11 @@ def checkpoint_to_resume(where: str, config: Config) -> Path | None:
 def evaluate(
     config: Config, checkpoint: str | None, device: torch.device, run_dir: Path, step: int = 0, epoch: int | None = None
 ) -> None:
-    """Scores the test splits (where there are none, the validation splits) with a checkpoint, in fp32."""
+    """Scores the test splits (where there are none, the validation splits) with a checkpoint, in run.eval_precision."""
     splits = config.run.test_splits or config.run.valid_splits
     monitor = Monitor(run_dir) if distributed.is_main() else NullMonitor()
-    evaluate_checkpoint(config, checkpoint, splits, device, "fp32", run_dir, monitor, step=step, epoch=epoch)
+    precision = config.run.eval_precision
+    evaluate_checkpoint(config, checkpoint, splits, device, precision, run_dir, monitor, step=step, epoch=epoch)
     if distributed.is_main():
         cli.keep_config(config, run_dir)
         building.rewrite_report(config, run_dir, monitor.say)

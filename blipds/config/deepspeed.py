@@ -101,6 +101,10 @@ def resolve_ds_config(
     for path, default in (("optimizer.type", "AdamW"), ("optimizer.params.adam_w_mode", True)):
         resolved = with_setting(resolved, path, setting(resolved, path, default))
     resolved = _with_precision(resolved, default_precision)
+    # bf16's 8 bits lose a micro-batch's small gradients in the sum of many; stage 0 has no other sum
+    sums_bf16 = config.run.accum_grad_iters > 1 and precision(resolved) == "bf16" and zero_stage(resolved) > 0
+    if sums_bf16 and setting(resolved, "data_types.grad_accum_dtype") is None:
+        resolved = with_setting(resolved, "data_types.grad_accum_dtype", "fp32")
     # sizes in elements, as transformers' Trainer fills them in (transformers/integrations/deepspeed.py)
     autos: dict[str, Json] = {
         "optimizer.params.eps": 1e-8,

@@ -245,6 +245,7 @@ class RunConfig:
     limit_val: int | None = limited(None, "more than 0")
     max_bad_images: int = limited(100, "0 or more")
     compile: bool = False
+    tf32: bool = False
     seed: int = 42
 
     # splits and captions
@@ -252,6 +253,7 @@ class RunConfig:
     valid_splits: list[str] = field(default_factory=lambda: ["val"])
     test_splits: list[str] = field(default_factory=list)
     evaluate: bool = False
+    eval_precision: str = "fp32"
     gather_for_evaluation: bool = True
     num_beams: int = limited(3, "1 or more")
     max_len: int = 20
@@ -286,6 +288,7 @@ class RunConfig:
         one_of("run.task", self.task, ["captioning"])
         one_of("run.runner", self.runner, ["runner_base", "runner_iter"])
         one_of("run.weight_decay_on", self.weight_decay_on, ["matrices", "all"])
+        one_of("run.eval_precision", self.eval_precision, ["fp32", "bf16", "fp16"])
         check_limits("run", self)
         for prefix, scale in self.lr_scale.items():
             check(f"run.lr_scale.{prefix}", scale, scale > 0, "more than 0 (model.freeze_vit keeps weights still)")

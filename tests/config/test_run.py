@@ -287,6 +287,7 @@ def test_lavis_evaluation_processors_may_have_an_empty_prompt(load):
             "run: {runner: runner_its}",
             "run.runner is 'runner_its'; did you mean 'runner_iter'? allowed: runner_base, runner_iter",
         ),
+        ("run: {eval_precision: fp8}", "run.eval_precision is 'fp8'; allowed: bf16, fp16, fp32"),
         ("run: {weight_decay_on: al}", "run.weight_decay_on is 'al'; did you mean 'all'? allowed: all, matrices"),
         ("model: 5", "model is 5; expected a section with arch, "),
         ("run: {batch_size_train: 0}", "run.batch_size_train is 0; allowed: 1 or more"),

@@ -171,6 +171,25 @@ def test_features_from_disk_make_the_same_run(two_ranks, embeds_folder):
     assert done.read_bytes() == b"\x01" * 70
 
 
+@pytest.fixture(scope="module")
+def small_engines(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "engines.json"
+    process = launch(1, "tests/engine/accumulated.py", path)
+    assert process.returncode == 0, process.stdout[-4000:]
+    return json.loads(path.read_text())
+
+
+def test_bf16_adds_small_gradients_up(small_engines):
+    """1 and fifteen times 2^-9, which bf16 would add to 1; stage 1 rounds the sum once, to a 256th."""
+    assert small_engines["sums"] == {"1": pytest.approx(1 + 15 / 512, rel=2**-8), "2": 1 + 15 / 512, "3": 1 + 15 / 512}
+
+
+def test_a_closed_engine_keeps_nothing(small_engines):
+    """Of 14 bytes a weight or more; else the test split would be captioned beside the model that was trained."""
+    for stage, (held, kept) in small_engines["memory"].items():
+        assert held >= 14 * 16 - 1 and kept < 16, stage
+
+
 def agrees(result, reference, name):
     assert result["losses"] == pytest.approx(reference["losses"], rel=1e-4), name
     assert result["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3), name
