@@ -47,9 +47,9 @@ class Findings:
     spelling: str = ""
 
     @property
-    def readable(self) -> list[Record]:
+    def readable(self) -> list[tuple[Record, Picture]]:
         pairs = zip(self.annotations.records, self.pictures, strict=True)
-        return [record for record, picture in pairs if picture.error is None]
+        return [(record, picture) for record, picture in pairs if picture.error is None]
 
 
 def inspect(name: str, annotations: Annotations, tokenizer: CaptionTokenizer, max_words: int, workers: int) -> Findings:
@@ -173,13 +173,11 @@ def histogram(numbers: Sequence[int], step: int = 5) -> list[str]:
 def same_pixels(first: Findings, second: Findings) -> list[tuple[ImageSource, ImageSource]]:
     """Images that are equal pixel by pixel: one split's among themselves, or of two splits."""
     seen: dict[bytes, ImageSource] = {}
-    for record, picture in zip(first.annotations.records, first.pictures, strict=True):
-        if picture.error is None:
-            seen.setdefault(picture.digest, record.image)
-    pairs = zip(second.annotations.records, second.pictures, strict=True)
+    for record, picture in first.readable:
+        seen.setdefault(picture.digest, record.image)
     return [
         (seen[picture.digest], record.image)
-        for record, picture in pairs
+        for record, picture in second.readable
         if picture.digest in seen and (first is not second or seen[picture.digest] != record.image)
     ]
 
