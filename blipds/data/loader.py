@@ -251,9 +251,9 @@ def epoch_loader(
     num_workers: int = 0,
 ) -> TrainLoader:
     """A loader over datasets that are known whole."""
-    processors = [dataset.image_processor for dataset in datasets]
-    for dataset, processor in zip(datasets, processors, strict=True):
-        if (processor.mean, processor.std) != (processors[0].mean, processors[0].std):
+    first = datasets[0].image_processor
+    for dataset in datasets:
+        if (dataset.image_processor.mean, dataset.image_processor.std) != (first.mean, first.std):
             raise UserError(f"datasets.{dataset.name}: mean and std differ from those of {datasets[0].name}")
     order = EpochOrder([len(dataset) for dataset in datasets], ratios, seed, shuffle)
     batches = EpochBatches(order, share)
