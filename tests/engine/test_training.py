@@ -86,7 +86,7 @@ def test_the_eight_losses_of_the_original_code(ranks, oracle, oracle_config, tmp
         assert results[f"matrices {stage}"]["losses"] == pytest.approx(oracle["loss_decay_matrices_only"], rel=1e-5)
 
 
-SHAPES = "run_configs/shapes_tiny.yaml"
+SHAPES = "tests/shapes_tiny.yaml"
 NO_DROPOUT = "model.med_config_path=tests/engine/no_dropout.json"
 
 

@@ -29,7 +29,7 @@ from blipds.planning.planner import (
     recommend,
 )
 
-TINY = REPOSITORY / "run_configs" / "shapes_tiny.yaml"
+TINY = REPOSITORY / "tests" / "shapes_tiny.yaml"
 BOTH = ["model.vit_grad_ckpt=true", "model.text_grad_ckpt=true"]
 
 

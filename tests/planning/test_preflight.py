@@ -30,7 +30,7 @@ from blipds.planning.preflight import (
     run_checks,
 )
 
-TINY = REPOSITORY / "run_configs" / "shapes_tiny.yaml"
+TINY = REPOSITORY / "tests" / "shapes_tiny.yaml"
 
 
 @pytest.fixture
