@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -103,14 +104,18 @@ def fill(
     loader = EvalLoader(dataset, missing, batch_size=batch_size, num_workers=num_workers)
     shown = None if distributed.is_main() and missing else True
     error: UserError | None = None
-    with tqdm(desc=f"features of {dataset.name}", total=len(missing), unit="image", leave=False, disable=shown) as bar:
-        for batch in loader:
-            if batch.indices:
-                try:
+    bar = tqdm(desc=f"features of {dataset.name}", total=len(missing), unit="image", leave=False, disable=shown)
+    with bar, ThreadPoolExecutor(max_workers=1) as writer:  # the disk has a batch while the encoder has the next
+        writing: Future[None] = writer.submit(lambda: None)
+        try:
+            for batch in loader:
+                if batch.indices:
                     pixel_values = batch.images.model_inputs(engine.device, engine.dtype)["pixel_values"]
-                    store.write(batch.indices, encoder(pixel_values))
-                except OSError as failed:
-                    error = UserError(f"model.cache_image_embeds: cannot write to {store.rows_path}: {failed}")
-                    break
-            bar.update(len(batch.indices) + len(batch.errors))
+                    embeds = encoder(pixel_values).to("cpu", torch.bfloat16)
+                    writing.result()
+                    writing = writer.submit(store.write, batch.indices, embeds)
+                bar.update(len(batch.indices) + len(batch.errors))
+            writing.result()
+        except OSError as failed:
+            error = UserError(f"model.cache_image_embeds: cannot write to {store.rows_path}: {failed}")
     distributed.raise_together(error)
