@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from blipds.errors import UserError
+from blipds.files.paths import find_config
 
 VOCABULARY = Path(__file__).with_name("bert-base-uncased-vocab.txt")
 
@@ -20,8 +21,10 @@ class CaptionTokenizer:
     def __init__(self, source: str | None = None, prompt: str = "a picture of ", max_txt_len: int = 40) -> None:
         from transformers import AutoTokenizer, BertTokenizer
 
-        if source is not None and source.endswith(".txt") and not Path(source).is_file():
-            raise UserError(f"model.tokenizer: no such vocabulary file: {source}")
+        if source is not None and source.endswith(".txt"):
+            source = str(find_config(Path(source), "run_configs", ".txt", "model.tokenizer, a vocabulary file"))
+            if not Path(source).is_file():
+                raise UserError(f"model.tokenizer: no such vocabulary file: {source}")
         try:
             if source is None or source.endswith(".txt"):
                 self.tokenizer: Any = BertTokenizer(vocab=str(source or VOCABULARY), do_lower_case=True)

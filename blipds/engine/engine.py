@@ -288,10 +288,10 @@ class Engine:
                 self.frozen[name] = whole
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, weight in fp32 on the CPU), one after the other: never rounded where it was filled in fp32.
+        """(name, weight in fp32), one after the other: never rounded where it was filled in fp32.
 
         Collective: every rank must exhaust it, and gets every weight; the frozen ones, other ranks than 0 as the model
-        has them.
+        has them. They are where the optimizer has them, until the next: who keeps one copies it.
         """
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
@@ -303,9 +303,9 @@ class Engine:
                 weight = safe_get_full_fp32_param(parameter)
             if weight is None:
                 with GatheredParameters(parameter):
-                    weight = parameter.detach().float().cpu().clone()
+                    weight = parameter.detach().float().clone()
                 weight = self.frozen.get(name, weight)
-            yield name, weight.detach().float().cpu()
+            yield name, weight.detach().float()
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """What `weights` yields, in its order."""
