@@ -95,9 +95,10 @@ def resolve_ds_config(
     # AdamW unless said; adam_w_mode is written out, since DeepSpeed's "Adam" is AdamW unless it says false
     for path, default in (("optimizer.type", "AdamW"), ("optimizer.params.adam_w_mode", True)):
         resolved = with_setting(resolved, path, setting(resolved, path, default))
-    resolved = _with_precision(resolved, default_precision)
+    named = any(setting(ds, f"{name}.enabled") is True for name in ("bf16", "fp16", "torch_autocast"))
     # sizes in elements, as transformers' Trainer fills them in (transformers/integrations/deepspeed.py)
     autos: dict[str, Json] = {
+        **{f"{name}.enabled": name == default_precision and not named for name in ("bf16", "fp16")},
         "optimizer.params.eps": 1e-8,
         "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
         "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
@@ -195,16 +196,6 @@ def _with_run_values(ds: Section, run: RunConfig, world_size: int, source: str) 
                 f'say "auto" in the JSON: the run config owns it'
             )
         ds = with_setting(ds, path, value)
-    return ds
-
-
-def _with_precision(ds: Section, default: Precision) -> Section:
-    """Where it says "auto", on if `default` names it; off beside a precision that is switched on by name."""
-    for name in ("bf16", "fp16"):
-        if setting(ds, f"{name}.enabled") == "auto":
-            others = ("fp16" if name == "bf16" else "bf16", "torch_autocast")
-            chosen = any(setting(ds, f"{other}.enabled") is True for other in others)
-            ds = with_setting(ds, f"{name}.enabled", default == name and not chosen)
     return ds
 
 

@@ -57,7 +57,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         raise UserError(f"no such config file: {path}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a directory; a YAML file is expected") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:
         raise UserError(f"{path} is not a YAML file of settings: {' '.join(str(error).split())}") from error
     if not isinstance(checked, DictConfig) or not isinstance(loaded, dict | None):
         raise UserError(f"{path} holds no mapping; expected the sections model, datasets, run")
