@@ -389,6 +389,8 @@ def test_missing_file_and_folder(tmp_path):
 def test_options_that_are_no_assignment(load):
     assert fails(load, "", "run.seed") == "--options run.seed: expected key.path=value"
     assert fails(load, "", "run.lr_sched=[a").startswith("--options run.lr_sched=[a: ")
+    assert fails(load, "", "=3").startswith("unknown key ; allowed: ")
+    assert fails(load, "", "run..seed=3").startswith("unknown key run.; allowed: ")
 
 
 # --- what comes with the package ---
