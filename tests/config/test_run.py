@@ -401,6 +401,8 @@ def test_a_packaged_config_brings_the_files_that_it_names(tmp_path, monkeypatch)
 def test_options_that_are_no_assignment(load):
     assert fails(load, "", "run.seed") == "--options run.seed: expected key.path=value"
     assert fails(load, "", "run.lr_sched=[a").startswith("--options run.lr_sched=[a: ")
+    assert fails(load, "", "=3").startswith("unknown key ; allowed: ")
+    assert fails(load, "", "run..seed=3").startswith("unknown key run.; allowed: ")
 
 
 # --- what comes with the package ---
