@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import errno
-import importlib
+import importlib.util
 import io
 import json
 import os
@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from blipds import distributed
@@ -26,6 +27,7 @@ from blipds.config.sections import Config
 from blipds.errors import UserError
 from blipds.files.paths import user_path
 from blipds.models.weights import fill_image_statistics
+from blipds.monitor import Monitor, NullMonitor
 from blipds.signals import REQUEUE, Stopped
 
 
@@ -80,9 +82,10 @@ def start_ranks(module: str) -> None:
     """
     distributed.take_launcher_names()
     given = os.environ.get("RANKS", "")
-    ranks = int(given) if given.isdigit() else distributed.device_count()
+    device = distributed.device_type()
+    ranks = int(given) if given.isdigit() else torch.cuda.device_count() if device == "cuda" else 1
     if ranks > 1 and "RANK" not in os.environ:
-        if distributed.device_type() == "cpu":
+        if device == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # else the launcher warns that it found nothing else
         number = ["--num_accelerators", given] if given else []  # without it CUDA_VISIBLE_DEVICES counts
         words = ["--quiet", *number, "--master_port", str(distributed.free_port()), "--module", module]
@@ -207,7 +210,18 @@ def open_run_dir(config: Config, resumed: Path | None = None, restart: bool = Fa
                 pass
         except OSError as error:
             problem = f"run.output_dir: {run_dir} cannot be written to ({error})"
+        if missing := [name for name in config.run.trackers if importlib.util.find_spec(name) is None]:
+            problem = f"run.trackers: {missing[0]} is not installed: pip install {' '.join(missing)}"
     if problem := distributed.broadcast(problem):
         raise UserError(problem)
     CHATTER.open(run_dir)
     return run_dir
+
+
+def open_monitor(
+    config: Config, run_dir: Path, resume_step: int | None = None, awaited_step: int | None = None
+) -> Monitor:
+    """Rank 0's monitor, with the trackers of the run config; of other ranks, one that does nothing."""
+    if not distributed.is_main():
+        return NullMonitor()
+    return Monitor(run_dir, resume_step, awaited_step, config.run.trackers, asdict(config))

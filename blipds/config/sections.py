@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from blipds.errors import UserError, nearest
 from blipds.registry import ARCHS
+from blipds.trackers import TRACKERS
 
 
 @dataclass
@@ -241,6 +242,7 @@ class RunConfig:
     job_id: str | None = None
     expect_world_size: int | None = None
     resume_ckpt_path: str | None = None
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     log_freq: int = 50
     val_freq: int = 1
     val_steps: int | None = None
@@ -257,6 +259,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         one_of("run.task", self.task, ["captioning"])
         one_of("run.runner", self.runner, ["runner_base", "runner_iter"])
+        for tracker in self.trackers:
+            one_of("run.trackers", tracker, list(TRACKERS))
         one_of("run.weight_decay_on", self.weight_decay_on, ["matrices", "all"])
         for name in ("batch_size_train", "batch_size_eval", "accum_grad_iters", "num_beams", "max_epoch"):
             check(f"run.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")

@@ -1,7 +1,6 @@
 """BLIP in a DeepSpeed engine: what the loop needs of DeepSpeed, and nothing else of it."""
 
 import io
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -120,9 +119,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, config: Section, groups: list[dict[str, Any]], precision: str) -> None:
         import deepspeed
-        from deepspeed.utils import logger
 
-        logger.setLevel(logging.WARNING)
         self.flash_in_training = flash_in_training(distributed.device_type(), DTYPES[precision])
         torch.backends.cuda.enable_flash_sdp(self.flash_in_training)
         self.stage = zero_stage(config)

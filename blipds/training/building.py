@@ -92,6 +92,7 @@ def build_trainer(
     monitor.start(state.global_step, run_facts(engine, plan, trained_on))
     for line in start_block(config, ds_config, engine.model, plan, trained_on, loader, run_dir, state):
         monitor.say(line)
+    monitor.say_where()
     if notice := other_data(state, sum(map(len, trained_on)), loader.steps_per_epoch):
         monitor.say(f"data       {notice}")
     for line in data_notices(trained_on, evaluators, captioner.tokenizer):
@@ -309,7 +310,6 @@ def start_block(
         f"length     {length}; {plan.total_steps} steps in {plan.epochs} epochs of {plan.epoch_steps}",
         f"engine     ZeRO stage {zero_stage(ds_config)}, {precision(ds_config)}, {run.lr_sched} from {run.init_lr:g}",
         f"directory  {run_dir}",
-        f"watch      tensorboard --logdir {run_dir.parent}",
     ]
     if state.global_step:
         lines.append(f"resumed    after step {state.global_step}")

@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blipds.config.sections import ModelConfig
 from blipds.models.blip.checkpoints import BlipFormat
 from blipds.models.blip.export import save_transformers, transformers_config
 from blipds.models.blip.geometry import BlipGeometry
 from blipds.models.blip.names import from_transformers_name
 from blipds.models.checkpoints import Checkpoint, load_into, open_stored
+from blipds.models.protocol import Export
 
 VOCAB = Path(__file__).parents[2] / "blipds" / "data" / "bert-base-uncased-vocab.txt"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -71,14 +73,19 @@ def tokenizer() -> Any:
     return tokens
 
 
-def export(folder: Path, tensors: dict[str, Tensor], geometry: BlipGeometry, **other: Any) -> None:
+def export(
+    folder: Path, tensors: dict[str, Tensor], geometry: BlipGeometry, prompt: str = "a picture of ", **other: Any
+) -> None:
     settings: dict[str, Any] = {
         "image_mean": CLIP_MEAN,
         "image_std": CLIP_STD,
-        "prompt": "a picture of ",
         "generation": {"num_beams": 1, "max_length": 20, "min_length": 5, "do_sample": False},
+        "card": "",
+        "overwrite": False,
     }
-    save_transformers(folder, tensors, geometry, tokenizer(), **(settings | other))
+    model: Any = None  # its geometry is given
+    made = Export(model, tensors, ModelConfig(prompt=prompt), tokenizer(), **(settings | other))
+    save_transformers(folder, made, geometry)
 
 
 def tiny_tensors() -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,46 +51,21 @@ def export_blip(path: Path, export: Export) -> None:
 
 def export_transformers(folder: Path, export: Export) -> None:
     """`launch/export.py --format hf`."""
-    save_transformers(
-        folder,
-        export.tensors,
-        geometry_of(export.model),
-        export.tokenizer,
-        image_mean=export.image_mean,
-        image_std=export.image_std,
-        prompt=export.config.prompt,
-        generation=export.generation,
-        card_text=export.card,
-        overwrite=export.overwrite,
-    )
+    save_transformers(folder, export, geometry_of(export.model))
 
 
-def save_transformers(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    geometry: BlipGeometry,
-    tokenizer: Any,
-    *,
-    image_mean: Sequence[float],
-    image_std: Sequence[float],
-    prompt: str,
-    generation: Mapping[str, Any],
-    card_text: str = "",
-    overwrite: bool = False,
-) -> None:
+def save_transformers(folder: Path, export: Export, geometry: BlipGeometry) -> None:
     """A folder that `BlipForConditionalGeneration.from_pretrained` loads and that computes what our model computes.
 
-    tensors: under our names. tokenizer: of transformers, saved as it is. generation: arguments of transformers'
-    `generate` (max_length, min_length, num_beams, ...). card_text: Markdown for the card (metrics, run config).
     The folder appears complete or not at all. UserError: geometry that transformers' BLIP cannot express, or the folder
-    exists and is not empty; with `overwrite` an earlier export is replaced, and only what is one (its config.json says
-    model_type "blip").
+    exists and is not empty; with `export.overwrite` an earlier export is replaced, and only what is one (its
+    config.json says model_type "blip").
     """
     from transformers import BlipImageProcessor, BlipProcessor, GenerationConfig
 
-    renamed = _renamed(tensors, geometry)
+    renamed, tokenizer = _renamed(export.tensors, geometry), export.tokenizer
     _check_complete(renamed, geometry)
-    _check_free(folder, overwrite)
+    _check_free(folder, export.overwrite)
     token_ids = (tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -101,16 +76,16 @@ def save_transformers(
         _write_json(temporary / "config.json", transformers_config(geometry, token_ids))
         image_processor = BlipImageProcessor(
             size={"height": geometry.image_size, "width": geometry.image_size},
-            image_mean=list(image_mean),
-            image_std=list(image_std),
+            image_mean=list(export.image_mean),
+            image_std=list(export.image_std),
             resample=3,  # PIL's bicubic
         )
         BlipProcessor(image_processor, tokenizer).save_pretrained(temporary)
         settings = GenerationConfig(
-            bos_token_id=token_ids[0], eos_token_id=token_ids[1], pad_token_id=token_ids[2], **generation
+            bos_token_id=token_ids[0], eos_token_id=token_ids[1], pad_token_id=token_ids[2], **export.generation
         )
         settings.save_pretrained(temporary)
-        (temporary / "README.md").write_text(model_card(folder.name, prompt, generation, card_text), "utf-8")
+        (temporary / "README.md").write_text(model_card(folder.name, export), "utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
@@ -182,9 +157,9 @@ def transformers_config(geometry: BlipGeometry, token_ids: tuple[int, int, int] 
     }
 
 
-def model_card(name: str, prompt: str, generation: Mapping[str, Any], card_text: str = "") -> str:
+def model_card(name: str, export: Export) -> str:
     """README.md of the exported folder, with the call that captions as this project does."""
-    arguments = ", ".join(f"{key}={value!r}" for key, value in generation.items())
+    arguments = ", ".join(f"{key}={value!r}" for key, value in export.generation.items())
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -206,7 +181,7 @@ folder = "{name}"
 processor = AutoProcessor.from_pretrained(folder, backend="pil")
 model = BlipForConditionalGeneration.from_pretrained(folder).eval()
 
-prompt = {prompt!r}
+prompt = {export.config.prompt!r}
 inputs = processor(images=Image.open("photo.jpg"), text=prompt, return_tensors="pt")
 ids = model.generate(**inputs, {arguments})
 caption = processor.decode(ids[0, inputs["input_ids"].shape[1] - 1 :], skip_special_tokens=True)
@@ -220,7 +195,7 @@ caption = processor.decode(ids[0, inputs["input_ids"].shape[1] - 1 :], skip_spec
 - Greedy search (`num_beams=1`) gives the captions of blipds. Beam search may now and then choose another of its beams:
   transformers normalises scores by the length without the prompt, blipds as the code behind BLIP's published numbers.
 
-{card_text.strip()}
+{export.card.strip()}
 """
 
 

@@ -174,7 +174,7 @@ def test_exported_processor_and_pipeline(tmp_path: Path) -> None:
     from PIL import Image
     from transformers import AutoProcessor, pipeline
 
-    export(tmp_path / "hf", tiny_tensors(), TINY, card_text="CIDEr 1.0")
+    export(tmp_path / "hf", tiny_tensors(), TINY, card="CIDEr 1.0")
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
     inputs = processor(images=Image.new("RGB", (50, 40)), text="a picture of ", return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 32, 32)
@@ -200,7 +200,7 @@ def test_the_card_s_call_runs_as_written(
 ) -> None:
     from PIL import Image
 
-    export(tmp_path / "captioner", tiny_tensors(), TINY, prompt=prompt, card_text="CIDEr 1.0")
+    export(tmp_path / "captioner", tiny_tensors(), TINY, prompt=prompt, card="CIDEr 1.0")
     card = (tmp_path / "captioner" / "README.md").read_text()
     assert "CIDEr 1.0" in card
     Image.new("RGB", (50, 40)).save(tmp_path / "photo.jpg")
