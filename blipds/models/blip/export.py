@@ -85,7 +85,7 @@ def save_transformers(folder: Path, export: Export, geometry: BlipGeometry) -> N
             bos_token_id=token_ids[0], eos_token_id=token_ids[1], pad_token_id=token_ids[2], **export.generation
         )
         settings.save_pretrained(temporary)
-        (temporary / "README.md").write_text(model_card(folder.name, export), "utf-8")
+        (temporary / "README.md").write_text(model_card(export.hub_name or folder.name, export), "utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
