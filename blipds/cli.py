@@ -109,12 +109,10 @@ def stdout_takes() -> bool:
     return True
 
 
-def add_config_arguments(
-    parser: argparse.ArgumentParser,
-    cfg_path_required: bool = True,
-    cfg_path_help: str = "run config, or the name of one of run_configs/",
-) -> None:
-    parser.add_argument("--cfg-path", type=Path, required=cfg_path_required, metavar="YAML", help=cfg_path_help)
+def add_config_arguments(parser: argparse.ArgumentParser, default: str = "") -> None:
+    """`default`: the run config that --cfg-path stands for where it may be left out."""
+    text = "run config, or the name of one of run_configs/" + (default and f"; default: {default}")
+    parser.add_argument("--cfg-path", type=Path, required=not default, metavar="YAML", help=text)
     add_override_arguments(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved configs and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -210,8 +208,9 @@ def open_run_dir(config: Config, resumed: Path | None = None, restart: bool = Fa
                 pass
         except OSError as error:
             problem = f"run.output_dir: {run_dir} cannot be written to ({error})"
-        if missing := [name for name in config.run.trackers if importlib.util.find_spec(name) is None]:
-            problem = f"run.trackers: {missing[0]} is not installed: pip install {' '.join(missing)}"
+        for name in config.run.trackers:
+            if importlib.util.find_spec(name) is None:
+                problem = f"run.trackers: {name} is not installed: pip install {name}"
     if problem := distributed.broadcast(problem):
         raise UserError(problem)
     CHATTER.open(run_dir)
@@ -222,6 +221,5 @@ def open_monitor(
     config: Config, run_dir: Path, resume_step: int | None = None, awaited_step: int | None = None
 ) -> Monitor:
     """Rank 0's monitor, with the trackers of the run config; of other ranks, one that does nothing."""
-    if not distributed.is_main():
-        return NullMonitor()
-    return Monitor(run_dir, resume_step, awaited_step, config.run.trackers, asdict(config))
+    kind = Monitor if distributed.is_main() else NullMonitor
+    return kind(run_dir, resume_step, awaited_step, config.run.trackers, asdict(config))

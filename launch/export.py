@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR|FILE.pth", help="where to write it")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the transformers folder to the Hugging Face hub")
     parser.add_argument("--force", action="store_true", help="replace an earlier export at --output")
-    cli.add_config_arguments(parser, False, "run config; default: the config.yaml of the run that the checkpoint is of")
+    cli.add_config_arguments(parser, default="the config.yaml of the run that the checkpoint is of")
     return parser.parse_args()
 
 

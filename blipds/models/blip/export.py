@@ -73,7 +73,8 @@ def save_transformers(folder: Path, export: Export, geometry: BlipGeometry) -> N
         temporary.chmod(0o755)  # mkdtemp's folders are closed to others
         save_file(renamed, temporary / "model.safetensors", metadata={"format": "pt"})
         (temporary / "model.safetensors").chmod(0o644)  # safetensors closes its files to others, too
-        _write_json(temporary / "config.json", transformers_config(geometry, token_ids))
+        config = json.dumps(transformers_config(geometry, token_ids), indent=2)
+        (temporary / "config.json").write_text(config + "\n", "utf-8")
         image_processor = BlipImageProcessor(
             size={"height": geometry.image_size, "width": geometry.image_size},
             image_mean=list(export.image_mean),
@@ -239,7 +240,3 @@ def _untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
         if not (name in TIED and TIED[name] in tensors) and not matches(name, ["*.position_ids"])
     }
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
