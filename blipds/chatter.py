@@ -5,10 +5,9 @@ import sys
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
-from blipds import distributed
+import torch
 
-LOG = "log.txt"
-LINE = "%(asctime)s rank {} %(levelname)s %(filename)s:%(lineno)d %(message)s"
+from blipds import distributed
 
 
 class Chatter(logging.Filter):
@@ -24,6 +23,7 @@ class Chatter(logging.Filter):
         self._filtered: list[logging.Filterer] = []
 
     def __enter__(self) -> "Chatter":
+        torch.cuda.is_available()  # says on the terminal, once, that a driver does not work
         logging.captureWarnings(True)
         self._watch()
         return self
@@ -33,13 +33,16 @@ class Chatter(logging.Filter):
         for source in self._filtered:
             source.removeFilter(self)
         self._filtered = []
+        if self._log.target is not None:
+            self._log.target.close()
 
     def open(self, run_dir: Path) -> None:
         """Writes what has come so far, and from now on each record at once."""
         if self._filtered:
             self._watch()  # loggers of what was imported since
-            file = logging.FileHandler(run_dir / LOG, encoding="utf-8", delay=True)
-            file.setFormatter(logging.Formatter(LINE.format(distributed.rank())))
+            file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8", delay=True)
+            place = f"rank {distributed.rank()} %(levelname)s %(filename)s:%(lineno)d"
+            file.setFormatter(logging.Formatter(f"%(asctime)s {place} %(message)s"))
             self._log.setTarget(file)
             self._log.flush()
             self._log.flushLevel = logging.NOTSET

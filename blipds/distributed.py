@@ -106,11 +106,6 @@ def device_type() -> str:
     return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
 
 
-def device_count() -> int:
-    """GPUs of this machine, or 1 for its CPU: the ranks it is made for."""
-    return torch.cuda.device_count() if device_type() == "cuda" else 1
-
-
 def shut_down() -> None:
     if _watcher is not None:  # a thread that is inside a C++ call at the interpreter's exit would crash it
         _ended.set()

@@ -25,7 +25,6 @@ from blipds.config.sections import Config
 from blipds.engine import DTYPES
 from blipds.evaluation.evaluator import evaluate_checkpoint, read_cider_corpus
 from blipds.models.weights import find_checkpoint, initial_weights
-from blipds.monitor import Monitor, NullMonitor
 from blipds.report.machine import machine_facts
 from blipds.scoring.metrics import METRICS, Scores
 from blipds.scoring.published import published, table
@@ -77,7 +76,7 @@ def main() -> None:
     checkpoint = find_checkpoint(args.checkpoint, "best") if args.checkpoint else initial_weights(config.model)
     splits = args.split or config.run.test_splits or config.run.valid_splits
     run_dir = cli.open_run_dir(config)
-    monitor = Monitor(run_dir) if distributed.is_main() else NullMonitor()
+    monitor = cli.open_monitor(config, run_dir)
     if distributed.is_main():
         cli.keep_config(config, run_dir)
         monitor.start(0, machine_facts(device))

@@ -24,7 +24,6 @@ from blipds.errors import UserError
 from blipds.evaluation.evaluator import evaluate_checkpoint
 from blipds.files.paths import packaged, user_path
 from blipds.models.weights import find_checkpoint, initial_weights
-from blipds.monitor import Monitor, NullMonitor
 from blipds.training import building
 from blipds.training.run_state import RunState
 
@@ -77,10 +76,9 @@ def main() -> None:
         evaluate(config, str(resumed) if resumed else initial_weights(config.model), device, run_dir)
         return
 
-    monitor = NullMonitor()
+    state = RunState(**read_state(resumed)["run"]) if resumed else RunState()
+    monitor = cli.open_monitor(config, run_dir, state.global_step, state.awaited_step)
     if distributed.is_main():
-        state = RunState(**read_state(resumed)["run"]) if resumed else RunState()
-        monitor = Monitor(run_dir, state.global_step, state.awaited_step)
         (run_dir / "config.yaml").write_text(cli.as_yaml(config), encoding="utf-8")
         (run_dir / "ds_config.json").write_text(cli.as_json(ds_config), encoding="utf-8")
     try:
@@ -127,7 +125,7 @@ def evaluate(
 ) -> None:
     """Scores the test splits (where there are none, the validation splits) with a checkpoint, in run.eval_precision."""
     splits = config.run.test_splits or config.run.valid_splits
-    monitor = Monitor(run_dir) if distributed.is_main() else NullMonitor()
+    monitor = cli.open_monitor(config, run_dir)
     precision = config.run.eval_precision
     evaluate_checkpoint(config, checkpoint, splits, device, precision, run_dir, monitor, step=step, epoch=epoch)
     if distributed.is_main():

@@ -85,13 +85,13 @@ def test_a_rank_for_each_gpu(monkeypatch):
     started = []
     monkeypatch.setattr(os, "execv", lambda program, words: started.append(words[1:]))
     monkeypatch.setattr(distributed, "free_port", lambda: 4711)
-    monkeypatch.setattr(distributed, "device_count", lambda: 1)
     monkeypatch.setattr(sys, "argv", ["blipds-finetune", "--cfg-path", "shapes_tiny"])
     for name in ("RANK", "RANKS"):
         monkeypatch.delenv(name, raising=False)
     cli.start_ranks("a.module")
     assert started == []
-    monkeypatch.setattr(distributed, "device_count", lambda: 8)
+    monkeypatch.setattr(distributed, "device_type", lambda: "cuda")
+    monkeypatch.setattr(cli.torch.cuda, "device_count", lambda: 8)
     cli.start_ranks("a.module")
     monkeypatch.setenv("RANKS", "2")
     cli.start_ranks("a.module")

@@ -20,10 +20,7 @@ Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
 
 
 def load_ds_config(path: str | Path) -> Section:
-    """Read and check a DeepSpeed JSON, or a packaged one (ds_configs/) by its name; "auto" stays.
-
-    UserError in one line for whatever is wrong with the file.
-    """
+    """Read and check a DeepSpeed JSON, or a packaged one by its name; "auto" stays. UserError for whatever is wrong."""
     path = find_config(Path(path), "ds_configs", ".json", "DeepSpeed JSON")
     try:
         text = path.read_text(encoding="utf-8")

@@ -35,8 +35,8 @@ REPLACED_RUN_KEYS = {
 def load_run_config(cfg_path: Path, options: Sequence[str] = ()) -> tuple[Config, list[str]]:
     """Merges and checks; returns the config and the lines about keys that something else decides now.
 
-    `cfg_path` may be the name of a packaged one (run_configs/). `options` are `key.path=value`, the value read as YAML.
-    Raises UserError with one line that names the key, what was given and what is allowed.
+    `cfg_path` may be the name of a packaged one. `options` are `key.path=value`, the value read as YAML. Raises
+    UserError with one line that names the key, what was given and what is allowed.
     """
     cfg_path = find_config(cfg_path, "run_configs", ".yaml")
     given = reduce(merged, map(read_option, options), read_yaml(cfg_path))

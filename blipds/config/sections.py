@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from blipds.errors import UserError, nearest
 from blipds.registry import ARCHS
+from blipds.trackers import TRACKERS
 
 # What a number may be, by the words for it in messages.
 LIMITS: dict[str, Callable[[float], bool]] = {
@@ -271,6 +272,7 @@ class RunConfig:
     job_id: str | None = None
     expect_world_size: int | None = limited(None, "more than 0")
     resume_ckpt_path: str | None = None
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     log_freq: int = limited(50, "1 or more")
     val_freq: int = limited(1, "1 or more")
     val_steps: int | None = limited(None, "more than 0")
@@ -287,6 +289,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         one_of("run.task", self.task, ["captioning"])
         one_of("run.runner", self.runner, ["runner_base", "runner_iter"])
+        for tracker in self.trackers:
+            one_of("run.trackers", tracker, list(TRACKERS))
         one_of("run.weight_decay_on", self.weight_decay_on, ["matrices", "all"])
         one_of("run.eval_precision", self.eval_precision, ["fp32", "bf16", "fp16"])
         check_limits("run", self)

@@ -2,7 +2,6 @@
 
 import gc
 import io
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -128,9 +127,7 @@ class Engine:
         tf32: bool = False,
     ) -> None:
         import deepspeed
-        from deepspeed.utils import logger
 
-        logger.setLevel(logging.WARNING)
         self.flash_in_training = flash_in_training(distributed.device_type(), DTYPES[precision])
         torch.backends.cuda.enable_flash_sdp(self.flash_in_training)
         self.tf32 = tf32

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from blipds.errors import UserError, nearest
 
-PACKAGE = Path(__file__).parents[1]
 LONGEST_NAME = 256
 
 
@@ -20,8 +19,8 @@ def user_path(location: str | os.PathLike[str]) -> Path:
 
 def packaged(folder: str) -> Path:
     """`run_configs` or `ds_configs`: in the package where pip installed it, beside the package in a checkout."""
-    inside = PACKAGE / folder
-    return inside if inside.is_dir() else PACKAGE.parent / folder
+    package = Path(__file__).parents[1]
+    return package / folder if (package / folder).is_dir() else package.parent / folder
 
 
 def find_config(path: Path, folder: str, suffix: str, what: str = "config file") -> Path:
@@ -32,12 +31,11 @@ def find_config(path: Path, folder: str, suffix: str, what: str = "config file")
     """
     if path.is_file() or path.parent not in (Path(), Path(folder)):
         return path
+    known = {other.stem: other for other in packaged(folder).glob(f"*{suffix}")}
     name = path.name.removesuffix(suffix)
-    found = packaged(folder) / f"{name}{suffix}"
-    if found.is_file() or path.exists():
-        return found if found.is_file() else path
-    names = [other.stem for other in packaged(folder).glob(f"*{suffix}")]
-    raise UserError(f"no such {what}: {path}; {nearest(name, names, 'packaged')}")
+    if name not in known and not path.exists():
+        raise UserError(f"no such {what}: {path}; {nearest(name, known, 'packaged')}")
+    return known.get(name, path)
 
 
 def point(link: Path, name: str) -> None:

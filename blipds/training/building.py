@@ -98,6 +98,7 @@ def build_trainer(
     monitor.start(state.global_step, sizes | machine_facts(engine.device))
     for line in start_block(config, ds_config, sizes, samples, plan, loader, run_dir):
         monitor.say(line)
+    monitor.say_where()
     if state.global_step:
         monitor.say(f"resumed    after step {state.global_step}")
     if notice := other_data(state, samples, loader.steps_per_epoch):
@@ -322,7 +323,6 @@ def start_block(
         f"length     {length}; {plan.total_steps} steps in {plan.epochs} epochs of {plan.epoch_steps}",
         f"engine     ZeRO stage {zero_stage(ds_config)}, {precision(ds_config)}, {run.lr_sched} from {run.init_lr:g}",
         f"directory  {run_dir}",
-        f"watch      tensorboard --logdir {run_dir.parent}",
     ]
 
 
