@@ -136,9 +136,13 @@ def evaluate(
 
 def command() -> None:
     """`blipds-finetune`: starts a rank for each GPU, or RANKS of them, by DeepSpeed's launcher."""
-    parse_arguments()  # --help and mistakes need no launcher
-    cli.start_ranks("blipds.launch.finetune")
-    cli.run(main)
+
+    def start() -> None:
+        parse_arguments()  # --help and mistakes need no launcher
+        cli.start_ranks("blipds.launch.finetune")
+        main()
+
+    cli.run(start)
 
 
 if __name__ == "__main__":
