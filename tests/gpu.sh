@@ -12,7 +12,8 @@ export PYTHONPATH="$root:$root/tests"
 if [ -n "${WHEELS:-}" ]; then
     "$python" -m pip install -q --no-index --no-deps --target "$scratch/site" "$WHEELS"/*.whl
     export PYTHONPATH="$scratch/site:$PYTHONPATH" PATH="$scratch/site/bin:$PATH"
-    export TORCH_EXTENSIONS_DIR="$scratch/ops"
+    export TORCH_EXTENSIONS_DIR="$scratch/ops" TORCHINDUCTOR_CACHE_DIR="$scratch/inductor"
+    export TRITON_CACHE_DIR="$scratch/triton"
 fi
 cd "$root"
 "$python" -m on_gpu.run "$@"

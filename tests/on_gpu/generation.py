@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -30,7 +31,9 @@ def rows(device: torch.device, folder: Path, dry: bool) -> Iterator[Row]:
     yield from generation(geometry, side, Size(images), rounds, device, torch.bfloat16)
     yield loader_rate(1 if dry else os.cpu_count() or 1, 64 if dry else 2048)
     yield from profiles(geometry, side, images, folder, device)
-    yield from compiled(geometry, side, Size(2 if dry else 16), rounds, device, (torch.bfloat16,))
+    # the CPU's compiler takes minutes
+    with torch.compiler.set_stance("force_eager") if dry else nullcontext():
+        yield from compiled(geometry, side, Size(2 if dry else 16), rounds, device, (torch.bfloat16,))
 
 
 def loader_rate(workers: int, samples: int) -> Row:

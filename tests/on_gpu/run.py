@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,7 +141,8 @@ def main() -> None:
     def box(name: str) -> str:
         section = SECTIONS[name]
         child = [sys.executable, "-m", "on_gpu.run", "--child", name, "--output", str(folder)]
-        (folder / name).mkdir(exist_ok=True)
+        shutil.rmtree(folder / name, ignore_errors=True)  # of an earlier call
+        (folder / name).mkdir()
         seconds = section.dry_seconds if args.dry else section.seconds
         return run_boxed(child + ["--dry"] * args.dry, seconds, environment)
 
