@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from blipds.distributed import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
+if not LAUNCHER.exists():  # installed with --target (gpu.sh)
+    LAUNCHER = Path(shutil.which("deepspeed") or LAUNCHER)
 
 # What a rank imports takes 5 s of processor time, and the launcher and its own launcher 5 s more; a fork takes none.
 FORKS = multiprocessing.get_context("forkserver")
@@ -31,15 +34,18 @@ FORKS.set_forkserver_preload(
 
 
 def environment() -> dict[str, str]:
-    """This environment, with the virtual environment's programs first and no GPU, so that figures are the CPU's."""
+    """This environment, with the virtual environment's programs first and no GPU, so that figures are the CPU's.
+
+    Tests with the marker `gpu` keep their GPU: they run `bash tests/gpu.sh`, or work in pytest's own process.
+    """
     path = f"{LAUNCHER.parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
 
 
-def command(ranks: int, script: Path | str, *arguments: object) -> list[str]:
-    """What a person types: deepspeed for several ranks, python for one."""
+def command(ranks: int, script: Path | str, *arguments: object, launcher: bool = False) -> list[str]:
+    """What a person types: deepspeed for several ranks, or where it is asked for, else python."""
     port = ["--master_port", str(free_port())]  # other runs on this machine may hold the usual one
-    start = [str(LAUNCHER), "--num_accelerators", str(ranks), *port] if ranks > 1 else [sys.executable]
+    start = [str(LAUNCHER), "--num_accelerators", str(ranks), *port] if launcher or ranks > 1 else [sys.executable]
     return [*start, str(REPOSITORY / script), *map(str, arguments)]
 
 

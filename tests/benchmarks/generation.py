@@ -12,12 +12,20 @@ CONFIG = GenerationConfig(num_beams=3, max_len=20, min_len=5)
 
 
 @torch.no_grad()
-def generation(geometry: str, image_size: int, size: Size, rounds: int, device: torch.device) -> list[Row]:
-    """The paper's setting: beam 3, max_len 20, min_len 5, fp32. Random weights never end a caption: all run to 20."""
-    model = build_ours(geometry, image_size, 0.0, device).eval()
-    twin = transformers_twin(model).eval()
+def generation(
+    geometry: str,
+    image_size: int,
+    size: Size,
+    rounds: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> list[Row]:
+    """The paper's setting: beam 3, max_len 20, min_len 5. Random weights never end a caption: all run to 20."""
+    model = build_ours(geometry, image_size, 0.0, device).eval().to(dtype)
+    twin = transformers_twin(model).eval().to(dtype)
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     g = geometry_of(model)
-    pixels = random_pixels(size.images, g, device)
+    pixels = random_pixels(size.images, g, device).to(dtype)
     prompt_ids = torch.tensor(PROMPT, device=device)
     captions: dict[str, list[list[int]]] = {}
     torch.backends.cuda.enable_flash_sdp(True)  # as `Engine.evaluating` does
@@ -43,7 +51,7 @@ def generation(geometry: str, image_size: int, size: Size, rounds: int, device: 
     return [
         Row(
             "generation",
-            f"images/s, beam 3, max_len 20, fp32 ({same} of {size.images} captions equal)",
+            f"images/s, beam 3, max_len 20, {precision} ({same} of {size.images} captions equal)",
             f"{size.images / quick.median:.2f}",
             f"{size.images / slow.median:.2f} (transformers)",
             slow.median / quick.median,

@@ -28,6 +28,13 @@ class Row:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+def line_of(row: Row) -> str:
+    """Markdown."""
+    ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+    goal = "" if row.goal is None else f"{row.goal:g}"
+    return f"| {row.what} | {row.ours} | {row.against} | {ratio} | {goal} |"
+
+
 @dataclass(frozen=True)
 class Timing:
     seconds: list[float]

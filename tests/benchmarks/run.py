@@ -4,7 +4,6 @@
     bash tests/benchmarks/run.sh training generation --rounds 9     some of them, more carefully
     bash tests/benchmarks/run.sh quality --start model.finetuned=RUN
                                                                     half an hour: real runs on the Flickr8k photographs
-    bash tests/benchmarks/run.sh gpu --geometry large               on a CUDA device: the largest batch of each card
 
 The sides of a comparison take turns in one process and each figure is the median of its rounds, so that ratios hold on
 a machine that is not quite quiet; keep it quiet all the same. Nothing here passes or fails: a goal beside a figure is
@@ -19,8 +18,8 @@ scoring      an evaluation's tokenization and metrics, 1,000 captions, against p
 startup      launch to the first step, through the launcher
 quality      time to the validation CIDEr at which the one-caption recipe ends (only when named)
 compile      run.compile on the training step (only when named)
-gpu          CUDA only: images/s, share of the matmul rate and peak memory at 384 in bf16, with and without activation
-             checkpointing, at the largest batch that fits 16, 24, 40 and 80 GB
+
+`bash tests/gpu.sh` is for GPUs: what is right there, and how fast.
 """
 
 import argparse
@@ -36,9 +35,8 @@ from pathlib import Path
 
 import torch
 from benchmarks.generation import generation
-from benchmarks.gpu import training_on_cards
 from benchmarks.loading import loading
-from benchmarks.measuring import Row, machine
+from benchmarks.measuring import Row, line_of, machine
 from benchmarks.pair import GEOMETRIES, Size
 from benchmarks.quality import quality
 from benchmarks.scoring import scoring
@@ -50,7 +48,7 @@ UNASKED = ("training", "memory", "generation", "loading", "startup")
 
 
 def parse_arguments() -> argparse.Namespace:
-    names = [*UNASKED, "scoring", "quality", "compile", "gpu"]
+    names = [*UNASKED, "scoring", "quality", "compile"]
     parser = argparse.ArgumentParser(
         prog="run.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -108,11 +106,8 @@ def chosen(args: argparse.Namespace, device: torch.device) -> dict[str, Callable
         "scoring": lambda: scoring(min(args.rounds, 3), args.data.resolve(), args.results),
         "quality": lambda: quality(args.ranks, args.data.resolve(), args.photographs, args.start),
         "compile": lambda: compiled(*shape, args.rounds, device),
-        "gpu": lambda: training_on_cards(args.geometry, args.captions, args.rounds, device),
     }
-    names = args.benchmarks or [*UNASKED, *(["gpu"] if device.type == "cuda" else [])]
-    if "gpu" in names and device.type != "cuda":
-        sys.exit("error: the benchmark gpu needs a CUDA device")
+    names = args.benchmarks or UNASKED
     return {name: benchmarks[name] for name in names}
 
 
@@ -148,12 +143,6 @@ def main() -> None:
     if any(row.ratio is not None for row in rows):
         plot(rows, report, path.with_suffix(".png"))
         print(path.with_suffix(".png"))
-
-
-def line_of(row: Row) -> str:
-    ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-    goal = "" if row.goal is None else f"{row.goal:g}"
-    return f"| {row.what} | {row.ours} | {row.against} | {ratio} | {goal} |"
 
 
 def table(rows: list[Row], report: dict) -> str:

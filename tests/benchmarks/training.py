@@ -5,7 +5,7 @@ for the optimizer, as DeepSpeed does.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from benchmarks.arithmetic import training_flops, training_linears
@@ -190,10 +190,17 @@ def activation_bytes(model: BlipCaption, inputs: dict[str, Tensor], device: torc
     return peak_memory(device) - before
 
 
-def compiled(geometry: str, image_size: int, size: Size, rounds: int, device: torch.device) -> list[Row]:
-    """Our training step with run.compile against the same step without, fp32 and bf16; no dropout."""
+def compiled(
+    geometry: str,
+    image_size: int,
+    size: Size,
+    rounds: int,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+) -> list[Row]:
+    """Our training step with run.compile against the same step without; no dropout."""
     rows = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes:
         model = build_ours(geometry, image_size, 0.0, device).to(dtype)
         g = geometry_of(model)
         pixels = random_pixels(size.images, g, device).to(dtype)
