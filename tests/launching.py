@@ -1,6 +1,7 @@
 """Starts real ranks: as a person types it, or in forks of a process that has done the imports."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -23,14 +24,9 @@ LAUNCHER = Path(sys.executable).with_name("deepspeed")
 if not LAUNCHER.exists():  # installed with --target (gpu.sh)
     LAUNCHER = Path(shutil.which("deepspeed") or LAUNCHER)
 
-# What a rank imports takes 5 s of processor time, and the launcher and its own launcher 5 s more; a fork takes none.
+# What a rank imports takes 6 s of processor time, and the launcher and its own launcher 5 s more; a fork takes none.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        *("blipds.training.building", "blipds.evaluation.evaluator", "blipds.report", "blipds.captioning.stream"),
-        *("deepspeed", "transformers.models.blip", "torch.utils.tensorboard", "torch.utils.cpp_extension", "jinja2"),
-    ]
-)
+FORKS.set_forkserver_preload(["tests.preloaded"])
 
 
 def environment() -> dict[str, str]:
@@ -118,6 +114,7 @@ def start_script(typed: Sequence[object], variables: dict[str, str], log: Path) 
 def run_script(typed: Sequence[str], variables: dict[str, str], log: str) -> None:
     """In a fork: what `python SCRIPT ARGUMENTS` does in a process of its own."""
     os.setsid()
+    gc.freeze()  # or each collection goes through what half a million imported objects hold: 0.1 to 0.3 s
     multiprocessing.set_start_method(None, force=True)  # loaders start their workers as in any process
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(output, 1)
