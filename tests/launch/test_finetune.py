@@ -17,7 +17,7 @@ def arguments(output, *options, ds_config=ZERO2):
     sizes = [*shapes, "run.limit_val=11", "run.batch_size_train=8"]
     small = ["model.med_config_path=tests/engine/no_dropout.json", "run.num_workers=1", "run.batch_size_eval=4"]
     options = [*sizes, *small, "run.log_freq=1", f"run.output_dir={output}", "run.job_id=test", *options]
-    return ["--cfg-path", "run_configs/shapes_tiny.yaml", "--ds-config", ds_config, "--options", *options]
+    return ["--cfg-path", "tests/shapes_tiny.yaml", "--ds-config", ds_config, "--options", *options]
 
 
 def lines(run_dir, kind):
@@ -108,7 +108,7 @@ def test_evaluate_writes_what_the_run_wrote(finished, tmp_path):
     """One rank instead of two, from the command line: the same captions of the best checkpoint, the same scores."""
     run_dir, _ = finished
     options = [*arguments(tmp_path)[arguments(tmp_path).index("--options") :]]
-    where = ["--cfg-path", "run_configs/shapes_tiny.yaml", "--checkpoint", run_dir, "--split", "test"]
+    where = ["--cfg-path", "tests/shapes_tiny.yaml", "--checkpoint", run_dir, "--split", "test"]
     process = launch_as_typed(1, "launch/evaluate.py", *where, *options)
     assert process.returncode == 0, process.stdout[-4000:]
     written = next((run_dir / "results").glob("test_epoch*.json")).read_text()
