@@ -56,6 +56,7 @@ class Bench:
         self.parts = config, ds, folder, None, NullMonitor()
         self.device = device
         self.engine: Engine | None = None
+        self.inputs: dict[int, dict[str, torch.Tensor]] = {}  # of the last number of images
 
     def step(self, images: int) -> None:
         if self.engine is None:
@@ -69,8 +70,6 @@ class Bench:
         inputs = self.inputs[images]
         engine.backward(engine.loss(inputs) / len(inputs["labels"]))
         engine.step(1e-5, measure=False)
-
-    inputs: dict[int, dict[str, torch.Tensor]] = {}  # noqa: RUF012 (replaced, never changed)
 
     def fits(self, images: int) -> bool:
         try:

@@ -84,7 +84,7 @@ def rows(device: torch.device, folder: Path, dry: bool) -> Iterator[Row]:
         spec("resumed", 2, "bf16", steps, run_dir=run_dir, resume=run_dir, torch_adam=dry),
     ]
     if not dry or torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        specs.append(spec("overflow", 2, "fp16", steps + 12, scale_power=30, torch_adam=dry))
+        specs.append(spec("overflow", 2, "fp16", steps + 20, scale_power=30, torch_adam=dry))
     found = results(start_grid(folder, "grid", specs, environment), folder, "grid")
     expected = results(cpu, folder, "cpu")["cpu"]["losses"]
     for stage, held in kinds:
