@@ -16,7 +16,7 @@ from blipds.data.datasets import build_image_processor
 from blipds.data.images import Images
 from blipds.data.loader import derive_seed
 from blipds.data.processors import BlipImageEval, ImageProcessor
-from blipds.data.tokenizer import CaptionTokenizer
+from blipds.data.tokenizer import CaptionTokenizer, caption_tokenizer
 from blipds.engine import DTYPES
 from blipds.errors import UserError
 from blipds.files.paths import user_path
@@ -57,10 +57,10 @@ class Captioner:
 
     @classmethod
     def from_config(cls, config: Config, num_captions: int = 1) -> "Captioner":
-        run = config.run
+        run, tokenizer = config.run, caption_tokenizer(config.model)
         generation = GenerationConfig(
             num_beams=run.num_beams,
-            max_len=run.max_len,
+            max_len=tokenizer.longest(run.max_len),
             min_len=run.min_len,
             length_penalty=run.length_penalty,
             repetition_penalty=run.repetition_penalty,
@@ -69,7 +69,6 @@ class Captioner:
             temperature=run.temperature,
             num_captions=num_captions,
         )
-        tokenizer = CaptionTokenizer(config.model.tokenizer, config.model.prompt, config.model.max_txt_len)
         return cls(tokenizer, generation, run.seed)
 
     def caption(

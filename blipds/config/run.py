@@ -41,7 +41,7 @@ def load_run_config(cfg_path: Path, options: Sequence[str] = ()) -> tuple[Config
     model = model_config_class(with_options(read_yaml(cfg_path), options))
     sections = type_hints(Config) | {"model": model}
     given = with_options(read_yaml(cfg_path, sections), [quoted_option(option, sections) for option in options])
-    notices = drop_replaced_keys(given)
+    notices = drop_replaced_keys(given, {"run": REPLACED_RUN_KEYS, "model": model.REPLACED})
     check_schema({name: section for name, section in given.items() if name != "model"}, Config, "")
     check_model_keys(given.get("model"), model)
     schema = OmegaConf.structured(Config)
@@ -82,15 +82,16 @@ def check_model_keys(section: Any, schema: type[ModelConfig]) -> None:
     check_schema(section, schema, "model")
 
 
-def drop_replaced_keys(given: dict[Any, Any]) -> list[str]:
-    """Takes LAVIS's keys that something else decides now out of the run section; returns a line for each."""
-    run = given.get("run")
-    if not isinstance(run, dict):
-        return []
-    dropped = [key for key in REPLACED_RUN_KEYS if key in run]
-    for key in dropped:
-        del run[key]
-    return [f"run.{key}: {REPLACED_RUN_KEYS[key]}" for key in dropped]
+def drop_replaced_keys(given: dict[Any, Any], replaced: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Takes LAVIS's keys that something else decides now out of their sections; returns a line for each."""
+    lines = []
+    for section, keys in replaced.items():
+        values: Any = given.get(section)
+        for key in keys:
+            if isinstance(values, dict) and key in values:
+                del values[key]
+                lines.append(f"{section}.{key}: {keys[key]}")
+    return lines
 
 
 def read_yaml(path: Path, schema: Any = Any) -> DictConfig:

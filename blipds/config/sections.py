@@ -18,6 +18,10 @@ class ModelConfig:
 
     # Values of keys that switch activation checkpointing on, those that recompute least first; the first: off.
     CHECKPOINTING: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    # How captions become tokens: "bert" ([DEC] prompt caption [SEP]) or "causal" (data/tokenizer.py)
+    TEXT: ClassVar[str] = "bert"
+    # LAVIS's keys that something else decides now, and the line that says so.
+    REPLACED: ClassVar[dict[str, str]] = {}
 
     arch: str = "blip_caption"
     model_type: str | None = None
@@ -36,6 +40,11 @@ class ModelConfig:
     def recomputes(self) -> bool:
         """Whether activations are checkpointed."""
         return any(getattr(self, key) != off for key, off in self.CHECKPOINTING[0].items())
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Where the tokenizer comes from: a folder, a vocabulary file, a hub name; None: the package."""
+        return self.tokenizer
 
     @property
     def hidden_size(self) -> int:

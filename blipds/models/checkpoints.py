@@ -33,13 +33,14 @@ class StoredTensors:
     """An opened file or folder: its tensors under the names that it gives them, and the config beside them.
 
     config: the transformers config.json, or the config that the file carries, or {}. location: where the user said it
-    is. readers: name -> what reads it.
+    is. readers: name -> what reads it. cache_root: where files beside it would be downloaded to.
     """
 
     path: Path
     config: dict[str, Any]
     readers: Mapping[str, tuple[Reader, str]]
     location: str = ""
+    cache_root: Path = Path()
 
     def __post_init__(self) -> None:
         self.location = self.location or str(self.path)
@@ -95,15 +96,16 @@ def _open_folder(folder: Path) -> tuple[dict[str, Reader], dict[str, Any]]:
     config: dict[str, Any] = {}
     if (folder / "config.json").is_file():
         config = json_object(folder / "config.json", (folder / "config.json").read_bytes(), "it")
-    index = folder / "model.safetensors.index.json"
+    indices = [folder / f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")]
+    index = next((path for path in indices if path.is_file()), None)
     if (folder / "model.safetensors").is_file():
         reader = open_reader(folder / "model.safetensors")
         readers = dict.fromkeys(reader.names, reader)
-    elif index.is_file():
-        readers = _shards(folder, index)
     elif (folder / "pytorch_model.bin").is_file():
         reader = open_reader(folder / "pytorch_model.bin")
         readers = dict.fromkeys(reader.names, reader)
+    elif index is not None:
+        readers = _shards(folder, index)
     else:
         raise UserError(
             f"{folder}: no model.safetensors, model.safetensors.index.json or pytorch_model.bin in this folder"
@@ -136,6 +138,10 @@ class CheckpointFormat:
     def kind(self, stored: StoredTensors) -> str:
         """What wrote it, in a word for messages. UserError for what this arch cannot read."""
         return "blipds"
+
+    def joined(self, kind: str, readers: Mapping[str, tuple[Reader, str]]) -> Mapping[str, tuple[Reader, str]]:
+        """The stored tensors as this arch has them, where files split a parameter into several."""
+        return readers
 
     def our_name(self, kind: str, name: str) -> str | None:
         """The model's name; None: left aside. What no rule knows stays, so that the load lists it as unexpected."""
@@ -174,7 +180,7 @@ class Checkpoint:
         self.kind = layout.kind(stored)
         self.left_aside: list[str] = []
         self._readers: dict[str, tuple[Reader, str]] = {}
-        for name, place in stored.readers.items():
+        for name, place in layout.joined(self.kind, stored.readers).items():
             ours = layout.our_name(self.kind, name)
             if ours is None:
                 self.left_aside.append(name)

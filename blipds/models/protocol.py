@@ -93,6 +93,10 @@ class CaptioningModel(nn.Module, ABC):
         """How files name and lay out these weights."""
         return CheckpointFormat()
 
+    def completed(self, stored: StoredTensors, open_other: Callable[[str], StoredTensors]) -> StoredTensors:
+        """A checkpoint of a whole model, with what such files leave to others (a frozen part); `open_other(source)`."""
+        return stored
+
     def check_geometry(self, checkpoint: Checkpoint) -> None:
         """UserError where a checkpoint states sizes that are not the model's, and that no tensor shows (heads)."""
 

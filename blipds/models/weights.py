@@ -46,7 +46,9 @@ def open_weights(location: str, cache_root: Path) -> StoredTensors:
     Raises UserError where it cannot be had or read.
     """
     location = find_checkpoint(location, "best")
-    return open_stored(locate(location, cache_root), location)
+    stored = open_stored(locate(location, cache_root), location)
+    stored.cache_root = cache_root
+    return stored
 
 
 def load_initial_weights(
@@ -88,6 +90,7 @@ def load_weights(
     `write(name, tensor)` takes the tensors instead of the model's own parameters, which may then be on the meta device.
     Raises UserError for another geometry and for a checkpoint of one part.
     """
+    stored = model.completed(stored, partial(open_weights, cache_root=stored.cache_root))
     checkpoint = Checkpoint(stored, model.checkpoint_format())
     if checkpoint.is_part:
         key = checkpoint.layout.part_key(checkpoint.kind)
@@ -153,8 +156,12 @@ def locate(location: str, cache_root: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    patterns = ["*.json", "*.safetensors", "*.txt"]
     try:
-        return Path(snapshot_download(location, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        folder = Path(snapshot_download(location, allow_patterns=patterns))
+        if not any(folder.glob("*.safetensors")):  # only some repositories have both
+            snapshot_download(location, allow_patterns=["pytorch_model*.bin"])
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{location}: no such file, and not to be had from the hub ({reason})") from error
