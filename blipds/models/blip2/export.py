@@ -43,7 +43,8 @@ def export_transformers(folder: Path, export: Export) -> None:
     model: Any = export.model
     processor = Blip2Processor(image_processor, tokenizer, num_query_tokens=model.config.num_query_token)
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)  # which the processor has added
-    config = transformers_config(model, image_token)
+    end = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    config = transformers_config(model, image_token, end)
     tensors = {
         to_transformers_name(name): with_rows(name, tensor, image_token + 1).detach().cpu().contiguous()
         for name, tensor in export.tensors.items()
@@ -54,7 +55,6 @@ def export_transformers(folder: Path, export: Export) -> None:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(temporary)
         processor.save_pretrained(temporary)
-        end = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
         generation = {key: value for key, value in export.generation.items() if key != "max_length"}
         settings = GenerationConfig(
             eos_token_id=end, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, **generation
@@ -70,12 +70,13 @@ def with_rows(name: str, tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), tensor.shape[1])])
 
 
-def transformers_config(model: Any, image_token: int) -> Any:
+def transformers_config(model: Any, image_token: int, end: int) -> Any:
     """The Blip2Config of a built model (on the meta device is enough)."""
     from transformers import Blip2Config
 
     vit, text = model.visual_encoder, copy.deepcopy(model.language_model.config)
     text.vocab_size = max(text.vocab_size, image_token + 1)
+    text.eos_token_id = end  # `generate` asks the language model, not the folder's generation_config.json
     (patch, _), (size, _) = vit.patch_embed.patch_size, vit.patch_embed.img_size
     return Blip2Config(
         vision_config={
