@@ -115,6 +115,8 @@ class Blip2Caption(CaptioningModel):
 
     def load_parts(self, config: Blip2Config, load: Callable[..., None]) -> None:
         """`vit_pretrained`: an `eva_vit_g.pth`; `opt_model`: the language model."""
+        if config.load_finetuned or config.load_pretrained:
+            return  # `completed` has taken from them what that checkpoint lacks
         if config.vit_pretrained:
             load(config.vit_pretrained, "eva", "model.vit_pretrained")
         if config.load_llm:
