@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from blipds.config.run import PACKAGED_DATASETS, container, read_yaml
+from blipds.config.run import PACKAGED_DATASETS
+from blipds.config.schema import read_yaml
 from blipds.registry import ARCHS, DATASETS, OBJECTIVES, PROCESSORS, SCHEDULES
-from blipds.scoring.metrics import DESCRIPTIONS
+from blipds.scoring.metrics import SCORERS
 
 
 def catalogue() -> Iterator[str]:
@@ -15,7 +16,7 @@ def catalogue() -> Iterator[str]:
         yield f"  {name:26} {what}"
         for model_type, path in ARCHS[name]().model_types.items():
             yield f"    {model_type:24} {comment(path)}"
-            section = container(read_yaml(path))["model"]
+            section = read_yaml(path)["model"]
             for key in ("pretrained", "finetuned"):
                 if section.get(key):
                     yield f"      {key:22} {section[key]}"
@@ -25,7 +26,7 @@ def catalogue() -> Iterator[str]:
     yield from section_of("processors (vis_processor, text_processor)", PROCESSORS.descriptions())
     yield from section_of("schedules (run.lr_sched)", SCHEDULES.descriptions())
     yield from section_of("objectives (run.objective)", OBJECTIVES.descriptions())
-    yield from section_of("metrics (launch/evaluate.py --metrics)", DESCRIPTIONS)
+    yield from section_of("metrics (launch/evaluate.py --metrics)", SCORERS.descriptions())
 
 
 def section_of(title: str, entries: Mapping[str, str]) -> Iterator[str]:

@@ -7,6 +7,8 @@ import atexit
 import os
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,20 +19,10 @@ from blipds.errors import UserError
 
 T = TypeVar("T")
 
-# The variables of deepspeed and torchrun, and what OpenMPI's mpirun and SLURM's srun call them.
-OTHER_LAUNCHERS = (
-    {
-        "RANK": "OMPI_COMM_WORLD_RANK",
-        "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
-        "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
-        "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
-    },
-    {
-        "RANK": "SLURM_PROCID",
-        "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
-        "LOCAL_RANK": "SLURM_LOCALID",
-        "LOCAL_WORLD_SIZE": "SLURM_STEP_TASKS_PER_NODE",
-    },
+LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # those of deepspeed and torchrun
+OTHER_LAUNCHERS = (  # what OpenMPI's mpirun and SLURM's srun call them
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 )
 
 
@@ -80,14 +72,14 @@ def take_launcher_names() -> None:
 
     UserError where MASTER_ADDR is missing: they do not say where ranks meet, and each would be a run of its own.
     """
-    for names in OTHER_LAUNCHERS:
-        if "RANK" in os.environ or not all(name in os.environ for name in names.values()):
+    for theirs in OTHER_LAUNCHERS:
+        if "RANK" in os.environ or not all(name in os.environ for name in theirs):
             continue
-        found = {name: os.environ[theirs].partition("(")[0] for name, theirs in names.items()}  # "8(x2)": 8 on 2 nodes
-        if int(found["WORLD_SIZE"]) > 1:
+        values = [os.environ[name].partition("(")[0] for name in theirs]  # "8(x2)": 8 on 2 nodes
+        if int(values[1]) > 1:
             if "MASTER_ADDR" not in os.environ:
-                raise UserError(f"{names['RANK']} is set but MASTER_ADDR is not: set it to the first machine's name")
-            os.environ.update(found)
+                raise UserError(f"{theirs[0]} is set but MASTER_ADDR is not: set it to the first machine's name")
+            os.environ.update(zip(LAUNCHER_NAMES, values, strict=True))
             os.environ.setdefault("MASTER_PORT", "29500")
 
 
@@ -208,8 +200,14 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def raise_together(error: UserError | None) -> None:
-    """Raises the first rank's error on every rank: those without one would wait for the others. Collective."""
+@contextmanager
+def raising_together() -> Iterator[None]:
+    """A UserError in its block is raised on every rank: those without one would wait for the others. Collective."""
+    error = None
+    try:
+        yield
+    except UserError as own:
+        error = own
     for failed in gather(error):
         if failed is not None:
             raise failed

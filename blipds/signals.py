@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from blipds.errors import UserError
-
 REQUEUE = os.EX_TEMPFAIL  # 75, "try again later": the exit status of a run that saved and stopped on a signal
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: SLURM's --signal
 ECHO_SECONDS = 5.0  # Ctrl-C reaches a rank from the terminal and, moments later, as SIGTERM from DeepSpeed's launcher
@@ -76,11 +74,8 @@ class StallWatch:
     def __init__(self, path: Path, minutes: float) -> None:
         self.path = path
         self.seconds = 60 * minutes
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error}") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8")
 
     def moved(self) -> None:
         faulthandler.dump_traceback_later(self.seconds, repeat=True, file=self._file)

@@ -23,11 +23,11 @@ from blipds import cli, distributed
 from blipds.config.deepspeed import load_ds_config, precision
 from blipds.config.sections import Config
 from blipds.engine import DTYPES
-from blipds.evaluation.evaluator import SplitScores, evaluate_checkpoint, read_cider_corpus
+from blipds.evaluation.evaluator import evaluate_checkpoint, read_cider_corpus
 from blipds.models.weights import find_checkpoint, initial_weights
 from blipds.monitor import Monitor, NullMonitor
-from blipds.report import machine_facts
-from blipds.scoring.metrics import METRICS
+from blipds.report.machine import machine_facts
+from blipds.scoring.metrics import METRICS, Scores
 from blipds.scoring.published import published, table
 from blipds.training import building
 
@@ -90,15 +90,15 @@ def main() -> None:
     monitor.close()
 
 
-def summary(evaluations: list[SplitScores], checkpoint: str | None) -> list[str]:
+def summary(evaluations: list[tuple[str, dict[str, Scores]]], checkpoint: str | None) -> list[str]:
     """The table of all splits (and domains), a released checkpoint's published scores below its own."""
     rows, remarks = [], []
-    for evaluation in evaluations:
-        for name, scores in evaluation.scores.items():
+    for dataset, found in evaluations:
+        for name, scores in found.items():
             if not scores.values:
                 continue
             rows.append((name, scores.images, {metric: 100 * value for metric, value in scores.values.items()}))
-            theirs = published(checkpoint, evaluation.dataset, name.removeprefix(f"{evaluation.dataset}_"))
+            theirs = published(checkpoint, dataset, name.removeprefix(f"{dataset}_"))
             if theirs is not None and theirs.images == scores.images:
                 rows.append(("  published", theirs.images, theirs.values))
                 remarks.append(f"published: {theirs.source}")

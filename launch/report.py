@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 
 from blipds import cli, distributed
+from blipds.captioning.captioner import Captioner
 from blipds.config.sections import Config
 from blipds.errors import UserError
-from blipds.evaluation import heat_maps
-from blipds.evaluation.evaluator import Evaluator
+from blipds.evaluation.evaluator import Evaluator, load_model
+from blipds.evaluation.heat_maps import heat_maps
 from blipds.models.weights import find_checkpoint
-from blipds.report import REPORT, HeatMap, shown_captions, write_report
+from blipds.report.gallery import HeatMap
+from blipds.report.page import REPORT, shown_captions, write_report
 from blipds.training import building
 
 
@@ -58,9 +60,9 @@ def heat_maps_of(
     if checkpoint == str(args.run):
         raise UserError(f"{args.run} has no checkpoint; give one with --checkpoint")
     device = torch.device(distributed.device_type())
-    model = heat_maps.load_model(config, checkpoint, device)
+    model = load_model(config, checkpoint, Captioner.from_config(config), device, torch.float32, print)
     return {
-        evaluator.split: heat_maps.heat_maps(
+        evaluator.split: heat_maps(
             model, evaluator, shown_captions(args.run, evaluator.shown(), args.attention), device
         )
         for evaluator in evaluators

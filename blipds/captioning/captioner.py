@@ -21,7 +21,7 @@ from blipds.engine import DTYPES
 from blipds.errors import UserError
 from blipds.files.paths import user_path
 from blipds.models import build_model
-from blipds.models.checkpoints import StoredTensors
+from blipds.models.checkpoint_files import StoredTensors
 from blipds.models.generation import GenerationConfig
 from blipds.models.parameters import fingerprint
 from blipds.models.protocol import CaptioningModel, CheckpointFn, keep_activations
@@ -57,19 +57,11 @@ class Captioner:
 
     @classmethod
     def from_config(cls, config: Config, num_captions: int = 1) -> "Captioner":
-        run, tokenizer = config.run, caption_tokenizer(config.model)
-        generation = GenerationConfig(
-            num_beams=run.num_beams,
-            max_len=tokenizer.longest(run.max_len),
-            min_len=run.min_len,
-            length_penalty=run.length_penalty,
-            repetition_penalty=run.repetition_penalty,
-            use_nucleus_sampling=run.use_nucleus_sampling,
-            top_p=run.top_p,
-            temperature=run.temperature,
-            num_captions=num_captions,
-        )
-        return cls(tokenizer, generation, run.seed)
+        names = [field.name for field in fields(GenerationConfig) if field.name != "num_captions"]
+        generation = GenerationConfig(num_captions=num_captions, **{name: getattr(config.run, name) for name in names})
+        tokenizer = caption_tokenizer(config.model)
+        generation = replace(generation, max_len=tokenizer.longest(generation.max_len))
+        return cls(tokenizer, generation, config.run.seed)
 
     def caption(
         self, model: CaptioningModel, images: dict[str, Tensor], names: Sequence[object], lockstep: bool = False
@@ -129,15 +121,14 @@ class CaptionModel:
 
     def settings(self) -> dict[str, Any]:
         """All that captions depend on beside the images, as JSON."""
-        processor, tokenizer, decoding = self.image_processor, self.captioner.tokenizer, self.captioner.generation
-        seed = {"seed": self.captioner.seed} if decoding.use_nucleus_sampling else {}
+        decoding = self.captioner.generation
         return {
             "weights": self.weights,
             "precision": str(self.dtype).removeprefix("torch."),
-            "prompt": tokenizer.prompt,
+            "prompt": self.captioner.tokenizer.prompt,
             **asdict(decoding),
-            **seed,
-            "images": repr(processor),
+            **({"seed": self.captioner.seed} if decoding.use_nucleus_sampling else {}),
+            "images": repr(self.image_processor),
         }
 
 
@@ -153,11 +144,11 @@ class CaptionRecipe:
     def with_decoding(self, **given: Any) -> "CaptionRecipe":
         """The same with values of `run` and `model` keys that are not None; UserError as in a run config."""
         names = {field.name for field in fields(RunConfig)}
-        wanted = {key: value for key, value in given.items() if value is not None}
-        run = replace(self.config.run, **{key: value for key, value in wanted.items() if key in names})
-        model = replace(self.config.model, **{key: value for key, value in wanted.items() if key not in names})
+        run = {key: value for key, value in given.items() if value is not None and key in names}
+        model = {key: value for key, value in given.items() if value is not None and key not in names}
         # datasets are left out: what they say about prompts is about their training
-        return replace(self, config=Config(model=model, run=run, env=self.config.env))
+        config = Config(replace(self.config.model, **model), run=replace(self.config.run, **run), env=self.config.env)
+        return replace(self, config=config)
 
 
 def load_caption_model(
@@ -181,8 +172,7 @@ def caption_recipe(location: str, cfg_path: Path | None, options: Sequence[str])
     transformers folder or hub name, a .pth of `launch/export.py`, BLIP's and LAVIS's own base and large. UserError
     where nothing states the geometry.
     """
-    run_dir = run_directory(user_path(location))
-    if cfg_path is None and run_dir is not None:
+    if cfg_path is None and (run_dir := run_directory(user_path(location))):
         cfg_path = run_dir / "config.yaml"
     if cfg_path is not None:
         config, _ = load_run_config(cfg_path, options)
@@ -191,9 +181,8 @@ def caption_recipe(location: str, cfg_path: Path | None, options: Sequence[str])
         return CaptionRecipe(stored, config, image_processor_of(config), partial(build_model, config.model))
     if options:
         raise UserError("--options change a run config, and there is none: give --cfg-path too")
-    config = Config()
-    stored = open_weights(location, user_path(config.env.cache_root))
-    found = next((found for name in ARCHS.names() if (found := ARCHS[name]().describe(stored)) is not None), None)
+    stored = open_weights(location, user_path(Config().env.cache_root))
+    found = next(filter(None, (ARCHS[name]().describe(stored) for name in ARCHS.names())), None)
     if found is None:
         raise UserError(
             f"--checkpoint {location}: nothing beside it or in it says how its model is built, and it is neither BLIP "
@@ -210,16 +199,12 @@ def caption_recipe(location: str, cfg_path: Path | None, options: Sequence[str])
 
 def image_processor_of(config: Config) -> ImageProcessor:
     """The evaluation processor that all datasets of a config share. UserError where their mean or std differ."""
-    if not config.datasets:
-        return BlipImageEval(config.model.image_size)
-    processors = [
-        build_image_processor(dataset.vis_processor.eval, config.model.image_size)
-        for dataset in config.datasets.values()
-    ]
+    size, datasets = config.model.image_size, config.datasets.values()
+    processors = [build_image_processor(dataset.vis_processor.eval, size) for dataset in datasets]
     statistics = {(processor.mean, processor.std) for processor in processors}
     if len(statistics) > 1:
         raise UserError(f"the datasets normalise images with different mean and std ({statistics}); one must be chosen")
-    return processors[0]
+    return processors[0] if processors else BlipImageEval(size)
 
 
 def run_directory(checkpoint: Path) -> Path | None:

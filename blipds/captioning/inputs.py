@@ -9,6 +9,7 @@ import sqlite3
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
@@ -59,7 +60,8 @@ def is_address(name: str) -> bool:
 
 
 def images_below(folder: str, other_files: Counter[str], above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Paths in no particular order. A folder that cannot be read is one of them: opening it says why.
+    """Paths in no particular order. A folder that cannot be read and a broken link are among them: opening them says
+    why. Pipes and devices are not: opening one may wait for ever.
 
     `above`: the real paths of the folders on the way here; a link back to one of them is not followed.
     """
@@ -71,21 +73,15 @@ def images_below(folder: str, other_files: Counter[str], above: tuple[str, ...] 
             for entry in entries:
                 if is_hidden(entry.name):
                     continue
-                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # noqa: PTH112
+                link = Path(entry.path) if entry.is_symlink() else None  # a DirEntry that links to itself raises
+                if (link or entry).is_dir():
                     yield from images_below(entry.path, other_files, (*above, real))
                 elif not is_image(entry.name):
                     other_files[os.path.splitext(entry.name)[1]] += 1  # noqa: PTH122
-                elif not is_pipe_or_device(entry):
+                elif (link or entry).is_file() or (link and not link.exists()):
                     yield entry.path
     except OSError:
         yield folder
-
-
-def is_pipe_or_device(entry: os.DirEntry[str]) -> bool:
-    """Opening one may wait for ever. Broken links are none: they are named among what cannot be read."""
-    if entry.is_symlink():
-        return os.path.exists(entry.path) and not os.path.isfile(entry.path)  # noqa: PTH110, PTH113
-    return not entry.is_file()
 
 
 class Names:

@@ -42,9 +42,19 @@ class CaptionLines:
     @naming_errors()
     def write(self, captions: Iterable[tuple[NamedImage, list[str]]]) -> None:
         """What is written survives a SIGKILL. UserError for a full disk."""
-        line = csv_line if self.is_csv else json_line
-        self.file.writelines(line(image.name, texts) for image, texts in captions)
+        self.file.writelines(self.line(image.name, texts) for image, texts in captions)
         self.file.flush()
+
+    def line(self, name: str, texts: list[str]) -> bytes:
+        if self.is_csv:
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerow([name, *texts])
+            return os.fsencode(text.getvalue())
+        value = {"image": name, "caption": texts[0]} if len(texts) == 1 else {"image": name, "captions": texts}
+        try:
+            return f"{json.dumps(value, ensure_ascii=False)}\n".encode()
+        except UnicodeEncodeError:  # a file name that is not UTF-8
+            return f"{json.dumps(value)}\n".encode()
 
 
 class CaptionFile(CaptionLines):
@@ -75,13 +85,17 @@ class CaptionFile(CaptionLines):
         self._continue(path)
         if self.is_csv and self.file.tell() == 0:
             texts = [f"caption_{k + 1}" for k in range(num_captions)] if num_captions > 1 else ["caption"]
-            self.file.write(csv_line("image", texts))
+            self.file.write(self.line("image", texts))
 
     def _continue(self, path: Path) -> None:
         """Notes the images that the file names, cuts off an incomplete last line and goes to the end."""
         self.file.seek(0)
-        end = 0
-        for number, line in enumerate(complete_lines(self.file, self.is_csv), start=1):
+        line, end, number = b"", 0, 0
+        for piece in self.file:
+            line += piece
+            if not line.endswith(b"\n") or (self.is_csv and line.count(b'"') % 2):  # CSV quotes line ends
+                continue
+            number += 1
             try:
                 name = next(csv.reader([os.fsdecode(line)]))[0] if self.is_csv else json.loads(line)["image"]
                 if not (self.is_csv and number == 1):
@@ -89,6 +103,7 @@ class CaptionFile(CaptionLines):
             except (ValueError, LookupError, TypeError, csv.Error):
                 raise UserError(f"--output {path}: line {number} is not this command's; give another file") from None
             end += len(line)
+            line = b""
         self.file.truncate(end)
         self.file.seek(end)
 
@@ -147,27 +162,3 @@ def keep_settings(path: Path, settings: Mapping[str, Any], output: Path) -> None
     if names:
         changed = "; ".join(f"{name} {kept.get(name)!r}, now {settings.get(name)!r}" for name in names)
         raise UserError(f"{output} holds captions with other settings ({changed}); give another output")
-
-
-def json_line(name: str, captions: list[str]) -> bytes:
-    value = {"image": name, "caption": captions[0]} if len(captions) == 1 else {"image": name, "captions": captions}
-    try:
-        return f"{json.dumps(value, ensure_ascii=False)}\n".encode()
-    except UnicodeEncodeError:  # a file name that is not UTF-8
-        return f"{json.dumps(value)}\n".encode()
-
-
-def csv_line(name: str, captions: list[str]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow([name, *captions])
-    return os.fsencode(text.getvalue())
-
-
-def complete_lines(file: BinaryIO, is_csv: bool) -> Iterator[bytes]:
-    """Lines that end; a line of CSV may hold line ends within quotes."""
-    line = b""
-    for piece in file:
-        line += piece
-        if line.endswith(b"\n") and not (is_csv and line.count(b'"') % 2):
-            yield line
-            line = b""

@@ -4,14 +4,13 @@ DeepSpeed lets unknown top-level keys and unknown keys of several sections pass 
 first, by the table in deepspeed_schema.py. Neither deepspeed nor torch is imported here.
 """
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from blipds.config.deepspeed_schema import NOT_HERE, SCHEMA, ZERO, Json, Kind, Schema, Section
+from blipds.config.sections import Config, RunConfig
 from blipds.errors import UserError, nearest
 
 Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
@@ -76,27 +75,12 @@ def _check_section(section: Section, schema: Schema, prefix: str, source: str) -
 # ---- Resolving ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RunValues:
-    """What the run config decides and DeepSpeed must agree with; the names in comments are the run config's."""
-
-    micro_batch_size: int  # run.batch_size_train
-    gradient_accumulation_steps: int  # run.accum_grad_iters
-    learning_rate: float  # run.init_lr
-    betas: tuple[float, float]  # 0.9 and run.beta2
-    weight_decay: float  # run.weight_decay
-    max_grad_norm: float | None = None  # run.max_grad_norm; None: no clipping
-    compile: bool = False  # run.compile
-    activation_checkpointing: bool = False  # ModelConfig.recomputes
-
-
 def resolve_ds_config(
     ds: Section,
-    run: RunValues,
+    config: Config,
     *,
     world_size: int,
     default_precision: Precision,
-    hidden_size: int,
     source: str,
     local_world_size: int | None = None,
     device_type: str = "cuda",
@@ -104,15 +88,14 @@ def resolve_ds_config(
     """A new dict without "auto", ready for `deepspeed.initialize`; UserError where it contradicts the run config.
 
     `default_precision` is what "auto" in bf16.enabled and fp16.enabled stands for on this device (`device_type`: "cuda"
-    or "cpu"), `hidden_size` the widest hidden size of the model, `source` the file that errors name, `local_world_size`
-    the ranks on each machine (None: all of them on one).
+    or "cpu"), `source` the file that errors name, `local_world_size` the ranks on each machine (None: all of them on
+    one).
     """
-    resolved = copy.deepcopy(ds)
-    _resolve_run_values(resolved, run, world_size, source)
+    resolved, hidden_size = _with_run_values(ds, config.run, world_size, source), config.model.hidden_size
     # AdamW unless said; adam_w_mode is written out, since DeepSpeed's "Adam" is AdamW unless it says false
     for path, default in (("optimizer.type", "AdamW"), ("optimizer.params.adam_w_mode", True)):
-        _put(resolved, path, setting(resolved, path, default))
-    _resolve_precision(resolved, default_precision)
+        resolved = with_setting(resolved, path, setting(resolved, path, default))
+    resolved = _with_precision(resolved, default_precision)
     # sizes in elements, as transformers' Trainer fills them in (transformers/integrations/deepspeed.py)
     autos: dict[str, Json] = {
         "optimizer.params.eps": 1e-8,
@@ -123,8 +106,8 @@ def resolve_ds_config(
     }
     for path, value in autos.items():
         if setting(resolved, path) == "auto":
-            _put(resolved, path, value)
-    for fault in _faults(resolved, run, world_size, device_type):
+            resolved = with_setting(resolved, path, value)
+    for fault in _faults(resolved, config, world_size, device_type):
         raise UserError(f"{source}: {fault}")
     return resolved
 
@@ -137,6 +120,13 @@ def setting(ds: Section, path: str, default: Json = None) -> Json:
             return default
         node = node[key]
     return node
+
+
+def with_setting(ds: Section, path: str, value: Json) -> Section:
+    """The same config with another value at a dotted path; sections on the way are made where there are none."""
+    key, _, rest = path.partition(".")
+    inner = ds.get(key)
+    return ds | {key: with_setting(inner if isinstance(inner, dict) else {}, rest, value) if rest else value}
 
 
 def precision(ds: Section) -> Precision:
@@ -157,9 +147,14 @@ def offloads_optimizer(ds: Section) -> bool:
     return setting(ds, "zero_optimization.offload_optimizer.device", "none") != "none"
 
 
-def _nvme_sections(ds: Section) -> list[str]:
-    sections = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
-    return [section for section in sections if setting(ds, f"{section}.device") == "nvme"]
+def checkpoints_on_host(ds: Section) -> bool:
+    """Whether checkpointed activations wait for the backward pass in the host's memory."""
+    return setting(ds, "activation_checkpointing.cpu_checkpointing") is True
+
+
+def uses_torch_adam(ds: Section) -> bool:
+    """Whether torch's fused AdamW takes the place of DeepSpeed's own."""
+    return setting(ds, "optimizer.params.torch_adam") is True
 
 
 def offload_folders(ds: Section) -> set[str]:
@@ -169,39 +164,27 @@ def offload_folders(ds: Section) -> set[str]:
 
 def with_offload_folder(ds: Section, name: str) -> Section:
     """The same config with a folder of its own, `name`, below each folder that NVMe offload writes to."""
-    changed = copy.deepcopy(ds)
     for section in _nvme_sections(ds):
-        _put(changed, f"{section}.nvme_path", f"{setting(ds, f'{section}.nvme_path')}/{name}")
-    return changed
+        ds = with_setting(ds, f"{section}.nvme_path", f"{setting(ds, f'{section}.nvme_path')}/{name}")
+    return ds
 
 
-def checkpoints_on_host(ds: Section) -> bool:
-    """Whether checkpointed activations wait for the backward pass in the host's memory."""
-    return setting(ds, "activation_checkpointing.cpu_checkpointing") is True
+def _nvme_sections(ds: Section) -> list[str]:
+    sections = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+    return [section for section in sections if setting(ds, f"{section}.device") == "nvme"]
 
 
-def uses_torch_adam(ds: Section) -> bool:
-    return setting(ds, "optimizer.params.torch_adam") is True
-
-
-def with_torch_adam(ds: Section) -> Section:
-    """The same config with torch's fused AdamW in place of DeepSpeed's own."""
-    changed = copy.deepcopy(ds)
-    _put(changed, "optimizer.params.torch_adam", True)
-    return changed
-
-
-def _resolve_run_values(ds: Section, run: RunValues, world_size: int, source: str) -> None:
+def _with_run_values(ds: Section, run: RunConfig, world_size: int, source: str) -> Section:
     """Fill in what the run config owns; a key left out counts as "auto" (DeepSpeed would clip at 1.0)."""
-    batch = f"run.batch_size_train {run.micro_batch_size} x run.accum_grad_iters {run.gradient_accumulation_steps}"
-    global_batch_size = run.micro_batch_size * run.gradient_accumulation_steps * world_size
+    batch = f"run.batch_size_train {run.batch_size_train} x run.accum_grad_iters {run.accum_grad_iters}"
+    global_batch_size = run.batch_size_train * run.accum_grad_iters * world_size
     owned: dict[str, tuple[Json, str]] = {
-        "train_micro_batch_size_per_gpu": (run.micro_batch_size, "run.batch_size_train"),
-        "gradient_accumulation_steps": (run.gradient_accumulation_steps, "run.accum_grad_iters"),
+        "train_micro_batch_size_per_gpu": (run.batch_size_train, "run.batch_size_train"),
+        "gradient_accumulation_steps": (run.accum_grad_iters, "run.accum_grad_iters"),
         "train_batch_size": (global_batch_size, f"{batch} x {world_size} ranks"),
         "gradient_clipping": (run.max_grad_norm or 0.0, "run.max_grad_norm (0: no clipping)"),
-        "optimizer.params.lr": (run.learning_rate, "run.init_lr"),
-        "optimizer.params.betas": (list(run.betas), "(0.9, run.beta2)"),
+        "optimizer.params.lr": (run.init_lr, "run.init_lr"),
+        "optimizer.params.betas": ([0.9, run.beta2], "(0.9, run.beta2)"),
         "optimizer.params.weight_decay": (run.weight_decay, "run.weight_decay"),
     }
     for path, (value, owner) in owned.items():
@@ -211,16 +194,18 @@ def _resolve_run_values(ds: Section, run: RunValues, world_size: int, source: st
                 f"{source}: {path} is {json.dumps(given)} but {owner} is {json.dumps(value)}; "
                 f'say "auto" in the JSON: the run config owns it'
             )
-        _put(ds, path, value)
+        ds = with_setting(ds, path, value)
+    return ds
 
 
-def _resolve_precision(ds: Section, default: Precision) -> None:
+def _with_precision(ds: Section, default: Precision) -> Section:
     """Where it says "auto", on if `default` names it; off beside a precision that is switched on by name."""
     for name in ("bf16", "fp16"):
         if setting(ds, f"{name}.enabled") == "auto":
             others = ("fp16" if name == "bf16" else "bf16", "torch_autocast")
             chosen = any(setting(ds, f"{other}.enabled") is True for other in others)
-            _put(ds, f"{name}.enabled", default == name and not chosen)
+            ds = with_setting(ds, f"{name}.enabled", default == name and not chosen)
+    return ds
 
 
 # ---- Combinations ---------------------------------------------------------------------------------------------------
@@ -235,7 +220,7 @@ _STAGE_3_KEYS: Mapping[str, Json] = {
 }
 
 
-def _faults(ds: Section, run: RunValues, world_size: int, device_type: str) -> Iterator[str]:
+def _faults(ds: Section, config: Config, world_size: int, device_type: str) -> Iterator[str]:
     """What DeepSpeed ignores silently or stops at with an assertion, a phrase each."""
 
     def zero(key: str, default: Json = None) -> Json:
@@ -259,7 +244,7 @@ def _faults(ds: Section, run: RunValues, world_size: int, device_type: str) -> I
     # Gradients of different parameters would be added up (seen with DeepSpeed 0.19): ranks whose captions differ in
     # length compile layers that bring their gradients in different orders. Stage 3 sorts them before it adds them up,
     # stages 0 and 1 without overlap take them by parameter.
-    if run.compile and world_size > 1 and (stage == 2 or (stage == 1 and overlap)):
+    if config.run.compile and world_size > 1 and (stage == 2 or (stage == 1 and overlap)):
         yield (
             f"stage {stage}{' with overlap_comm' if stage == 1 else ''} adds up the gradients of {world_size} ranks in "
             "the order in which they come, which run.compile makes another on each: take stage 0 or 3, or 1 with "
@@ -290,7 +275,7 @@ def _faults(ds: Section, run: RunValues, world_size: int, device_type: str) -> I
     on_host = "activation_checkpointing.cpu_checkpointing"
     if checkpoints_on_host(ds) and device_type == "cpu":
         yield f"{on_host} moves activations off the GPU, and there is none here: remove it"
-    if checkpoints_on_host(ds) and not run.activation_checkpointing:
+    if checkpoints_on_host(ds) and not config.model.recomputes:
         yield (
             f"{on_host} says where checkpoints are kept, but the run config makes none: switch them on in its "
             "model section (BLIP: model.vit_grad_ckpt, model.text_grad_ckpt), or remove it"
@@ -300,13 +285,3 @@ def _faults(ds: Section, run: RunValues, world_size: int, device_type: str) -> I
         yield f'{params}.adam_w_mode false is ignored by type "AdamW"; for decay as an L2 penalty say type "Adam"'
     if setting(ds, f"{params}.torch_adam") is True and setting(ds, f"{params}.bias_correction") is not None:
         yield f"{params}.bias_correction does not go with torch_adam, which always corrects; remove one"
-
-
-def _put(ds: Section, path: str, value: Json) -> None:
-    """Set the value at a dotted path, making the sections on the way."""
-    *names, key = path.split(".")
-    for name in names:
-        section = ds.setdefault(name, {})
-        assert isinstance(section, dict), f"{path}: check_keys() comes first"
-        ds = section
-    ds[key] = value

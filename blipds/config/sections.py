@@ -4,12 +4,47 @@ An arch's keys are in a subclass of `ModelConfig` (models/protocol.py). run_conf
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from blipds.errors import UserError, nearest
 from blipds.registry import ARCHS
+
+# What a number may be, by the words for it in messages.
+LIMITS: dict[str, Callable[[float], bool]] = {
+    "0 or more": lambda value: 0 <= value < math.inf,
+    "1 or more": lambda value: value >= 1,
+    "2 or more": lambda value: value >= 2,
+    "more than 0": lambda value: value > 0,
+    "0 or more, below 1": lambda value: 0 <= value < 1,
+    "more than 0, at most 1": lambda value: 0 < value <= 1,
+    "a number": math.isfinite,
+}
+
+
+def limited(default: Any, allowed: str) -> Any:
+    """A dataclass field whose values `check_limits` checks; `allowed` is a key of LIMITS. None is inside any limit."""
+    return field(default=default, metadata={"allowed": allowed})
+
+
+def check_limits(place: str, section: Any) -> None:
+    """UserError for the first value outside of its field's limits."""
+    for of in fields(section):
+        value = getattr(section, of.name)
+        if "allowed" in of.metadata and value is not None:
+            allowed = of.metadata["allowed"]
+            check(f"{place}.{of.name}", value, LIMITS[allowed](value), allowed + (", or null" * (of.default is None)))
+
+
+def check(key: str, value: Any, good: bool, allowed: str) -> None:
+    if not good:
+        raise UserError(f"{key} is {value!r}; allowed: {allowed}")
+
+
+def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{key} is '{value}'; {nearest(value, allowed)}")
 
 
 @dataclass
@@ -31,10 +66,10 @@ class ModelConfig:
     finetuned: str | None = None
     freeze_vit: bool = False
     cache_image_embeds: bool | str = False
-    image_size: int = 384
+    image_size: int = limited(384, "1 or more")
     tokenizer: str | None = None
     prompt: str = "a picture of "
-    max_txt_len: int = 40
+    max_txt_len: int = limited(40, "2 or more")
 
     @property
     def recomputes(self) -> bool:
@@ -65,15 +100,10 @@ class ModelConfig:
         return self.arch
 
     def __post_init__(self) -> None:
-        check("model.image_size", self.image_size, self.image_size > 0, "a positive number of pixels")
+        check_limits("model", self)
         good = self.prompt == "" or self.prompt.endswith(" ")
-        check(
-            "model.prompt",
-            self.prompt,
-            good,
-            "a text that ends in a space (in --options: 'model.prompt=\"a photo of \"')",
-        )
-        check("model.max_txt_len", self.max_txt_len, self.max_txt_len > 1, "at least 2 tokens")
+        allowed = "a text that ends in a space (in --options: 'model.prompt=\"a photo of \"')"
+        check("model.prompt", self.prompt, good, allowed)
         if self.cache_image_embeds and not self.freeze_vit:
             raise UserError(
                 "model.cache_image_embeds needs model.freeze_vit: features of an encoder that learns change"
@@ -86,8 +116,6 @@ class AnnotationConfig:
 
     `member`: the url is a zip, and this is Karpathy's file in it, of which `storage` gets the split.
     """
-
-    IN_PLACE: ClassVar = str | list[str]  # the storage may stand in the section's place
 
     url: list[str] = field(default_factory=list)
     md5: list[str] = field(default_factory=list)
@@ -185,7 +213,7 @@ class DatasetConfig:
     images: str | None = None
     num_images: dict[str, int] = field(default_factory=dict)
     captions_per_image: int | str = 1
-    shuffle_buffer: int = 1000
+    shuffle_buffer: int = limited(1000, "1 or more")
     vis_processor: ImageProcessors = field(default_factory=ImageProcessors)
     text_processor: TextProcessors = field(default_factory=TextProcessors)
 
@@ -200,31 +228,31 @@ class RunConfig:
     # optimisation
     objective: str = "cross_entropy"
     lr_sched: str = "cosine_step_lr"
-    init_lr: float = 1e-5
-    min_lr: float = 0.0
+    init_lr: float = limited(1e-5, "0 or more")
+    min_lr: float = limited(0.0, "0 or more")
     warmup_lr: float | None = None
-    warmup_steps: int = 0
+    warmup_steps: int = limited(0, "0 or more")
     lr_decay_rate: float | None = None
-    weight_decay: float = 0.05
+    weight_decay: float = limited(0.05, "0 or more")
     weight_decay_on: str = "matrices"
-    beta2: float = 0.999
+    beta2: float = limited(0.999, "0 or more, below 1")
     lr_scale: dict[str, float] = field(default_factory=dict)
-    lr_layer_decay: float | None = None
-    max_grad_norm: float | None = None
-    max_epoch: int = 5
-    max_iters: int | None = None
-    iters_per_inner_epoch: int | None = None
+    lr_layer_decay: float | None = limited(None, "more than 0, at most 1")
+    max_grad_norm: float | None = limited(None, "more than 0")
+    max_epoch: int = limited(5, "1 or more")
+    max_iters: int | None = limited(None, "more than 0")
+    iters_per_inner_epoch: int | None = limited(None, "more than 0")
 
     # batches
-    batch_size_train: int = 16
-    batch_size_eval: int = 32
-    accum_grad_iters: int = 1
-    num_workers: int = 4
+    batch_size_train: int = limited(16, "1 or more")
+    batch_size_eval: int = limited(32, "1 or more")
+    accum_grad_iters: int = limited(1, "1 or more")
+    num_workers: int = limited(4, "0 or more")
     train_dataset_ratios: dict[str, float] | None = None
     shuffle: bool = True
-    limit_train: int | None = None
-    limit_val: int | None = None
-    max_bad_images: int = 100
+    limit_train: int | None = limited(None, "more than 0")
+    limit_val: int | None = limited(None, "more than 0")
+    max_bad_images: int = limited(100, "0 or more")
     compile: bool = False
     seed: int = 42
 
@@ -234,69 +262,42 @@ class RunConfig:
     test_splits: list[str] = field(default_factory=list)
     evaluate: bool = False
     gather_for_evaluation: bool = True
-    num_beams: int = 3
+    num_beams: int = limited(3, "1 or more")
     max_len: int = 20
-    min_len: int = 5
-    length_penalty: float = 1.0
-    repetition_penalty: float = 1.0
+    min_len: int = limited(5, "0 or more")
+    length_penalty: float = limited(1.0, "a number")
+    repetition_penalty: float = limited(1.0, "more than 0")
     use_nucleus_sampling: bool = False
-    top_p: float = 0.9
-    temperature: float = 1.0
+    top_p: float = limited(0.9, "more than 0, at most 1")
+    temperature: float = limited(1.0, "more than 0")
     report_metric: bool = True
     annotation_file: str | None = None
 
     # output
     output_dir: str = "output"
     job_id: str | None = None
-    expect_world_size: int | None = None
+    expect_world_size: int | None = limited(None, "more than 0")
     resume_ckpt_path: str | None = None
-    log_freq: int = 50
-    val_freq: int = 1
-    val_steps: int | None = None
-    save_freq: int = 1
-    save_steps: int | None = None
-    save_minutes: float | None = None
+    log_freq: int = limited(50, "1 or more")
+    val_freq: int = limited(1, "1 or more")
+    val_steps: int | None = limited(None, "more than 0")
+    save_freq: int = limited(1, "1 or more")
+    save_steps: int | None = limited(None, "more than 0")
+    save_minutes: float | None = limited(None, "more than 0")
     save_last: bool = True
-    keep_last: int = 2
+    keep_last: int = limited(2, "1 or more")
     async_save: bool = False
-    max_bad_steps: int = 20
-    stall_minutes: float = 30.0
-    collective_minutes: float = 30.0
+    max_bad_steps: int = limited(20, "1 or more")
+    stall_minutes: float = limited(30.0, "more than 0")
+    collective_minutes: float = limited(30.0, "more than 0")
 
     def __post_init__(self) -> None:
         one_of("run.task", self.task, ["captioning"])
         one_of("run.runner", self.runner, ["runner_base", "runner_iter"])
         one_of("run.weight_decay_on", self.weight_decay_on, ["matrices", "all"])
-        for name in ("batch_size_train", "batch_size_eval", "accum_grad_iters", "num_beams", "max_epoch"):
-            check(f"run.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        for name in ("log_freq", "val_freq", "save_freq", "keep_last", "max_bad_steps"):
-            check(f"run.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        for name in ("num_workers", "warmup_steps", "max_bad_images", "weight_decay", "init_lr", "min_lr", "min_len"):
-            check(f"run.{name}", getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
-        check("run.length_penalty", self.length_penalty, math.isfinite(self.length_penalty), "a number")
-        for name in ("stall_minutes", "collective_minutes"):
-            check(f"run.{name}", getattr(self, name), getattr(self, name) > 0, "more than 0 minutes")
-        for name in (
-            "max_iters",
-            "iters_per_inner_epoch",
-            "limit_train",
-            "limit_val",
-            "val_steps",
-            "max_grad_norm",
-            "save_steps",
-            "save_minutes",
-            "expect_world_size",
-        ):
-            value = getattr(self, name)
-            check(f"run.{name}", value, value is None or value > 0, "more than 0, or null")
-        check("run.beta2", self.beta2, 0 <= self.beta2 < 1, "0 or more, below 1")
+        check_limits("run", self)
         for prefix, scale in self.lr_scale.items():
             check(f"run.lr_scale.{prefix}", scale, scale > 0, "more than 0 (model.freeze_vit keeps weights still)")
-        decay = self.lr_layer_decay
-        check("run.lr_layer_decay", decay, decay is None or 0 < decay <= 1, "more than 0, at most 1, or null")
-        check("run.top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1")
-        check("run.temperature", self.temperature, self.temperature > 0, "more than 0")
-        check("run.repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "more than 0")
         check("run.max_len", self.max_len, self.max_len > self.min_len, f"more than run.min_len ({self.min_len})")
         if self.runner == "runner_iter" and self.max_iters is None:
             raise UserError("run.runner is runner_iter but run.max_iters is not given")
@@ -328,7 +329,7 @@ class Config:
             captions = dataset.captions_per_image
             good = captions == "all" or (isinstance(captions, int) and captions >= 1)
             check(f"{place}.captions_per_image", captions, good, "a number from 1, or all")
-            check(f"{place}.shuffle_buffer", dataset.shuffle_buffer, dataset.shuffle_buffer >= 1, "1 or more")
+            check_limits(place, dataset)
             for split in ("train", "eval"):
                 size = getattr(dataset.vis_processor, split).image_size
                 allowed = f"null or model.image_size ({self.model.image_size})"
@@ -346,13 +347,3 @@ class Config:
                 )
             for name, ratio in ratios.items():
                 check(f"run.train_dataset_ratios.{name}", ratio, ratio > 0, "more than 0")
-
-
-def check(key: str, value: Any, good: bool, allowed: str) -> None:
-    if not good:
-        raise UserError(f"{key} is {value!r}; allowed: {allowed}")
-
-
-def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise UserError(f"{key} is '{value}'; {nearest(value, allowed)}")

@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from blipds import distributed
 from blipds.data.layouts import CAPTION_KEYS, Entry, canonical_split, read_layout
-from blipds.data.sources import ImageFile, ImageSource, ShardImage
+from blipds.data.sources import ImageFile, ImageSource
 from blipds.errors import CONTROL, UserError
 
-__all__ = ["Annotations", "ImageFile", "ImageSource", "Record", "ShardImage", "annotations_of", "read_annotations"]
+__all__ = ["Annotations", "ImageFile", "ImageSource", "Record", "annotations_of", "read_annotations"]
 
 LONGEST_CAPTION = 10_000  # characters; METEOR would take hours over one of a hundred thousand
 MOST_FILES = 100_000  # that braces may stand for
@@ -76,10 +76,9 @@ def read_annotations(
             builder.add(entry)
         else:
             others.add(entry.split)
-    if not builder.images and others:
-        raise UserError(f"{paths[0]}: no split '{split}'; it has {', '.join(sorted(map(str, others)))}")
     if not builder.images:
-        raise UserError(f"{'; '.join([f'{paths[0]}: no image in it', *builder.notices])}")
+        found = f"no split '{split}'; it has {', '.join(sorted(map(str, others)))}" if others else "no image in it"
+        raise UserError("; ".join([f"{paths[0]}: {found}", *builder.notices]))
     annotations = builder.annotations()
     if captions_needed:
         return keep_captioned(annotations, paths[0])
@@ -93,12 +92,9 @@ def read_splits(paths: Sequence[Path], image_root: Path | None, index_cache: Pat
     splits: dict[str, RecordBuilder] = {}
     for entry in entries_of(paths, image_root, index_cache, whole, None):
         splits.setdefault(entry.split or "", RecordBuilder()).add(entry)
-    notices = tuple(whole.notices)
-    found = {split: builder.annotations() for split, builder in splits.items()}
-    return {
-        split: replace(annotations, kinds=tuple(whole.kinds), notices=notices + annotations.notices)
-        for split, annotations in found.items()
-    }
+    for builder in splits.values():
+        builder.kinds, builder.notices = whole.kinds, whole.notices
+    return {split: builder.annotations() for split, builder in splits.items()}
 
 
 class RecordBuilder:

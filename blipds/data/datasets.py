@@ -1,7 +1,8 @@
 """Datasets by name, and the samples that they give."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blipds.config.sections import Config, DatasetConfig, ImageProcessorConfig
-from blipds.data.annotations import Annotations, ImageFile, ImageSource, Record, annotations_of, read_annotations
+from blipds.data.annotations import Annotations, ImageFile, Record, annotations_of, read_annotations
 from blipds.data.images import EmbedStore
 from blipds.data.preparation import check_images
 from blipds.data.processors import ImageProcessor
@@ -75,46 +76,42 @@ class CaptionDataset(Dataset[Sample]):
 
     def sample(self, index: int, seed: int) -> Sample:
         """Sample `index`, augmented by a random state that `seed` alone decides."""
-        number, captions = self.groups[index]
-        return make_sample(self.records[number], captions, self.text_processor, *self.image(number, seed))
+        record, captions = self.groups[index]
+        return self.image(record, seed, captions)
 
     def __getitem__(self, index: int) -> Sample:
         return self.sample(index, seed=0)
 
-    def image(self, record: int, seed: int = 0) -> tuple[Tensor | None, str | None]:
-        """The image of a record, or a line that says why it cannot be read."""
-        source = self.records[record].image
-        if (features := self.features) is not None:
-            return read_image(lambda: features.read(record), source, seed)
-        return read_pixels(source, self.image_processor, seed)
+    def image(self, number: int, seed: int = 0, captions: Sequence[int] = ()) -> Sample:
+        """The image of a record, or a line that says why it cannot be read; with some of its captions."""
+        features, record = self.features, self.records[number]
+        read = None if features is None else partial(features.read, number)
+        return read_sample(record, captions, self.image_processor, self.text_processor, seed, read)
 
 
 def caption_groups(record: Record, captions_per_image: int | str) -> list[tuple[int, ...]]:
     """The captions of an image, those of a sample together."""
     captions = range(len(record.captions))
-    size = len(captions) if captions_per_image == "all" else int(captions_per_image)
+    size = max(len(captions), 1) if captions_per_image == "all" else int(captions_per_image)
     return [tuple(captions[k : k + size]) for k in range(0, len(captions), size)]
 
 
-def make_sample(
-    record: Record, captions: tuple[int, ...], clean: Callable[[str], str], image: Tensor | None, error: str | None
+def read_sample(
+    record: Record,
+    captions: Sequence[int],
+    processor: ImageProcessor,
+    clean: Callable[[str], str],
+    seed: int,
+    read: Callable[[], Tensor] | None = None,
 ) -> Sample:
-    texts = [] if image is None else [clean(record.captions[k]) for k in captions]
-    return Sample(image, texts, error, str(record.image))
-
-
-def read_pixels(source: ImageSource, processor: ImageProcessor, seed: int) -> tuple[Tensor | None, str | None]:
-    return read_image(lambda: processor(source.open(processor.shrink)), source, seed)
-
-
-def read_image(read: Callable[[], Tensor], source: ImageSource, seed: int) -> tuple[Tensor | None, str | None]:
-    """What `read` gives under a random state that `seed` alone decides, or a line that says why it cannot be read."""
+    """A record's image, its pixels or what `read` gives, under a random state that `seed` alone decides."""
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every backend: 0.1 ms
-            return read(), None
+            image = processor(record.image.open(processor.shrink)) if read is None else read()
     except OSError as error:
-        return None, f"{source}: {error}"
+        return Sample(None, [], f"{record.image}: {error}", str(record.image))
+    return Sample(image, [clean(record.captions[k]) for k in captions], None, str(record.image))
 
 
 def build_dataset(name: str, config: Config, split: str, training: bool) -> CaptionDataset:

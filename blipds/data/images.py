@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blipds.data.annotations import ImageFile, Record, ShardImage
+from blipds.data.annotations import ImageFile, Record
 from blipds.data.processors import ImageProcessor
 from blipds.errors import UserError
 
@@ -149,7 +149,7 @@ def embeds_key(encoder: str, records: Sequence[Record], processor: ImageProcesso
     digest = hashlib.blake2b(f"{encoder}\n{processor!r}\n".encode(), digest_size=16)
     for record in records:
         digest.update(f"{record.image}\n".encode())
-        if isinstance(record.image, ImageFile | ShardImage) and record.image.path.exists():
+        if isinstance(record.image, ImageFile) and record.image.path.exists():
             stat = record.image.path.stat()
             digest.update(f"{stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()

@@ -3,11 +3,12 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.concurrent import process_map
 
 from blipds.data.annotations import Annotations, Record, same_id
 from blipds.data.caption_checks import spelling
@@ -73,12 +74,11 @@ def inspect(name: str, annotations: Annotations, tokenizer: CaptionTokenizer, ma
 
 
 def look_at_all(sources: Sequence[ImageSource], name: str, workers: int) -> list[Picture]:
-    bar = {"total": len(sources), "desc": f"images of {name}", "unit": "image", "disable": None}
+    bar: dict[str, Any] = {"desc": f"images of {name}", "unit": "image", "disable": None}
     if workers <= 1:
-        return list(tqdm(map(look_at, sources), **bar))
+        return list(map(look_at, tqdm(sources, **bar)))
     try:
-        with ProcessPoolExecutor(workers) as pool:
-            return list(tqdm(pool.map(look_at, sources, chunksize=16), **bar))
+        return process_map(look_at, sources, max_workers=workers, chunksize=16, **bar)
     except BrokenProcessPool as error:
         raise UserError(f"{name}: a process that opened images was killed (out of memory?); try --workers 1") from error
 
@@ -124,12 +124,13 @@ def describe(findings: Findings, tokenizer: CaptionTokenizer, max_len: int) -> l
         prompt, longest = len(tokenizer.prompt_ids), tokenizer.max_txt_len
         cut = sum(prompt + length + 1 > longest for length in findings.lengths)
         beyond = sum(prompt + length > max_len for length in findings.lengths)
+        often = ", ".join(f"{word[:20]} ({count})" for word, count in findings.unknown.most_common(SHOWN))
         lines += [
             f"  cut         {share(cut, len(findings.lengths))} of the captions, at model.max_txt_len={longest}; "
             f"{share(findings.cut_by_words, len(findings.lengths))}, at max_words={findings.max_words}",
             f"  long        {share(beyond, len(findings.lengths))} have more tokens than run.max_len={max_len} allows",
             f"  vocabulary  {share(sum(findings.unknown.values()), findings.words)} of {findings.words:,} words are "
-            f"[UNK]{unknown_words(findings)}",
+            f"[UNK]{': ' * bool(often)}{often}",
             f"  spelling    {findings.spelling}",
         ]
     return lines
@@ -155,11 +156,6 @@ def share(part: int, whole: int) -> str:
 def shortened(lines: Sequence[str]) -> list[str]:
     more = len(lines) - SHOWN
     return [*lines[:SHOWN], *([f"... and {more:,} more (--problems FILE writes down all)"] if more > 0 else [])]
-
-
-def unknown_words(findings: Findings) -> str:
-    often = ", ".join(f"{word[:20]} ({count})" for word, count in findings.unknown.most_common(SHOWN))
-    return f": {often}" if often else ""
 
 
 def histogram(numbers: Sequence[int], step: int = 5) -> list[str]:

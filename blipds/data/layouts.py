@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from blipds.data.shards import TEXTS, ShardSample, shard_index
-from blipds.data.sources import ImageFolder, ImageSource, ShardImage, files_in, is_image, passed_over, unread_suffix
+from blipds.data.sources import ImageFile, ImageFolder, ImageSource, files_in, is_image, passed_over, unread_suffix
 from blipds.errors import UserError
 
 KINDS = (
@@ -46,6 +46,8 @@ LIKE_A_LIST = re.compile(r"""\[\s*['"].*['"]\s*,?\s*\]\s*""", re.DOTALL)
 TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 LIST_OF_TEXTS = re.compile(rf"\[\s*{TEXT}(?:\s*,\s*{TEXT})*\s*,?\s*\]\s*", re.DOTALL)
 DELIMITERS = "\t|,;"
+
+Row = tuple[str, Any]  # where it is in its file ("line 3"), and an object: image, captions, id, split by name
 
 
 @dataclass(frozen=True)
@@ -95,17 +97,12 @@ def read_layout(
     except (OSError, UnicodeDecodeError) as error:
         raise unclear(path, f"it is no text in UTF-8: {error}") from error
     folder = ImageFolder(image_root if image_root is not None else path.parent)
-    kind, entries = recognise(path, text, folder)
-    return kind, then_note(entries, folder, notices)
+    kind, rows = recognise(path, text)
+    return kind, row_entries(rows, path, folder, notices)
 
 
-def then_note(entries: Iterable[Entry], folder: ImageFolder, notices: list[str]) -> Iterator[Entry]:
-    yield from entries
-    notices += folder.notices()
-
-
-def recognise(path: Path, text: str, folder: ImageFolder) -> tuple[str, Iterator[Entry]]:
-    """The kind of an annotation file, and its entries."""
+def recognise(path: Path, text: str) -> tuple[str, Iterable[Row]]:
+    """The kind of an annotation file, and its rows."""
     start = text.lstrip()
     if not start:
         raise unclear(path, "it is empty")
@@ -113,29 +110,26 @@ def recognise(path: Path, text: str, folder: ImageFolder) -> tuple[str, Iterator
         rows = parse(text, path)
         if not rows:
             raise unclear(path, "an empty list")
-        return "list", row_entries(enumerate(rows), path, folder, "entry")
+        return "list", ((f"entry {number}", row) for number, row in enumerate(rows))
     if start[0] == "{":
         first_line, _, rest = start.partition("\n")
         if rest.lstrip().startswith("{") and first_line.rstrip().endswith("}"):
-            return "JSON Lines", row_entries(json_lines(text, path), path, folder, "line")
+            return "JSON Lines", ((place, parse(line, path, f", {place}")) for place, line in numbered_lines(text))
         content = parse(text, path)
         images = content.get("images")
         if isinstance(images, list) and images and isinstance(images[0], dict):
-            if "sentences" in images[0]:
-                return "Karpathy", karpathy_entries(content, path, folder)
-            return "COCO", coco_entries(content, path, folder)
+            return ("Karpathy", karpathy_rows(content)) if "sentences" in images[0] else ("COCO", coco_rows(content))
         if any(key in content for key in IMAGE_KEYS):  # a single line
-            return "JSON Lines", row_entries([(1, content)], path, folder, "line")
+            return "JSON Lines", [("line 1", content)]
         raise unclear(path, f"an object with {', '.join(map(repr, list(content)[:5])) or 'nothing in it'}")
     first = start.partition("\n")[0]
     if TOKEN_LINE.match(first):
-        return "tokens", row_entries(token_rows(text, path), path, folder, "line")
+        return "tokens", token_rows(text)
     for delimiter in DELIMITERS:
         cells = [cell.strip().strip('"') for cell in first.split(delimiter)]
         named = any(cell.lower() in IMAGE_KEYS for cell in cells)
         if named or (len(cells) > 1 and is_image(cells[0])):
-            rows = table_rows(text, path, delimiter, None if named else ["image", "caption"])
-            return "table", row_entries(rows, path, folder, "line")
+            return "table", table_rows(text, delimiter, None if named else ["image", "caption"])
     raise unclear(path, f"its first line {first[:60]!r} names no column {', '.join(IMAGE_KEYS)}")
 
 
@@ -143,28 +137,43 @@ def unclear(path: Path, reason: str) -> UserError:
     return UserError(f"annotation file {path}: cannot tell what it is ({reason}); what can be read: {KINDS}")
 
 
-def parse(text: str, path: Path, line: int | None = None) -> Any:
+def parse(text: str, path: Path, place: str = "") -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also a whole number of more than 4,300 digits
-        place = f"{path}" if line is None else f"{path}, line {line}"
-        raise UserError(f"annotation file {place}: {error}") from error
+        raise UserError(f"annotation file {path}{place}: {error}") from error
 
 
-# --- objects and rows: lists, JSON Lines, tables ---------------------------------------------------------------------
+def numbered_lines(text: str) -> Iterator[tuple[str, str]]:
+    """("line 3", its text) of all that are not blank."""
+    return ((f"line {n}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip())
 
 
-def row_entries(rows: Iterable[tuple[int, Any]], path: Path, folder: ImageFolder, unit: str) -> Iterator[Entry]:
-    """Entries of (number, mapping) pairs; a message calls the number that of an entry or of a line (`unit`)."""
-    for number, row in rows:
-        place = f"{path}, {unit} {number}"
-        name = None
-        if isinstance(row, dict):
-            name = next((row[key] for key in IMAGE_KEYS if row.get(key) not in (None, "")), None)
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{place}: expected an object with 'image', a file name; got {str(row)[:80]}")
-        named = f"{place} ({name})"
-        yield Entry(folder(name), id_of(row, name, named), captions_of(row, named), place, split_of(row, named))
+# --- rows: objects of lists and JSON Lines, tables, COCO's and Karpathy's files --------------------------------------
+
+
+def row_entries(rows: Iterable[Row], path: Path, folder: ImageFolder, notices: list[str]) -> Iterator[Entry]:
+    try:
+        for number, row in rows:
+            place = f"{path}, {number}"
+            name = None
+            if isinstance(row, dict):
+                name = next((row[key] for key in IMAGE_KEYS if row.get(key) not in (None, "")), None)
+            if not isinstance(name, str) or not name:
+                raise expected("an object with 'image', a file name", row, number)
+            named = f"{place} ({name})"
+            yield Entry(folder(name), id_of(row, name, named), captions_of(row, named), place, split_of(row, named))
+    except BadRow as error:
+        raise UserError(f"{path}, {error}") from error
+    notices += folder.notices()
+
+
+class BadRow(UserError):
+    """A row that does not fit its layout. The message begins with the place in the file."""
+
+
+def expected(what: str, found: Any, place: str, hint: str = "") -> BadRow:
+    return BadRow(f"{place}: expected {what}; got {str(found)[:80]}{hint}")
 
 
 def split_of(row: dict[str, Any], place: str) -> str | None:
@@ -228,22 +237,15 @@ def default_id(name: str) -> str | int:
     return int(number[1]) if number else stem
 
 
-def json_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, parse(line, path, number)
+def token_rows(text: str) -> Iterator[Row]:
+    for place, line in numbered_lines(text):
+        found = TOKEN_LINE.fullmatch(line)
+        if found is None:
+            raise BadRow(f"{place}: expected name.jpg#0<TAB>caption; got {line[:80]!r}")
+        yield place, {"image": found[1], "caption": found[2]}
 
 
-def token_rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            found = TOKEN_LINE.fullmatch(line)
-            if found is None:
-                raise UserError(f"{path}, line {number}: expected name.jpg#0<TAB>caption; got {line[:80]!r}")
-            yield number, {"image": found[1], "caption": found[2]}
-
-
-def table_rows(text: str, path: Path, delimiter: str, names: list[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def table_rows(text: str, delimiter: str, names: list[str] | None) -> Iterator[Row]:
     """Rows by column name. Quotes mean something only between commas and semicolons: elsewhere they are a caption's.
 
     In a row that is too long the delimiter belongs to the caption; one that is too short has no caption (Flickr30k's
@@ -254,6 +256,7 @@ def table_rows(text: str, path: Path, delimiter: str, names: list[str] | None) -
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     try:
         for cells in reader:
+            place = f"line {reader.line_num}"
             if not any(cell.strip() for cell in cells):
                 continue
             if names is None:
@@ -261,19 +264,18 @@ def table_rows(text: str, path: Path, delimiter: str, names: list[str] | None) -
                 while not names[-1]:  # a spreadsheet's empty columns
                     names.pop()
                 if twice := [name for name in (*IMAGE_KEYS, *ID_KEYS, "split") if names.count(name) > 1]:
-                    raise UserError(f"{path}, line {reader.line_num}: several columns {', '.join(twice)}")
+                    raise BadRow(f"{place}: several columns {', '.join(twice)}")
                 for i in range(len(names)):  # captions in columns of one name: caption, caption0, caption00
                     while names[i] in names[:i]:
                         names[i] += "0"
                 continue
-            fitted = fit_cells(cells, names, delimiter, f"{path}, line {reader.line_num}")
-            row: dict[str, Any] = dict(zip(names, fitted, strict=True))
+            row: dict[str, Any] = dict(zip(names, fit_cells(cells, names, delimiter, place), strict=True))
             for key in ID_KEYS:
                 if number := re.fullmatch(r"(0|[1-9]\d{0,17})(\.0)?", row.get(key) or "", re.ASCII):
                     row[key] = int(number[1])
-            yield reader.line_num, row
+            yield place, row
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}") from error
+        raise BadRow(f"line {reader.line_num}: {error}") from error
 
 
 def fit_cells(cells: list[str], names: list[str], delimiter: str, place: str) -> list[str]:
@@ -288,54 +290,46 @@ def fit_cells(cells: list[str], names: list[str], delimiter: str, place: str) ->
     named = any(is_image(cell) for cell, name in zip(fitted, names, strict=True) if name in IMAGE_KEYS)
     if extra and (len(captions) != 1 or (not named and any(map(is_image, cells)))):
         columns = ", ".join(names)
-        raise UserError(f"{place}: {len(cells)} cells for the {len(names)} columns {columns}: put captions in quotes")
+        raise BadRow(f"{place}: {len(cells)} cells for the {len(names)} columns {columns}: put captions in quotes")
     return fitted
 
 
-# --- COCO and Karpathy -----------------------------------------------------------------------------------------------
-
-
-def coco_entries(content: dict[str, Any], path: Path, folder: ImageFolder) -> Iterator[Entry]:
+def coco_rows(content: dict[str, Any]) -> Iterator[Row]:
     """Every image first, so that images keep their order; then the captions, in theirs. 7 and "7" are one id."""
-    images: dict[str, Entry] = {}
+    images: dict[str, dict[str, Any]] = {}
     for number, image in enumerate(content["images"]):
-        place = f"{path}, image {number}"
+        place = f"image {number}"
         image_id, name = (whole(image.get("id")), image.get("file_name")) if isinstance(image, dict) else (None, None)
         if not isinstance(name, str) or not name or not isinstance(image_id, str | int):
-            raise UserError(f"{place}: expected an object with 'id' and 'file_name'; got {str(image)[:80]}")
-        if str(image_id) in images:
-            raise UserError(f"{place}: the id {image_id!r} is that of {images[str(image_id)].source} too")
-        images[str(image_id)] = Entry(folder(name), image_id, [], place)
-        yield images[str(image_id)]
+            raise expected("an object with 'id' and 'file_name'", image, place)
+        row = {"image": name, "image_id": image_id}
+        if (other := images.setdefault(str(image_id), row)) is not row:
+            raise BadRow(f"{place}: the id {image_id!r} is that of {other['image']} too")
+        yield place, row
     annotations = content.get("annotations", [])
     if not isinstance(annotations, list):
-        raise UserError(f"{path}: 'annotations' is no list")
+        raise BadRow("'annotations' is no list")
     for number, annotation in enumerate(annotations):
-        place = f"{path}, annotation {number}"
+        place = f"annotation {number}"
         if not isinstance(annotation, dict) or not isinstance(annotation.get("caption"), str):
             hint = " (captions_*.json is meant, not instances_*.json)" if "bbox" in annotation else ""
-            raise UserError(f"{place}: expected 'image_id' and 'caption'; got {str(annotation)[:80]}{hint}")
+            raise expected("'image_id' and 'caption'", annotation, place, hint)
         found = images.get(str(whole(annotation.get("image_id"))))
         if found is None:
-            raise UserError(f"{place}: no image has the id {annotation.get('image_id')!r}")
-        yield Entry(found.source, found.image_id, [annotation["caption"]], place)
+            raise BadRow(f"{place}: no image has the id {annotation.get('image_id')!r}")
+        yield place, {**found, "caption": [annotation["caption"]]}
 
 
-def karpathy_entries(content: dict[str, Any], path: Path, folder: ImageFolder) -> Iterator[Entry]:
+def karpathy_rows(content: dict[str, Any]) -> Iterator[Row]:
     """Image ids are COCO's where there are any; `imgid` is a mere position in the file."""
     for number, image in enumerate(content["images"]):
-        place = f"{path}, image {number}"
         try:
-            name, split = image["filename"], image["split"]
-            captions = [sentence["raw"] for sentence in image["sentences"]]
-            image_id = image.get("cocoid", default_id(name))
-            name = f"{image['filepath']}/{name}" if image.get("filepath") else name
+            name, captions = image["filename"], [sentence["raw"] for sentence in image["sentences"]]
+            row = {"image_id": image.get("cocoid", default_id(name)), "caption": captions, "split": image["split"]}
+            row["image"] = f"{image['filepath']}/{name}" if image.get("filepath") else name
         except (KeyError, TypeError, AttributeError):
-            captions = []
-            name = split = image_id = None
-        if not all(isinstance(text, str) for text in (name, split, *captions)) or not isinstance(image_id, str | int):
-            raise UserError(f"{place}: expected 'filename', 'split', 'sentences' with 'raw'; got {str(image)[:80]}")
-        yield Entry(folder(name), image_id, captions, place, canonical_split(split))
+            raise expected("'filename', 'split', 'sentences' with 'raw'", image, f"image {number}") from None
+        yield f"image {number}", row
 
 
 # --- folders and shards ----------------------------------------------------------------------------------------------
@@ -429,8 +423,7 @@ def shard_entries(shard: Path, split: str | None, cache: Path | None, notices: l
     samples, left_out = shard_index(shard, cache)
     notices += left_out
     for sample in samples:
-        source = ShardImage(str(shard), sample.image, sample.offset, sample.size)
-        entry = sample_entry(sample, source)
+        entry = sample_entry(sample, ImageFile(shard, sample.image, sample.offset, sample.size))
         yield replace(entry, split=entry.split or split)
 
 

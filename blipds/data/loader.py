@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from blipds.data.caption_rows import CaptionRows, caption_rows
 from blipds.data.datasets import CaptionDataset, Sample
@@ -159,19 +159,18 @@ class RankShare:
         return self.samples * self.world_size
 
 
-class RankBatches(Protocol):
+class RankBatches(Sampler[list[Any]]):
     """The micro-batches of one rank, as lists of keys, from a step of an epoch on; its length: steps in an epoch."""
 
-    share: RankShare
-    epoch: int
-    first_step: int
+    def __init__(self, share: RankShare) -> None:
+        self.share = share
+        self.epoch, self.first_step = 0, 0
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
-    def __iter__(self) -> Iterator[list[Any]]: ...
 
-
-class EpochBatches:
+class EpochBatches(RankBatches):
     """Each rank's share of every global batch of an `EpochOrder`.
 
     The last global batch of an epoch is completed with fillers that carry no label, so that every pair counts exactly
@@ -179,9 +178,8 @@ class EpochBatches:
     """
 
     def __init__(self, order: EpochOrder, share: RankShare) -> None:
+        super().__init__(share)
         self.order = order
-        self.share = share
-        self.epoch, self.first_step = 0, 0
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.share.global_batch)
@@ -276,11 +274,11 @@ class EvalLoader:
             pin_memory=torch.cuda.is_available(),
         )
 
-    def collate(self, found: Sequence[tuple[int, Tensor | None, str | None]]) -> EvalBatch:
-        readable = [(index, image) for index, image, _ in found if image is not None]
+    def collate(self, found: Sequence[tuple[int, Sample]]) -> EvalBatch:
+        readable = [(index, sample.image) for index, sample in found if sample.image is not None]
         given: list[Tensor | None] = [image for _, image in readable]
         images = stack(given or [None], self.dataset.image_processor, self.dataset.features)
-        errors = [error for _, _, error in found if error is not None]
+        errors = [sample.error for _, sample in found if sample.error is not None]
         return EvalBatch(images, [index for index, _ in readable], errors)
 
     def __len__(self) -> int:
@@ -290,9 +288,9 @@ class EvalLoader:
         return received(iter(self.loader))
 
 
-class IndexedImages(Dataset[tuple[int, Tensor | None, str | None]]):
+class IndexedImages(Dataset[tuple[int, Sample]]):
     def __init__(self, dataset: CaptionDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str | None]:
-        return index, *self.dataset.image(index)
+    def __getitem__(self, index: int) -> tuple[int, Sample]:
+        return index, self.dataset.image(index)

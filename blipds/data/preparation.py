@@ -50,14 +50,13 @@ class AnnotationFile:
             with locked(downloads / f"{self.path.name}.lock"):
                 if self.path.exists():
                     return
-                if self.member is None:
-                    check = check_json if self.path.suffix == ".json" else None
-                    with obtained(self.url, self.path, downloads, md5=self.md5, check=check) as file:
+                by_hand = self.path if self.member is None else self.path.parent.parent / Path(self.url).name
+                check = check_json if by_hand.suffix == ".json" else None
+                with obtained(self.url, by_hand, downloads, md5=self.md5, check=check) as file:
+                    if self.member is None:
                         place(file, self.path)
-                else:
-                    by_hand = self.path.parent.parent / Path(self.url).name
-                    with obtained(self.url, by_hand, downloads, md5=self.md5) as archive:
-                        write_split(archive, self.member, self.split, self.path, downloads)
+                    else:
+                        write_split(file, self.member, self.split, self.path, downloads)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error
 
@@ -76,8 +75,8 @@ def fetch_annotations(config: Config, splits: Collection[str], say: Callable[[st
 
     One rank a node downloads. UserError, on every rank: a download failed, or a standard set has no image folder.
     """
-    root, error = user_path(config.env.cache_root), None
-    try:
+    root = user_path(config.env.cache_root)
+    with distributed.raising_together():
         for name, dataset in config.datasets.items() if distributed.local_rank() == 0 else ():
             files = [file for file in annotation_files(dataset, root) if file.split in splits]
             images = dataset.images or dataset.build_info.images.storage
@@ -87,9 +86,6 @@ def fetch_annotations(config: Config, splits: Collection[str], say: Callable[[st
                 if not file.path.exists():
                     file.fetch(root / "downloads")
                     say(f"data       {file.path}: {file.path.stat().st_size / 1e6:.1f} MB from {file.url}")
-    except UserError as failed:
-        error = failed
-    distributed.raise_together(error)
 
 
 def check_images(name: str, config: Config, paths: Sequence[Path]) -> None:
@@ -181,6 +177,13 @@ class StandardSet:
         assert dataset.build_info.images.storage is not None
         self.images = self.root / dataset.build_info.images.storage
 
+    def missing(self) -> list[tuple[ArchiveConfig, Path, list[Path]]]:
+        """Archives of which images are missing, with their folder and these images; all of them are the folder."""
+        missing = self.missing_images()
+        folders = [(archive, self.images / archive.target) for archive in self.archives]
+        found = [(archive, folder, [p for p in missing if p.is_relative_to(folder)]) for archive, folder in folders]
+        return [(archive, folder, absent) for archive, folder, absent in found if absent]
+
     def missing_images(self) -> list[Path]:
         """The images that the annotations name and that do not exist; without annotations, the empty folders."""
         if not self.images.is_dir() or not all(file.path.exists() for file in self.annotations):
@@ -203,12 +206,8 @@ class StandardSet:
                 raise UserError(
                     f"{file.path}: its md5 is {other}, not {file.md5} as published; remove it to download it again"
                 )
-        missing = self.missing_images() if with_images else []
-        for archive in self.archives:
-            folder = self.images / archive.target
-            if any(path.is_relative_to(folder) for path in missing) and (step := self.archive_step(archive)):
-                steps.append(step)
-        return steps
+        archives = [archive for archive, _, _ in self.missing()] if with_images else []
+        return steps + [step for archive in archives if (step := self.archive_step(archive))]
 
     def archive_step(self, archive: ArchiveConfig) -> Step | None:
         """None where it can neither be downloaded nor lies in its place; `missing_lines` says what to do then."""
@@ -231,11 +230,9 @@ class StandardSet:
 
     def missing_lines(self) -> list[str]:
         """A line for each archive whose images are not all there: what is missing, and which file goes where."""
-        lines, missing = [], self.missing_images()
-        for archive in self.archives:
-            folder, by_hand = self.images / archive.target, self.images.parent / archive.file
-            if not (absent := [path for path in missing if path.is_relative_to(folder)]):
-                continue
+        lines = []
+        for archive, folder, absent in self.missing():
+            by_hand = self.images.parent / archive.file
             what = "all images" if absent == [folder] else f"{len(absent):,} images, such as {absent[0]}"
             remedy = f"{archive.request} says how to get them; put them into {folder}"
             if archive.url is not None:

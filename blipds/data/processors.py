@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO, ClassVar, Protocol
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -152,35 +152,30 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-class ImageProcessor(Protocol):
-    """What an image processor is to the rest of the data path."""
-
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def mean(self) -> tuple[float, float, float]: ...
-    @property
-    def std(self) -> tuple[float, float, float]: ...
-    @property
-    def is_random(self) -> bool: ...
-    def shrink(self, width: int, height: int) -> int:
-        """How many times smaller than width x height the image may be read (`load_image`); the same when turned."""
-
-    def __call__(self, image: Image.Image) -> Tensor: ...
-
-
 # --- images: processors ----------------------------------------------------------------------------------------------
 
 
-@PROCESSORS.register("blip_image_eval")
 @dataclass(frozen=True)
-class BlipImageEval:
-    """Bicubic resize of the whole image to a square, the aspect ratio given up, as in BLIP's evaluation."""
+class ImageProcessor:
+    """What an image processor is to the rest of the data path."""
 
     image_size: int
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     is_random: ClassVar[bool] = False
+
+    def shrink(self, width: int, height: int) -> int:
+        """How many times smaller than width x height the image may be read (`load_image`); the same when turned."""
+        return 1
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        raise NotImplementedError
+
+
+@PROCESSORS.register("blip_image_eval")
+@dataclass(frozen=True)
+class BlipImageEval(ImageProcessor):
+    """Bicubic resize of the whole image to a square, the aspect ratio given up, as in BLIP's evaluation."""
 
     def shrink(self, width: int, height: int) -> int:
         """Leaves twice the pixels asked for on each side: published datasets (1024 at most) keep theirs exactly."""
@@ -192,18 +187,15 @@ class BlipImageEval:
 
 @PROCESSORS.register("crop_flip")
 @dataclass(frozen=True)
-class CropFlip:
+class CropFlip(ImageProcessor):
     """Random resized crop and horizontal flip.
 
     The flip turns "left" into "right" while the caption stays as it is: the recipe of the papers, and harmless on
     photographs, but not for data whose captions say where things are (use `blip_image_eval` there).
     """
 
-    image_size: int
     min_scale: float = 0.5  # smallest and largest share of the image's area that a crop keeps
     max_scale: float = 1.0
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
     is_random: ClassVar[bool] = True
 
     def shrink(self, width: int, height: int) -> int:

@@ -11,12 +11,14 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from blipds.data.sources import is_hidden, is_image, unread_suffix
 from blipds.errors import CONTROL, UserError
+from blipds.files.replacing import replace_text
 
 KEY = re.compile(r"((?:.*/)?[^./]+)\.[^/]*")  # up to the first dot of the file name, as WebDataset
 TEXTS = (".txt", ".caption")  # a caption a line; the first goes before the other
@@ -39,39 +41,27 @@ class ShardSample:
 
 def shard_index(shard: Path, cache: Path | None) -> tuple[list[ShardSample], list[str]]:
     """The samples of a shard, in its order, and what was left out, a line each. Kept in the folder `cache`, and made
-    anew once the shard has changed.
-
-    Raises UserError where the shard is damaged.
+    anew once the shard has changed. Raises UserError where the shard is damaged.
     """
+    if cache is None:
+        return index_members(shard)
     try:
         status = shard.stat()
     except OSError as error:
         raise UserError(f"shard {shard}: {error.strerror}") from error
     stamp = [INDEX_VERSION, status.st_size, status.st_mtime_ns]
-    if cache is None:
-        return index_members(shard)
     name = hashlib.blake2b(os.path.realpath(shard).encode(errors="replace"), digest_size=8).hexdigest()
     kept = cache / f"{shard.stem}-{name}.json"
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged
         content = json.loads(kept.read_text(encoding="utf-8"))
         if content["stamp"] == stamp:
             return [ShardSample(**sample) for sample in content["samples"]], content["notices"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there yet, or damaged
     samples, notices = index_members(shard)
-    keep(kept, json.dumps({"stamp": stamp, "samples": [asdict(sample) for sample in samples], "notices": notices}))
+    with suppress(OSError):  # without room it is made anew
+        cache.mkdir(parents=True, exist_ok=True)
+        content = {"stamp": stamp, "samples": [asdict(sample) for sample in samples], "notices": notices}
+        replace_text(kept, json.dumps(content))
     return samples, notices
-
-
-def keep(path: Path, text: str) -> None:
-    """Ranks may write at the same time: each its own file, and the last one stays. Without room it is made anew."""
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
 
 
 def index_members(shard: Path) -> tuple[list[ShardSample], list[str]]:
@@ -81,13 +71,10 @@ def index_members(shard: Path) -> tuple[list[ShardSample], list[str]]:
     def note(reason: str, name: str) -> None:
         left_out.setdefault(reason, []).append(name)
 
-    try:
-        with tarfile.open(shard, "r:") as tar:  # uncompressed: the members of a compressed one have no place
-            for key, member in keyed_members(tar, note):
-                take_member(tar, member, keys.setdefault(key, {}), note)
-            check_end(shard, tar)
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        raise UserError(f"shard {shard} is damaged or no tar file: {' '.join(str(error).split())}") from error
+    # uncompressed: the members of a compressed one have no place
+    with open_tar(f"shard {shard}", name=shard, mode="r:") as tar:
+        for key, member in keyed_members(tar, note):
+            take_member(tar, member, keys.setdefault(key, {}), note)
     found = [samples_of(key, names, note) for key, names in keys.items()]
     notices = [
         f"{shard}: {len(names)} members left out, {reason}; the first is {names[0]!r}"
@@ -98,34 +85,49 @@ def index_members(shard: Path) -> tuple[list[ShardSample], list[str]]:
     return [sample for samples in found for sample in samples], notices
 
 
+class StrictTarInfo(tarfile.TarInfo):
+    """tarfile takes a damaged header for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "StrictTarInfo":
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"{error} at byte {tar.offset}") from error
+
+
+@contextmanager
+def open_tar(place: str, **source: Any) -> Iterator[tarfile.TarFile]:
+    """`tarfile.open(**source)`; several archives one after the other, as `cat` joins them, are read as one.
+
+    Raises UserError, in which `place` names it, where it is damaged.
+    """
+    try:
+        with tarfile.open(**source, tarinfo=StrictTarInfo, ignore_zeros=True) as tar:
+            yield tar
+    except UserError:
+        raise
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        raise UserError(f"{place} is damaged or no tar file: {' '.join(str(error).split())}") from error
+
+
 def keyed_members(tar: tarfile.TarFile, left_out: LeftOut) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """(key, member) of what may be read."""
-    for member in members_of(tar):
-        if reason := why_left_out(member):
-            left_out(reason, member.name)
-        elif (found := KEY.fullmatch(member.name)) and not is_hidden(member.name):
-            yield found[1], member
-
-
-def members_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """All but folders, none of them kept: tarfile itself would remember every one."""
+    """(key, member) of the files that may be read, none of them kept: tarfile itself would remember every one."""
     end = 0
     while (member := tar.next()) is not None:
         if member.offset < end:  # a size below 0 sends tarfile round in circles (CVE-2025-8194)
             raise tarfile.ReadError(f"member {member.name!r} overlaps the one before")
         end = member.offset_data + max(member.size, 0)
         tar.members.clear()  # type: ignore[attr-defined]
-        if not member.isdir():
-            yield member
-
-
-def why_left_out(member: tarfile.TarInfo) -> str | None:
-    path = PurePosixPath(member.name)
-    if not member.isreg() or member.issparse():
-        return "links and special files"
-    if path.is_absolute() or ".." in path.parts or CONTROL.search(member.name):
-        return "names that lead out of the archive or hold control characters"
-    return None
+        path = PurePosixPath(member.name)
+        if member.isdir():
+            continue
+        if not member.isreg() or member.issparse():
+            left_out("links and special files", member.name)
+        elif path.is_absolute() or ".." in path.parts or CONTROL.search(member.name):
+            left_out("names that lead out of the archive or hold control characters", member.name)
+        elif (found := KEY.fullmatch(member.name)) and not is_hidden(member.name):
+            yield found[1], member
 
 
 def take_member(
@@ -179,11 +181,3 @@ def samples_of(key: str, names: dict[str, ShardSample], left_out: LeftOut) -> li
             sample.text, sample.json = other.text, other.json
         samples.append(sample)
     return samples
-
-
-def check_end(shard: Path, tar: tarfile.TarFile) -> None:
-    """tarfile stops without a word at a damaged header, and at the end of the first of two joined archives."""
-    with shard.open("rb") as file:
-        file.seek(tar.offset)
-        if file.read(1 << 20).strip(b"\0"):
-            raise tarfile.ReadError(f"something that is no member at byte {tar.offset}")

@@ -15,13 +15,9 @@ from PIL import Image
 from blipds.data.processors import FORMATS, Shrink, load_image
 from blipds.errors import CONTROL, UserError
 
-# by which the images of a folder and of a shard are known; those that need a format that this Pillow may lack
+# by which the images of a folder and of a shard are known; those of formats that this Pillow may lack
+SUFFIXES = {suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS}
 OPTIONAL_SUFFIXES = {".avif": "AVIF", ".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF"}
-SUFFIXES = {
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2"),
-    *(suffix for suffix, form in OPTIONAL_SUFFIXES.items() if form in FORMATS),
-}
 OTHER_IMAGES = {  # that people keep, and nothing here reads
     *(".jxl", ".svg", ".psd", ".xcf", ".tga", ".ico", ".eps", ".exr", ".hdr", ".dcm", ".fits", ".raw"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
@@ -36,38 +32,24 @@ class ImageSource(Protocol):
         """The image as RGB; OSError where it cannot be read. It may be smaller by `shrink(width, height)`."""
 
 
-@dataclass(frozen=True)
-class ImageFile:
-    path: Path
-
-    def open(self, shrink: Shrink | None = None) -> Image.Image:
-        return load_image(self.path, shrink)
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-
 @dataclass(frozen=True, slots=True)
-class ShardImage:
-    """`size` bytes from `offset` of a tar shard: the member is read without looking at the rest."""
+class ImageFile:
+    """A file, or `member` of a tar shard: `size` bytes from `offset` of it, read without looking at the rest."""
 
-    shard: str
-    member: str
-    offset: int
-    size: int
-
-    @property
-    def path(self) -> Path:
-        """The file that changes where the image does."""
-        return Path(self.shard)
+    path: Path
+    member: str = ""
+    offset: int = 0
+    size: int = 0
 
     def open(self, shrink: Shrink | None = None) -> Image.Image:
-        with open(self.shard, "rb") as file:  # noqa: PTH123 (a Path costs as much as the open)
+        if not self.member:
+            return load_image(self.path, shrink)
+        with self.path.open("rb") as file:
             file.seek(self.offset)
             return load_image(str(self), shrink, data=io.BytesIO(file.read(self.size)))
 
     def __str__(self) -> str:
-        return f"{self.shard}/{self.member}"
+        return f"{self.path}/{self.member}" if self.member else str(self.path)
 
 
 class ImageFolder:

@@ -12,7 +12,6 @@ import random
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -22,18 +21,18 @@ from itertools import groupby, islice
 from math import gcd
 from operator import itemgetter
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 from PIL import Image
 
 from blipds.config.sections import Config
 from blipds.data.annotations import Record, RecordBuilder, expand_braces
-from blipds.data.datasets import Sample, build_processors, caption_groups, is_stream, make_sample, read_pixels
+from blipds.data.datasets import Sample, build_processors, caption_groups, is_stream, read_sample
 from blipds.data.layouts import canonical_split, sample_entry
-from blipds.data.loader import Key, RankShare, TrainLoader, derive_seed
+from blipds.data.loader import Key, RankBatches, RankShare, TrainLoader, derive_seed
 from blipds.data.processors import ImageProcessor, Shrink, load_image
-from blipds.data.shards import ShardSample, keyed_members, samples_of, take_member
+from blipds.data.shards import ShardSample, keyed_members, open_tar, samples_of, take_member
 from blipds.data.sources import is_image
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
@@ -63,6 +62,7 @@ class StreamedImage:
 StreamSample = tuple[Record, tuple[int, ...]]  # an image, and which of its captions
 
 
+@dataclass
 class CaptionStream:
     """A dataset of tar shards that are read from start to end.
 
@@ -71,26 +71,18 @@ class CaptionStream:
     Raises UserError for addresses that cannot be streamed, and later for what breaks for good.
     """
 
-    def __init__(
-        self,
-        name: str,
-        storages: Sequence[str],
-        image_processor: ImageProcessor,
-        text_processor: Callable[[str], str],
-        captions_per_image: int | str,
-        shuffle_buffer: int,
-        say: Callable[[str], None],
-        splits: Sequence[str] = ("train",),
-    ) -> None:
-        self.name = name
-        self.shards = [shard for storage in storages for shard in shards_of(storage)]
-        self.image_processor = image_processor
-        self.features = None  # a stream gives pixels
-        self.text_processor = text_processor
-        self.captions_per_image = captions_per_image
-        self.shuffle_buffer = shuffle_buffer
-        self.say = say
-        self.splits = [canonical_split(split) for split in splits]
+    name: str
+    storages: Sequence[str]
+    image_processor: ImageProcessor
+    text_processor: Callable[[str], str]
+    captions_per_image: int | str
+    shuffle_buffer: int
+    say: Callable[[str], None]
+    splits: Sequence[str] = ("train",)
+    features: ClassVar[None] = None  # a stream gives pixels
+
+    def __post_init__(self) -> None:
+        self.shards = [shard for storage in self.storages for shard in shards_of(storage)]
         self.said: set[str] = set()
 
     def share(self, rank: int, world_size: int) -> Iterator[StreamSample]:
@@ -106,57 +98,50 @@ class CaptionStream:
 
     def samples(self, shards: Iterable[str]) -> Iterator[StreamSample]:
         for shard in shards:
-            for record in self.records(shard):
+            for sample, data in self.read(shard):
+                place = f"{shard}/{sample.image}"
+                try:
+                    entry = sample_entry(sample, StreamedImage(place, data))
+                except UserError as error:
+                    self.note(shard, "captions that cannot be read", str(error))
+                    continue
+                if entry.split not in (None, *map(canonical_split, self.splits)):
+                    self.note(shard, "images of other splits", place)
+                    continue
+                builder = RecordBuilder()
+                builder.add(entry)
+                (record,) = builder.annotations().records
+                if builder.blank:
+                    self.note(shard, "captions without a word", place)
+                if not record.captions:
+                    self.note(shard, "images without a caption beside them", place)
                 for captions in caption_groups(record, self.captions_per_image):
                     yield record, captions
-
-    def records(self, shard: str) -> Iterator[Record]:
-        """The images of a shard that have captions."""
-        for sample, data in self.read(shard):
-            place = f"{shard}/{sample.image}"
-            try:
-                entry = sample_entry(sample, StreamedImage(place, data))
-            except UserError as error:
-                self.note(shard, "captions that cannot be read", str(error))
-                continue
-            if entry.split not in (None, *self.splits):
-                self.note(shard, "images of other splits", place)
-                continue
-            builder = RecordBuilder()
-            builder.add(entry)
-            (record,) = builder.annotations().records
-            if builder.blank:
-                self.note(shard, "captions without a word", place)
-            if record.captions:
-                yield record
-            else:
-                self.note(shard, "images without a caption beside them", place)
 
     def read(self, shard: str) -> Iterator[tuple[ShardSample, bytes]]:
         """The samples of a shard with the bytes of their images. Members of one key stand together, as WebDataset's."""
         left_out = partial(self.note, shard)
         lone: dict[str, bool] = {}  # keys with an image or captions only: whether it is the image
-        try:
-            with closing(pieces_of(shard)) as pieces, open_tar(pieces) as tar:
-                for key, members in groupby(keyed_members(tar, left_out), key=itemgetter(0)):
-                    names: dict[str, ShardSample] = {}
-                    data: dict[str, bytes] = {}
-                    for _, member in members:
-                        take_member(tar, member, names, left_out)
-                        if is_image(member.name) and (file := tar.extractfile(member)):
-                            data[member.name] = file.read()
-                    captioned = any(sample.text is not None or sample.json is not None for sample in names.values())
-                    if names and captioned != bool(data) and lone.setdefault(key, bool(data)) != bool(data):
-                        raise UserError(
-                            f"{shard}: image and captions of '{key}' do not stand together, which a stream needs: pack "
-                            "it with tar --sort=name, or give the tar as a file"
-                        )
-                    for sample in samples_of(key, names, left_out):
-                        yield sample, data[sample.image]
-        except UserError:  # of the pieces
-            raise
-        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-            raise UserError(f"{shard} is damaged or no tar file: {' '.join(str(error).split())}") from error
+        content = piped(shard.removeprefix("pipe:")) if shard.startswith("pipe:") else download.stream(shard)
+        with (
+            closing(content) as pieces,
+            open_tar(shard, fileobj=Pieces(pieces), mode="r|*", bufsize=PIECE) as tar,  # compressed or not
+        ):
+            for key, members in groupby(keyed_members(tar, left_out), key=itemgetter(0)):
+                names: dict[str, ShardSample] = {}
+                data: dict[str, bytes] = {}
+                for _, member in members:
+                    take_member(tar, member, names, left_out)
+                    if is_image(member.name) and (file := tar.extractfile(member)):
+                        data[member.name] = file.read()
+                captioned = any(sample.text is not None or sample.json is not None for sample in names.values())
+                if names and captioned != bool(data) and lone.setdefault(key, bool(data)) != bool(data):
+                    raise UserError(
+                        f"{shard}: image and captions of '{key}' do not stand together, which a stream needs: pack it "
+                        "with tar --sort=name, or give the tar as a file"
+                    )
+                for sample in samples_of(key, names, left_out):
+                    yield sample, data[sample.image]
 
     def note(self, shard: str, what: str, first: str) -> None:
         if what not in self.said:
@@ -165,12 +150,10 @@ class CaptionStream:
 
     def sample(self, which: StreamSample, seed: int) -> Sample:
         """What a worker makes of a sample: the image augmented by a random state that `seed` alone decides."""
-        record, captions = which
-        pixels = read_pixels(record.image, self.image_processor, seed)
-        return make_sample(record, captions, self.text_processor, *pixels)
+        return read_sample(*which, self.image_processor, self.text_processor, seed)
 
 
-class StreamBatches:
+class StreamBatches(RankBatches):
     """The micro-batches of one rank: one epoch without an end.
 
     Pass p of a rank is in an order that `seed`, p and the rank decide, so that a resumed run comes to where it was by
@@ -178,10 +161,9 @@ class StreamBatches:
     """
 
     def __init__(self, stream: CaptionStream, share: RankShare, seed: int) -> None:
+        super().__init__(share)
         self.stream = stream
-        self.share = share
         self.seed = seed
-        self.epoch, self.first_step = 0, 0
 
     def __len__(self) -> int:
         return ENDLESS
@@ -276,10 +258,6 @@ def shards_of(storage: str) -> list[str]:
     return expand_braces(storage)
 
 
-def pieces_of(shard: str) -> Generator[bytes, None, None]:
-    return piped(shard.removeprefix("pipe:")) if shard.startswith("pipe:") else download.stream(shard)
-
-
 def piped(command: str) -> Generator[bytes, None, None]:
     """What a shell command prints. UserError where it fails.
 
@@ -300,7 +278,7 @@ def piped(command: str) -> Generator[bytes, None, None]:
 
 
 class Pieces:
-    """Pieces of bytes as what tarfile reads a stream from."""
+    """Pieces of bytes as what tarfile reads a stream from: all that it calls is read()."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self.pieces = pieces
@@ -311,23 +289,6 @@ class Pieces:
             self.rest += piece
         taken, self.rest = self.rest[:size], self.rest[size:]
         return taken
-
-
-class StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a damaged header for the end of the archive."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> "StrictTarInfo":
-        try:
-            return super().fromtarfile(tar)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError(f"{error} at byte {tar.offset}") from error
-
-
-def open_tar(pieces: Iterator[bytes]) -> tarfile.TarFile:
-    """Compressed or not; several archives one after the other, as `cat` joins them, are read as one."""
-    file: Any = Pieces(pieces)  # all that tarfile calls of a stream is read()
-    return tarfile.open(fileobj=file, mode="r|*", bufsize=PIECE, tarinfo=StrictTarInfo, ignore_zeros=True)
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
@@ -348,29 +309,26 @@ def shuffled(items: Iterable[T], size: int, generator: random.Random) -> Iterato
 
 
 def read_ahead(items: Iterator[T], count: int) -> Iterator[T]:
-    """The same items, taken `count` ahead in a thread; what it raises is raised here."""
-    found: queue.Queue[tuple[list[T], BaseException | None]] = queue.Queue(count)
+    """The same items, none of them None, taken `count` ahead in a thread; what it raises is raised here."""
+    found: queue.Queue[T | BaseException | None] = queue.Queue(count)
     left = threading.Event()
 
     def run() -> None:
         try:
             for item in items:
-                found.put(([item], None))
+                found.put(item)
                 if left.is_set():
                     return
-            found.put(([], None))
+            found.put(None)
         except BaseException as error:
-            found.put(([], error))
+            found.put(error)
 
     threading.Thread(target=run, name="stream", daemon=True).start()
     try:
-        while True:
-            item, error = found.get()
-            if error is not None:
-                raise error
-            if not item:
-                return
-            yield from item
+        while (item := found.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
     finally:
         left.set()
         while not found.empty():  # makes room for the item that the thread may be waiting with

@@ -3,7 +3,7 @@
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,14 +22,15 @@ from blipds.data.preparation import fetch_annotations
 from blipds.engine import DTYPES
 from blipds.errors import UserError
 from blipds.files.paths import user_path
+from blipds.files.replacing import replace_text
 from blipds.models import build_model
 from blipds.models.initialisation import initialise
 from blipds.models.parameters import copy_into
 from blipds.models.protocol import CaptioningModel, keep_activations
 from blipds.models.weights import load_weights, open_weights
 from blipds.monitor import Monitor
-from blipds.report import Shown, write_cider
-from blipds.report.run_files import replace_text
+from blipds.report.gallery import Shown
+from blipds.report.run_files import write_cider
 from blipds.scoring.metrics import METRICS, Captions, Scores
 from blipds.scoring.process import Scoring, ScoringTask
 
@@ -69,7 +70,6 @@ class Evaluator:
         self.unscored = ""  # why its captions are not scored
         if references is None:
             self.unscored = "no references" if run.report_metric else "run.report_metric is false"
-        self.tokenized: Captions = {}  # the references' tokens, once there has been an evaluation
         if references is not None:
             ids = [str(record.image_id) for record in dataset.records]
             if unknown := [image_id for image_id in ids if not references.captions.get(image_id)]:
@@ -104,9 +104,11 @@ class Evaluator:
         if not captions:
             raise UserError(f"{self.split}: none of {len(errors)} images can be read; {'; '.join(errors[:3])}")
         if distributed.is_main():
-            self.write_results(captions, results)
-        seconds = time.perf_counter() - started
-        return GeneratedCaptions(captions, errors, seconds)
+            records = self.dataset.records
+            entries = [{"image_id": records[index].image_id, "caption": text} for index, text in captions.items()]
+            results.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(results, json.dumps(entries, ensure_ascii=False, indent=0))
+        return GeneratedCaptions(captions, errors, time.perf_counter() - started)
 
     def batches(self, lockstep: bool) -> Iterator[EvalBatch]:
         """This rank's batches; with `lockstep` as many as any rank has, and then it is collective."""
@@ -133,20 +135,11 @@ class Evaluator:
                 {image_id: candidates[image_id] for image_id in ids},
                 {image_id: self.references.captions[image_id] for image_id in ids},
                 metrics,
-                self.tokenized,
                 cider_corpus or {},
             )
             for name, ids in parts.items()
             if ids
         }
-
-    def write_results(self, captions: dict[int, str], path: Path) -> None:
-        entries = [
-            {"image_id": self.dataset.records[index].image_id, "caption": caption}
-            for index, caption in captions.items()
-        ]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(entries, ensure_ascii=False, indent=0))
 
     def shown(self) -> Shown:
         """What the report needs of this split."""
@@ -221,12 +214,22 @@ def build_evaluators(config: Config, splits: Sequence[str], captioner: Captioner
     return evaluators
 
 
-@dataclass
-class SplitScores:
-    """The scores of a split of a dataset, by the names of the split and of its domains. The same on every rank."""
-
-    dataset: str
-    scores: dict[str, Scores]
+def load_model(
+    config: Config,
+    checkpoint: str | None,
+    captioner: Captioner,
+    device: torch.device,
+    dtype: torch.dtype,
+    say: Callable[[str], None],
+) -> CaptioningModel:
+    """The model of a run config with the weights of a checkpoint, for a captioner; None: with random weights."""
+    model = build_model(config.model, keep_activations)
+    captioner.check_model(model)
+    if checkpoint is None:
+        initialise(model, config.run.seed, partial(copy_into, model))
+    else:
+        load_weights(model, open_weights(checkpoint, user_path(config.env.cache_root)), say)
+    return model.to(device, dtype).eval()
 
 
 def evaluate_checkpoint(
@@ -241,18 +244,15 @@ def evaluate_checkpoint(
     epoch: int | None = None,
     metrics: Sequence[str] = METRICS,
     cider_corpus: Captions | None = None,
-) -> list[SplitScores]:
-    """Builds the model on every rank, loads a checkpoint (None: random weights) and evaluates splits. Collective."""
+) -> list[tuple[str, dict[str, Scores]]]:
+    """Builds the model on every rank, loads a checkpoint (None: random weights) and evaluates splits. Collective.
+
+    Returns, on every rank, the dataset of each split and the scores by the names of the split and of its domains.
+    """
     fetch_annotations(config, splits, monitor.say)
     captioner = Captioner.from_config(config)
     evaluators = build_evaluators(config, splits, captioner)  # fails fast on what a user can mend
-    model = build_model(config.model, keep_activations)
-    captioner.check_model(model)
-    if checkpoint is None:
-        initialise(model, config.run.seed, partial(copy_into, model))
-    else:
-        load_weights(model, open_weights(checkpoint, user_path(config.env.cache_root)), monitor.say)
-    model.to(device, DTYPES[precision]).eval()
+    model = load_model(config, checkpoint, captioner, device, DTYPES[precision], monitor.say)
     evaluations = []
     for evaluator in evaluators:
         name = evaluator.split if epoch is None else f"{evaluator.split}_epoch{epoch}"
@@ -270,7 +270,7 @@ def evaluate_checkpoint(
                 monitor.say(f"  {line}")
         for error in generated.errors[:10]:
             monitor.say(f"  skipped: {error}")
-        evaluations.append(SplitScores(evaluator.dataset.name, scores))
+        evaluations.append((evaluator.dataset.name, scores))
     return evaluations
 
 

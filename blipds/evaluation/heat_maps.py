@@ -6,24 +6,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from blipds.config.sections import Config
 from blipds.data.images import stack
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.evaluation.evaluator import Evaluator
-from blipds.files.paths import user_path
-from blipds.models import build_model
-from blipds.models.protocol import CaptioningModel, keep_activations
-from blipds.models.weights import load_weights, open_weights
-from blipds.report import HeatMap
+from blipds.models.protocol import CaptioningModel
+from blipds.report.gallery import HeatMap
 
 PIECE = "##"  # before a wordpiece that continues a word
-
-
-def load_model(config: Config, checkpoint: str, device: torch.device) -> CaptioningModel:
-    """The model of a run with the weights of a checkpoint, in fp32. Raises UserError where they do not fit."""
-    model = build_model(config.model, keep_activations)
-    load_weights(model, open_weights(checkpoint, user_path(config.env.cache_root)), print)
-    return model.to(device).eval()
 
 
 def heat_maps(
@@ -34,7 +23,7 @@ def heat_maps(
     tokenizer = evaluator.captioner.tokenizer
     found = {}
     for image_id, caption in tqdm(captions.items(), desc=f"attention {evaluator.split}", unit="image", disable=None):
-        image, _ = evaluator.dataset.image(places[image_id])
+        image = evaluator.dataset.image(places[image_id]).image
         if image is not None:
             pixel_values = stack([image], evaluator.dataset.image_processor).to(device, torch.float32)
             found[image_id] = word_maps(model, tokenizer, pixel_values, caption)

@@ -120,9 +120,9 @@ def _place(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)
         return
-    for path in sorted(staging.rglob("*")):
-        place = target / path.relative_to(staging)
-        if path.is_dir():
-            place.mkdir(exist_ok=True)
-        elif not place.exists():
-            path.replace(place)
+
+    def add(new: str, place: str) -> None:
+        if not Path(place).exists():
+            Path(new).replace(place)
+
+    shutil.copytree(staging, target, copy_function=add, dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""The files that hold tensors: safetensors and torch.save, opened without executing or believing anything in them."""
+"""Files and folders that hold tensors: safetensors and torch.save, read without executing or believing anything."""
 
 import json
 import pickle
@@ -6,11 +6,12 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from blipds.errors import UserError
@@ -26,97 +27,133 @@ INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.")
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6: the pickled magic number
 
 
-class SafetensorsReader:
-    """One safetensors file through a memory map; the header (lengths, offsets, overlaps) is checked by the library."""
+@dataclass(frozen=True)
+class StoredTensors:
+    """An opened file or folder: its tensors under the names that it gives them, and the config beside them.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file = safe_open(path, framework="pt")
-            self.metadata: dict[str, str] = self._file.metadata() or {}
-            self.names: list[str] = list(self._file.keys())
-        except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
-            raise UserError(
-                f"{path}: not a readable safetensors file ({_line(error)}); download or save it again"
-            ) from error
+    tensors: memory maps where the format allows it; nothing of them has been read. config: the transformers
+    config.json, or the config that the file carries, or {}. is_own: this project wrote it. location: where the user
+    said it is. cache_root: where files beside it would be downloaded to.
+    """
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> Tensor:
-        # Whatever a hostile header makes the library raise is the file's fault, hence the broad net here and below.
-        try:
-            return self._file.get_tensor(name)
-        except Exception as error:
-            raise UserError(f"{self.path}: tensor '{name}' cannot be read ({_line(error)})") from error
+    path: Path
+    tensors: Mapping[str, Tensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    is_own: bool = False
+    location: str = ""
+    cache_root: Path = Path()
 
 
-class PickleReader:
+def open_stored(path: Path, location: str = "") -> StoredTensors:
+    """Opens a file or folder. UserError for whatever cannot be used."""
+    path = Path(path)
+    try:
+        stored = _read_folder(path) if path.is_dir() else _read_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not stored.tensors:
+        raise UserError(f"{path}: holds no tensors")
+    return replace(stored, tensors=_unwrapped(stored.tensors), location=location or str(path))
+
+
+def _read_folder(folder: Path) -> StoredTensors:
+    config, index = folder / "config.json", folder / "model.safetensors.index.json"
+    pickles = folder / "pytorch_model.bin.index.json"
+    if (folder / "model.safetensors").is_file():
+        stored = _read_file(folder / "model.safetensors")
+    elif index.is_file():
+        stored = StoredTensors(folder, _read_shards(folder, index))
+    elif (folder / "pytorch_model.bin").is_file():
+        stored = _read_file(folder / "pytorch_model.bin")
+    elif pickles.is_file():
+        stored = StoredTensors(folder, _read_shards(folder, pickles))
+    else:
+        raise UserError(f"{folder}: no model.safetensors, {index.name} or pytorch_model.bin in this folder")
+    found = _json_object(config, config.read_bytes(), "it") if config.is_file() else {}
+    return replace(stored, path=folder, config=found or stored.config)
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    weight_map = _json_object(index, index.read_bytes(), "it").get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index}: has no 'weight_map'")
+    shards: dict[str, Mapping[str, Tensor]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise UserError(f"{index}: '{listed([name])}' points to {shard!r}, which is not a file name in this folder")
+        if shard not in shards:
+            shards[shard] = _read_file(folder / shard).tensors
+        if name not in shards[shard]:
+            raise UserError(f"{folder / shard}: lacks '{listed([name])}', which {index.name} says is in it")
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def _read_file(path: Path) -> StoredTensors:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file or folder")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise UserError(f"{path}: the file is empty")
+    if head.startswith((b"PK\x03\x04", LEGACY_MAGIC)):
+        return _read_pickle(path)
+    if head[8:9] == b"{":
+        return _read_safetensors(path)
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull`")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise UserError(f"{path}: a web page, not a checkpoint; check the address that it came from")
+    raise UserError(f"{path}: neither a torch.save nor a safetensors file")
+
+
+def _read_safetensors(path: Path) -> StoredTensors:
+    """Tensors that are views of a memory map; the library checks the header (lengths, offsets, overlaps)."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    except Exception as error:  # whatever a hostile header makes the library raise is the file's fault
+        raise UserError(
+            f"{path}: not a readable safetensors file ({_line(error)}); download or save it again"
+        ) from error
+    config = _json_object(path, metadata.get("config", "{}"), "the config in its metadata")
+    return StoredTensors(path, tensors, config, is_own=metadata.get("format") == "blipds")
+
+
+def _read_pickle(path: Path) -> StoredTensors:
     """A `torch.save` file.
 
     The pickle is read by torch's restricted unpickler, which builds tensors and plain containers and executes nothing.
     The zip's checksums are verified first, since a memory map never looks at them (one pass over the file).
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        record_sizes = _check_zip(path)
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=record_sizes is not None)
-        except pickle.UnpicklingError as error:
-            raise UserError(
-                f"{path}: refused, its pickle asks for more than tensors and plain containers, and running code out of "
-                f"a checkpoint is never allowed ({_reason(error)}); save the state dict alone, "
-                "torch.save(model.state_dict(), FILE), with the program that wrote it (DeepSpeed: the zero_to_fp32.py "
-                "beside it writes one)"
-            ) from error
-        except Exception as error:
-            raise UserError(f"{path}: not a readable torch checkpoint ({_line(error)}); download it again") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: holds a {type(content).__name__}, a checkpoint is a dict with the key 'model'")
-        wrapper = next((key for key in STATE_DICT_KEYS if key in content), None)
-        tensors = content if wrapper is None else content[wrapper]
-        if not isinstance(tensors, dict):
-            raise UserError(f"{path}: its '{wrapper}' is a {type(tensors).__name__}, not a dict of tensors")
-        for name, tensor in tensors.items():
-            if not isinstance(name, str) or not _is_plain(tensor):
-                raise UserError(f"{path}: entry {str(name)[:80]!r} of its state dict is not a plain dense tensor")
-        # The map takes each storage's length from the pickle, not from the zip's record: a short record would be filled
-        # up with its neighbour's bytes.
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()
-        }
-        if record_sizes is not None and Counter(size for size in storages.values() if size) - record_sizes:
-            raise UserError(f"{path}: its pickle and its storages disagree on their lengths; download or save it again")
-        self._tensors: dict[str, Tensor] = tensors
-        self.names: list[str] = list(tensors)
-        config = content.get("config")
-        self.config: dict[str, Any] = config if isinstance(config, dict) else {}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-
-class MemoryReader:
-    """Tensors that are in memory already."""
-
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        self.path = path
-        self.metadata: dict[str, str] = {}
-        self._tensors = tensors
-        self.names: list[str] = list(tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-
-Reader = SafetensorsReader | PickleReader | MemoryReader
+    record_sizes = _check_zip(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=record_sizes is not None)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: refused, its pickle asks for more than tensors and plain containers, and running code out of a "
+            f"checkpoint is never allowed ({_reason(error)}); save the state dict alone, "
+            "torch.save(model.state_dict(), FILE), with the program that wrote it (DeepSpeed: the zero_to_fp32.py "
+            "beside it writes one)"
+        ) from error
+    except Exception as error:
+        raise UserError(f"{path}: not a readable torch checkpoint ({_line(error)}); download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, a checkpoint is a dict with the key 'model'")
+    wrapper = next((key for key in STATE_DICT_KEYS if key in content), None)
+    tensors = content if wrapper is None else content[wrapper]
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path}: its '{wrapper}' is a {type(tensors).__name__}, not a dict of tensors")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not _is_plain(tensor):
+            raise UserError(f"{path}: entry {str(name)[:80]!r} of its state dict is not a plain dense tensor")
+    # The map takes each storage's length from the pickle, not from the zip's record: a short record would be filled up
+    # with its neighbour's bytes.
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
+    if record_sizes is not None and Counter(size for size in storages.values() if size) - record_sizes:
+        raise UserError(f"{path}: its pickle and its storages disagree on their lengths; download or save it again")
+    config = content.get("config")
+    return StoredTensors(path, tensors, config if isinstance(config, dict) else {})
 
 
 def _is_plain(value: object) -> bool:
@@ -160,38 +197,16 @@ def _check_zip(path: Path) -> Counter[int] | None:
     return Counter(info.file_size for info in infos)
 
 
-def open_reader(path: Path) -> Reader:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file or folder")
-    with path.open("rb") as file:
-        head = file.read(64)
-    if not head:
-        raise UserError(f"{path}: the file is empty")
-    if head.startswith((b"PK\x03\x04", LEGACY_MAGIC)):
-        return PickleReader(path)
-    if head[8:9] == b"{":
-        return SafetensorsReader(path)
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull`")
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise UserError(f"{path}: a web page, not a checkpoint; check the address that it came from")
-    raise UserError(f"{path}: neither a torch.save nor a safetensors file")
+def _unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Names without what DDP, DeepSpeed, Lightning, torch.compile or FSDP added to them."""
+    for inserted in INSERTED:
+        tensors = {name.replace(inserted, ""): tensor for name, tensor in tensors.items()}
+    while prefix := next((w for w in WRAPPERS if tensors and all(name.startswith(w) for name in tensors)), None):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
-def unwrapped(readers: Mapping[str, Reader]) -> dict[str, tuple[Reader, str]]:
-    """{name without what DDP, DeepSpeed, Lightning, torch.compile or FSDP added to it: (its reader, stored name)}"""
-    found: dict[str, tuple[Reader, str]] = {}
-    for stored, reader in readers.items():
-        name = stored
-        for inserted in INSERTED:
-            name = name.replace(inserted, "")
-        found[name] = reader, stored
-    while prefix := next((w for w in WRAPPERS if found and all(name.startswith(w) for name in found)), None):
-        found = {name.removeprefix(prefix): place for name, place in found.items()}
-    return found
-
-
-def json_object(path: Path, text: str | bytes, what: str) -> dict[str, Any]:
+def _json_object(path: Path, text: str | bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -202,22 +217,17 @@ def json_object(path: Path, text: str | bytes, what: str) -> dict[str, Any]:
 
 
 def listed(names: Sequence[str], limit: int = 8) -> str:
+    """For messages: the names come out of a file that may be anybody's, hence not for ever."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(_printable(name) for name in names[:limit]) + more
-
-
-def _printable(text: str) -> str:
-    """Names come out of a file that may be anybody's: one line, no control characters, not for ever."""
-    return "".join(character if character.isprintable() else "?" for character in text[:120])
+    return ", ".join(name[:120] for name in names[:limit]) + more
 
 
 def _line(error: BaseException) -> str:
     """The error's first line: torch's messages run over many."""
-    text = str(error).strip().splitlines()
-    return _printable(text[0]) if text else type(error).__name__
+    return str(error).strip().partition("\n")[0][:120] or type(error).__name__
 
 
 def _reason(error: BaseException) -> str:
     """What torch refused. It stands amid advice to switch the protection off, which is not to be passed on."""
     found = re.search(r"(?:Trying to (?:load|call)|Unsupported|GLOBAL )[^\n]{0,160}", str(error))
-    return _printable(found[0].split(". ")[0]) if found else "unsupported or damaged pickle"
+    return found[0].split(". ")[0][:120] if found else "unsupported or damaged pickle"

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from blipds.config.sections import ModelConfig
 from blipds.errors import UserError
-from blipds.models.checkpoints import Checkpoint, CheckpointFormat, StoredTensors
+from blipds.models.checkpoint_files import StoredTensors
+from blipds.models.checkpoints import Checkpoint, CheckpointFormat
 from blipds.models.generation import GenerationConfig, Lockstep, StepDecoder, search
 from blipds.models.initialisation import RandomWeight, default_random_weights
 
@@ -94,21 +95,21 @@ class CaptioningModel(nn.Module, ABC):
         return CheckpointFormat()
 
     def completed(self, stored: StoredTensors, open_other: Callable[[str], StoredTensors]) -> StoredTensors:
-        """A checkpoint of a whole model, with what such files leave to others (a frozen part); `open_other(source)`."""
+        """A checkpoint with what such files leave to others (a frozen part) or split (biases): `open_other(source)`."""
         return stored
 
-    def check_geometry(self, checkpoint: Checkpoint) -> None:
-        """UserError where a checkpoint states sizes that are not the model's, and that no tensor shows (heads)."""
+    def check_geometry(self, checkpoint: Checkpoint) -> tuple[list[str], str]:
+        """UserError where a checkpoint states sizes that are not the model's, and that no tensor shows (heads).
 
-    def load_parts(self, config: Any, load: Callable[[str | StoredTensors, str, str], None]) -> None:
+        Returns patterns of the model's names that a part therefore cannot fill, and a line that says why.
+        """
+        return [], ""
+
+    def load_parts(self, config: Any, load: Callable[[str | StoredTensors, str], None]) -> None:
         """Loads what `config` names beside whole checkpoints (an image encoder, a BERT) over the random weights.
 
-        load(source, kind, key): where it is, what kind of file it must be, and the key that names it.
+        load(source, kind): where it is, and what kind of file it must be (`CheckpointFormat.parts`).
         """
-
-    def does_not_fit(self, checkpoint: Checkpoint) -> tuple[list[str], str]:
-        """Patterns of the model's names that a part cannot fill, though their shapes fit; and a line that says why."""
-        return [], ""
 
     def identity(self) -> str:
         """What tells models apart whose weights alone do not (the number of heads)."""

@@ -1,13 +1,14 @@
 """The image encoder: any of timm's VisionTransformers, with all its tokens handed to the text decoder."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 from timm.layers import LayerScale
-from timm.models import PretrainedCfg, get_pretrained_cfg
+from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -136,13 +137,9 @@ def encoder_mean_std(vit_type: str, hub_name: str | None = None) -> tuple[list[f
     """
     names = [hub_name.partition("/")[2]] if hub_name else []
     for name in [*names, BLIP_ENCODERS.get(vit_type, (vit_type, {}))[0]]:
-        found: PretrainedCfg | None = None
-        try:
-            found = get_pretrained_cfg(name)
-        except (RuntimeError, ValueError):
-            continue
-        if found is not None:
-            return [float(value) for value in found.mean], [float(value) for value in found.std]
+        with suppress(RuntimeError, ValueError):
+            if found := get_pretrained_cfg(name):
+                return [float(value) for value in found.mean], [float(value) for value in found.std]
     return None
 
 

@@ -1,6 +1,7 @@
 """The weights that a model starts from: a whole checkpoint of any kind, or parts of one over random weights."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -9,7 +10,8 @@ from blipds.config.sections import Config, ModelConfig
 from blipds.errors import UserError
 from blipds.files.download import fetch
 from blipds.files.paths import target, user_path
-from blipds.models.checkpoints import Checkpoint, StoredTensors, load_into, open_stored
+from blipds.models.checkpoint_files import StoredTensors, open_stored
+from blipds.models.checkpoints import Checkpoint, load_into
 from blipds.models.initialisation import initialise
 from blipds.models.parameters import Write, copy_into, whole_shape
 from blipds.models.protocol import CaptioningModel
@@ -46,9 +48,7 @@ def open_weights(location: str, cache_root: Path) -> StoredTensors:
     Raises UserError where it cannot be had or read.
     """
     location = find_checkpoint(location, "best")
-    stored = open_stored(locate(location, cache_root), location)
-    stored.cache_root = cache_root
-    return stored
+    return replace(open_stored(locate(location, cache_root), location), cache_root=cache_root)
 
 
 def load_initial_weights(
@@ -62,18 +62,13 @@ def load_initial_weights(
     cache_root = user_path(config.env.cache_root)
     location = initial_weights(config.model)
 
-    def load_part(source: str | StoredTensors, kind: str, key: str) -> None:
+    def load_part(source: str | StoredTensors, kind: str) -> None:
         if location is not None:
+            _, key = model.checkpoint_format().parts[kind]
             say(f"not used: {key}, since model.load_finetuned or load_pretrained asks for a whole checkpoint")
             return
         stored = source if isinstance(source, StoredTensors) else open_weights(source, cache_root)
-        checkpoint = Checkpoint(stored, model.checkpoint_format())
-        if checkpoint.kind != kind:
-            raise UserError(f"{key} {stored.location}: a {checkpoint.kind} checkpoint, not a {kind} one")
-        leave_out, line = model.does_not_fit(checkpoint)
-        if line:
-            say(line)
-        load_strictly(model, checkpoint, say, leave_out, write)
+        load_weights(model, stored, say, write, part=kind)
 
     if location is not None:
         load_weights(model, open_weights(location, cache_root), say, write)
@@ -83,41 +78,38 @@ def load_initial_weights(
 
 
 def load_weights(
-    model: CaptioningModel, stored: StoredTensors, say: Callable[[str], None], write: Write | None = None
+    model: CaptioningModel,
+    stored: StoredTensors,
+    say: Callable[[str], None],
+    write: Write | None = None,
+    part: str | None = None,
 ) -> None:
-    """Loads a whole checkpoint: each tensor finds its parameter, and constants that no tensor shows are taken over.
+    """Loads what the checkpoint's kind should hold, all of it or (UserError) nothing, and says what was done.
 
-    `write(name, tensor)` takes the tensors instead of the model's own parameters, which may then be on the meta device.
-    Raises UserError for another geometry and for a checkpoint of one part.
+    Constants that no tensor shows are taken over. `write(name, tensor)` takes the tensors instead of the model's own
+    parameters, which may then be on the meta device. part: the kind of part that it must be (None: a whole checkpoint).
+    Raises UserError for another kind or geometry.
     """
     stored = model.completed(stored, partial(open_weights, cache_root=stored.cache_root))
     checkpoint = Checkpoint(stored, model.checkpoint_format())
-    if checkpoint.is_part:
-        key = checkpoint.layout.part_key(checkpoint.kind)
-        raise UserError(f"{stored.location}: holds one part only ({checkpoint.kind}); give it as {key} instead")
-    model.check_geometry(checkpoint)
-    load_strictly(model, checkpoint, say, write=write)
-    if line := model.take_constants(checkpoint):
-        say(f"  {line}")
-
-
-def load_strictly(
-    model: CaptioningModel,
-    checkpoint: Checkpoint,
-    say: Callable[[str], None],
-    leave_out: list[str] | None = None,
-    write: Write | None = None,
-) -> None:
-    """Loads what the checkpoint's kind should hold, all of it or (UserError) nothing, and says what was done."""
+    kind, location = checkpoint.kind, stored.location
+    if part is not None and kind != part:
+        raise UserError(f"{checkpoint.layout.parts[part][1]} {location}: a {kind} checkpoint, not a {part} one")
+    if part is None and checkpoint.part:
+        raise UserError(f"{location}: holds one part only ({kind}); give it as {checkpoint.part_key} instead")
+    leave_out, line = model.check_geometry(checkpoint)
+    if line:
+        say(line)
     shapes = {name: tuple(whole_shape(parameter)) for name, parameter in model.named_parameters()}
-    report = load_into(shapes, checkpoint, write or partial(copy_into, model), leave_out=leave_out or [])
+    report = load_into(shapes, checkpoint, write or partial(copy_into, model), leave_out=leave_out)
     fresh = sum(prod(shapes[name]) for name in report.missing)
     say(
-        f"weights: {report.kind} checkpoint {checkpoint.location}, {len(report.written)} tensors"
+        f"weights: {kind} checkpoint {location}, {len(report.written)} tensors"
         + (f"; {len(report.missing)} of its part of the model ({fresh:,} numbers) stay random" if fresh else "")
     )
-    for note in report.notes:
-        say(f"  {note}")
+    for note in [*report.notes, model.take_constants(checkpoint)]:
+        if note:
+            say(f"  {note}")
 
 
 def fill_image_statistics(config: Config) -> list[str]:

@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -19,7 +18,6 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +30,9 @@ from blipds.config.run import load_run_config
 from blipds.config.sections import Config
 from blipds.errors import UserError
 from blipds.files.paths import user_path
+from blipds.report.machine import versions
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")  # never asks for a password
-PACKAGES = ("torch", "deepspeed", "transformers", "timm")
 ANSWER = "blipds-preflight "  # begins the answer's line: a login shell may print others
 EXPORTED = ("PYTHON", "NCCL", "UCX", "MV2", "MLFLOW")  # names that DeepSpeed 0.19 hands to the other machines
 SAME = {  # what must be the same on all hosts, and how to make it so
@@ -68,32 +66,27 @@ def checked(name: str, function: Callable[..., str], *args: Any) -> Check:
 
 def run_checks(hostfile: Path, words: Sequence[str]) -> Iterator[Check]:
     """All checks of a hostfile and a command, one after the other; ends early where the rest would fail alike."""
+    name = "hostfile"
     try:
         hosts, command = read_hostfile(hostfile), parse_command(words)
         variables = exported_variables(dict(os.environ), [Path.home(), Path.cwd()])
+        yield Check(name, True, f"{hostfile}: {len(hosts)} hosts, {sum(hosts.values())} slots")
+        if words:
+            yield checked("command", check_command, hostfile, command)
+        name = "ssh"
+        remedy = ": ssh must work without a password, and this folder must exist there"
+        on_all(hosts, ["true"], {}, 20, remedy)
+        yield Check(name, True, "every host answers, without a password")
+        name = "python"
+        checks = [*compare(hosts, ask(hosts, shared_folder(command), words, variables))]
+        yield from checks
+        if all(check.good for check in checks):  # it may compile for minutes, and clears an interrupted compile's locks
+            name = "ops"
+            printed = on_all(hosts, [sys.executable, "-m", "blipds.engine"], variables, 1200)
+            removed = sorted({line for text in printed.values() for line in text.splitlines() if "removed" in line})
+            yield Check(name, True, "; ".join(["DeepSpeed's parts are compiled on every host", *removed]))
     except UserError as error:
-        yield Check("hostfile", False, str(error))
-        return
-    yield Check("hostfile", True, f"{hostfile}: {len(hosts)} hosts, {sum(hosts.values())} slots")
-    if words:
-        yield checked("command", check_command, hostfile, command)
-    yield (reached := checked("ssh", check_ssh, hosts))
-    if not reached.good:
-        return
-    output = Path("output")
-    if command.cfg_path is not None:
-        with suppress(UserError):  # the hosts' answers say it
-            output = user_path(load_run_config(command.cfg_path, command.options)[0].run.output_dir)
-    folder = existing_part(output)
-    try:
-        answers = ask(hosts, folder, words, variables)
-    except UserError as error:
-        yield Check("python", False, str(error))
-        return
-    checks = [*compare(hosts, answers)]
-    yield from checks
-    if all(check.good for check in checks):  # it may compile for minutes
-        yield checked("ops", compile_ops, hosts, variables)
+        yield Check(name, False, str(error))
 
 
 # ---- What the user gives --------------------------------------------------------------------------------------------
@@ -161,6 +154,15 @@ def exported_variables(environ: dict[str, str], folders: Sequence[Path]) -> dict
     return found
 
 
+def shared_folder(command: argparse.Namespace) -> Path:
+    """Where the command's run will write, which all hosts must see: as much of the path as exists."""
+    output = Path("output")
+    if command.cfg_path is not None:
+        with suppress(UserError):  # the hosts' answers say it
+            output = user_path(load_run_config(command.cfg_path, command.options)[0].run.output_dir)
+    return existing_part(output)
+
+
 def existing_part(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
@@ -184,7 +186,7 @@ def answer(first: str, hosts: int, marker: Path, words: Sequence[str]) -> dict[s
         own = addresses.get(socket.gethostbyname(socket.gethostname()))
     named = {name: value for name, value in os.environ.items() if name.endswith("_SOCKET_IFNAME")}
     same = {
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        "versions": versions(),
         "code": {"blipds": blipds.__version__, "digest": digest(sorted(Path(blipds.__file__).parent.rglob("*.py")))},
     }
     checks = [
@@ -301,30 +303,17 @@ def on_all(
     return {host: printed for host, (printed, _) in results.items()}
 
 
-def check_ssh(hosts: Hosts) -> str:
-    on_all(hosts, ["true"], {}, 20, remedy=": ssh must work without a password, and this folder must exist there")
-    return "every host answers, without a password"
-
-
 def ask(hosts: Hosts, folder: Path, words: Sequence[str], variables: dict[str, str]) -> dict[str, dict[str, Any]]:
     """What `answer` returns on each host. `folder` is on the shared disk."""
     marker = folder / f".preflight-{uuid.uuid4().hex}"
     marker.touch()
     asking = [sys.executable, "-m", "blipds.planning.preflight", next(iter(hosts)), str(len(hosts)), str(marker)]
     try:
-        printed = on_all(
-            hosts, [*asking, *words], variables, 600, remedy=f"; {sys.executable} and blipds must be there too"
-        )
+        remedy = f"; {sys.executable} and blipds must be there too"
+        printed = on_all(hosts, [*asking, *words], variables, 600, remedy)
     finally:
         marker.unlink()
     return {host: json.loads(text.partition(ANSWER)[2].splitlines()[0]) for host, text in printed.items()}
-
-
-def compile_ops(hosts: Hosts, variables: dict[str, str]) -> str:
-    """Compiles on each host where necessary, and clears locks that an interrupted compile left behind."""
-    printed = on_all(hosts, [sys.executable, "-m", "blipds.engine"], variables, 1200)
-    removed = sorted({line for text in printed.values() for line in text.splitlines() if "removed" in line})
-    return "; ".join(["DeepSpeed's parts are compiled on every host", *removed])
 
 
 # ---- Comparing ------------------------------------------------------------------------------------------------------

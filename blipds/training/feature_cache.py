@@ -2,40 +2,36 @@
 
 import uuid
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from blipds import distributed
+from blipds.config.sections import Config, RunConfig
 from blipds.data.datasets import CaptionDataset
 from blipds.data.images import EmbedStore, embeds_key
 from blipds.data.loader import EvalLoader
 from blipds.engine import Engine
 from blipds.errors import UserError
+from blipds.files.paths import user_path
 from blipds.models.parameters import fingerprint
 
 
 def cache_image_embeds(
-    engine: Engine,
-    datasets: Sequence[CaptionDataset],
-    folder: Path,
-    *,
-    encoder_name: str,
-    batch_size: int,
-    num_workers: int,
-    say: Callable[[str], None],
+    engine: Engine, config: Config, datasets: Sequence[CaptionDataset], say: Callable[[str], None]
 ) -> None:
-    """From here on the datasets read features instead of pixels; those that `folder` lacks are computed. Collective.
+    """From here on the datasets read features instead of pixels; missing ones are computed. Collective.
 
-    `encoder_name` tells encoders apart whose weights alone do not (the number of heads). Features are bf16, whatever
-    the precision of the engine.
+    They are bf16, whatever the precision of the engine.
     """
+    given = config.model.cache_image_embeds
+    folder = user_path(given if isinstance(given, str) else f"{config.env.cache_root}/image_embeds")
     with engine.evaluating() as model:
         encoder: nn.Module = model.image_encoder
         constants = model.constants().values()
-        encoder_hash = fingerprint(encoder, encoder_name, engine.precision, *constants)
+        # the name tells encoders apart whose weights alone do not (the number of heads)
+        encoder_hash = fingerprint(encoder, config.model.encoder_name, engine.precision, *constants)
         for dataset in datasets:
             side = dataset.image_processor.image_size
             blank = torch.zeros(1, 3, side, side, device=engine.device, dtype=engine.dtype)
@@ -46,7 +42,7 @@ def cache_image_embeds(
             size = f"{store.images:,} images x {tokens} x {width}, {store.images * store.row_bytes / 1e9:.1f} GB"
             if missing:
                 say(f"features   {dataset.name}: {len(missing):,} images a rank to compute, of {size}")
-            fill(store, dataset, missing, encoder, engine, batch_size, num_workers)
+            fill(store, dataset, missing, encoder, engine, config.run)
             say(f"features   {dataset.name}: {size}, in {store.rows_path}")
             dataset.features = store
 
@@ -67,15 +63,11 @@ def my_share(store: EmbedStore) -> list[int]:
     """
     folder = store.rows_path.parent
     token = folder / f"{distributed.broadcast(uuid.uuid4().hex)}.tmp"
-    error: UserError | None = None
-    if distributed.local_rank() == 0:
-        try:
+    with distributed.raising_together():
+        if distributed.local_rank() == 0:
             store.allocate()
-            if distributed.is_main():
-                token.touch()
-        except UserError as refused:
-            error = refused
-    distributed.raise_together(error)
+        if distributed.is_main():
+            token.touch()
     one_folder = all(distributed.gather(token.exists()))
     if distributed.is_main():
         token.unlink()
@@ -93,24 +85,20 @@ def fill(
     missing: Sequence[int],
     encoder: nn.Module,
     engine: Engine,
-    batch_size: int,
-    num_workers: int,
+    run: RunConfig,
 ) -> None:
     """Computes and stores the features of some images. Collective.
 
     An image that cannot be read stays missing: training and evaluation report it by name.
     """
-    loader = EvalLoader(dataset, missing, batch_size=batch_size, num_workers=num_workers)
+    loader = EvalLoader(dataset, missing, batch_size=run.batch_size_eval, num_workers=run.num_workers)
     shown = None if distributed.is_main() and missing else True
-    error: UserError | None = None
-    with tqdm(desc=f"features of {dataset.name}", total=len(missing), unit="image", leave=False, disable=shown) as bar:
-        for batch in loader:
+    with distributed.raising_together():
+        for batch in tqdm(loader, desc=f"features of {dataset.name}", unit="batch", leave=False, disable=shown):
             if batch.indices:
+                pixel_values = batch.images.model_inputs(engine.device, engine.dtype)["pixel_values"]
                 try:
-                    pixel_values = batch.images.model_inputs(engine.device, engine.dtype)["pixel_values"]
                     store.write(batch.indices, encoder(pixel_values))
-                except OSError as failed:
-                    error = UserError(f"model.cache_image_embeds: cannot write to {store.rows_path}: {failed}")
-                    break
-            bar.update(len(batch.indices) + len(batch.errors))
-    distributed.raise_together(error)
+                except OSError as error:
+                    place = f"model.cache_image_embeds: cannot write to {store.rows_path}"
+                    raise UserError(f"{place}: {error}") from error

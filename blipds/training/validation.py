@@ -11,7 +11,8 @@ from blipds.engine import Engine
 from blipds.engine.checkpoints import CheckpointFolder
 from blipds.evaluation.evaluator import Evaluator
 from blipds.monitor import Monitor
-from blipds.report import write_cider, write_report
+from blipds.report.page import write_report
+from blipds.report.run_files import write_cider
 from blipds.scoring.metrics import METRICS, Scores
 from blipds.scoring.process import Scoring, ScoringTask
 from blipds.training.run_state import RunState, StepPlan

@@ -5,6 +5,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 from benchmarks.measuring import Row
@@ -54,23 +55,22 @@ def theirs(candidates: dict[str, str], references: dict[str, list[str]]) -> dict
         }
 
 
-def ours(
-    candidates: dict[str, str], references: dict[str, list[str]], tokenized: dict[str, list[str]]
-) -> dict[str, Cost]:
-    """The parts of `score_captions`; `tokenized` is kept from one evaluation of a run to the next."""
-    scores = metrics.score_captions(candidates, references, (), tokenized=tokenized)
-    tokens = {key: [text] for key, text in zip(candidates, metrics._tokenize(list(candidates.values())), strict=True)}
-    known = {key: tokenized[key] for key in candidates}
-    costs = {"tokenization": cost_of(lambda: metrics.score_captions(candidates, references, (), tokenized=tokenized))}
+def ours(candidates: dict[str, str], references: dict[str, list[str]]) -> dict[str, Cost]:
+    """The parts of `score_captions`."""
+    scores = metrics.Scores()
+    texts = iter(metrics._tokenize([*candidates.values(), *chain(*references.values())]))
+    tokens = {key: [next(texts)] for key in candidates}
+    known = {key: [next(texts) for _ in captions] for key, captions in references.items()}
+    costs = {"tokenization": cost_of(lambda: metrics.score_captions(candidates, references, ()))}
     for name in METRICS:
-        costs[name] = cost_of(lambda name=name: metrics._SCORERS[name](tokens, known, scores))
+        costs[name] = cost_of(lambda name=name: metrics.SCORERS[name](tokens, known, scores))
     return costs
 
 
 def scoring(rounds: int, data: Path, results: Path | None) -> list[Row]:
     """Flickr8k's val, 1,000 images: the captions of a run (`results`), else the first reference of each image.
 
-    A row for each part: ours in the evaluations after a run's first, where the references' tokens are known.
+    A row for each part.
     """
     records = json.loads((data / "flickr8k" / "annotations" / "val.json").read_text())
     references = {record["image_id"]: record["caption"] for record in records}
@@ -79,11 +79,9 @@ def scoring(rounds: int, data: Path, results: Path | None) -> list[Row]:
     else:
         candidates = {line["image_id"]: line["caption"] for line in json.loads(results.read_text())}
     references = {key: references[key] for key in candidates}
-    tokenized: dict[str, list[str]] = {}
-    first = cost_of(lambda: metrics.score_captions(candidates, references, (), tokenized=tokenized))
     sides: dict[str, list[dict[str, Cost]]] = {"ours": [], "theirs": []}
     for _ in tqdm(range(rounds), desc="scoring", leave=False, disable=None):
-        sides["ours"].append(ours(candidates, references, tokenized))
+        sides["ours"].append(ours(candidates, references))
         sides["theirs"].append(theirs(candidates, references))
 
     def median(side: str, part: str, which: int) -> float:
@@ -92,11 +90,10 @@ def scoring(rounds: int, data: Path, results: Path | None) -> list[Row]:
     rows = []
     for part in ("tokenization", *METRICS):
         clock, processor = ([median(side, part, which) for side in sides] for which in (0, 1))
-        remark = f" (a run's first: {first[0]:.1f} s)" if part == "tokenization" else ""
         rows.append(
             Row(
                 "scoring",
-                f"{part}, {len(candidates):,} images{remark}",
+                f"{part}, {len(candidates):,} images",
                 f"{clock[0]:.1f} s ({processor[0]:.1f} s of a core)",
                 f"{clock[1]:.1f} s ({processor[1]:.1f} s of a core; pycocoevalcap)",
                 clock[1] / clock[0],

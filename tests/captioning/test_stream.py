@@ -32,8 +32,10 @@ from blipds.captioning.outputs import CaptionFile
 from blipds.captioning.stream import caption_images
 from blipds.data.processors import BlipImageEval
 from blipds.errors import UserError
-from blipds.models.blip import build_from_geometry
-from blipds.models.blip.geometry import geometry_of, published_geometry
+from blipds.models import build_model
+from blipds.models.blip import published
+from blipds.models.blip.config import BlipConfig
+from blipds.models.protocol import keep_activations
 
 Caption = Callable[..., str]
 PHOTOGRAPHS = 16
@@ -176,18 +178,15 @@ def test_what_a_checkpoint_says_about_itself(
         caption_recipe(str(checkpoint), None, ["run.num_beams=1"])
 
 
-@pytest.mark.parametrize(("width", "depth", "heads"), [(768, 12, 12), (1024, 24, 16)])
-def test_blip_base_and_large_are_known_by_their_shapes(width: int, depth: int, heads: int) -> None:
-    from blipds.models import build_model
-    from blipds.models.blip.config import BlipConfig
-
+@pytest.mark.parametrize(("vit_type", "depth", "heads"), [("base", 12, 12), ("large", 24, 16)])
+def test_blip_base_and_large_are_known_by_their_shapes(vit_type: str, depth: int, heads: int) -> None:
     with torch.device("meta"):
-        model = build_model(BlipConfig(vit_type={768: "base", 1024: "large"}[width], image_size=384), lambda *_: None)
-        geometry = published_geometry({name: tuple(p.shape) for name, p in model.named_parameters()})
-        assert geometry is not None
-        assert (geometry.vision_width, geometry.vision_depth, geometry.vision_heads) == (width, depth, heads)
-        assert geometry_of(build_from_geometry(geometry)) == geometry_of(model)
-    assert published_geometry({"visual_encoder.pos_embed": (1, 37, 96)}) is None
+        model = build_model(BlipConfig(vit_type=vit_type, image_size=480), keep_activations)
+    assert (len(model.image_encoder.blocks), model.image_encoder.blocks[0].attn.num_heads) == (depth, heads)
+    weights = dict(model.named_parameters())
+    assert published(weights) == BlipConfig(vit_type=vit_type, image_size=480)
+    name = "text_decoder.bert.embeddings.word_embeddings.weight"
+    assert published(weights | {name: weights[name][:30522]}) is None
 
 
 # --- where images come from ------------------------------------------------------------------------------------------

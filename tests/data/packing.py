@@ -10,6 +10,19 @@ import os
 import tarfile
 from pathlib import Path
 
+from blipds.data.annotations import read_annotations
+
+
+def read(path, split=None, training=True):
+    """([(image name, id, captions)], notices) of what `path` holds."""
+    annotations = read_annotations([path], None, training, split)
+    return [(Path(str(r.image)).name, r.image_id, r.captions) for r in annotations.records], annotations.notices
+
+
+def written(folder, name, text):
+    (folder / name).write_text(text)
+    return folder / name
+
 
 def link_images(images, folder):
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from packing import LAYOUTS, add
 from PIL import Image
 
-from blipds.config.deepspeed import RunValues, load_ds_config, resolve_ds_config
+from blipds.config.deepspeed import load_ds_config, resolve_ds_config
 from blipds.config.run import load_run_config
+from blipds.config.sections import Config, RunConfig
 from blipds.data.annotations import read_annotations
 from blipds.data.datasets import CaptionDataset
 from blipds.data.loader import Collator
@@ -409,21 +410,9 @@ def test_damaged_run_configs(tmp_path_factory, name, data):
         COUNTS["run configs: damaged bytes", READ] += 1
 
 
-RUN_VALUES = RunValues(
-    micro_batch_size=2,
-    gradient_accumulation_steps=1,
-    learning_rate=1e-5,
-    betas=(0.9, 0.999),
-    weight_decay=0.05,
-    max_grad_norm=None,
-)
-
-
 def resolved(path):
-    ds_config = load_ds_config(path)
-    return resolve_ds_config(
-        ds_config, RUN_VALUES, world_size=2, default_precision="fp32", hidden_size=768, source=str(path)
-    )
+    config = Config(run=RunConfig(batch_size_train=2))
+    return resolve_ds_config(load_ds_config(path), config, world_size=2, default_precision="fp32", source=str(path))
 
 
 @generated(100)

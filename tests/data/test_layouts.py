@@ -2,35 +2,23 @@
 
 import json
 import re
-import tarfile
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from packing import LAYOUTS, add, link_images, shards, write_rows
+from packing import LAYOUTS, read, write_rows, written
 
 from blipds.config.run import load_run_config
 from blipds.data.annotations import expand_braces, read_annotations, read_splits
 from blipds.data.datasets import build_dataset
 from blipds.data.layouts import KINDS, read_layout
 from blipds.data.loader import RankShare, epoch_loader
-from blipds.data.processors import BlipImageTrain, CaptionProcessor
-from blipds.data.streams import CaptionStream
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
 from blipds.scoring.metrics import score_held_out_reference
 
 # --- the same photographs, whatever the layout ---
-
-
-@pytest.fixture(scope="module")
-def photographs(shared):
-    """The first 200 images of Flickr8k's validation split, in an order that is not the names'; captions stripped."""
-    folder = shared / "data" / "flickr8k"
-    entries = json.loads((folder / "annotations" / "val.json").read_text())[:200]
-    images = [(folder / "images" / entry["image"], [text.strip() for text in entry["caption"]]) for entry in entries]
-    return sorted(images)  # a folder has no other order to give
 
 
 @cache
@@ -89,16 +77,6 @@ def test_recognised_by_content(layout, photographs, tmp_path):
 
 
 # --- details of a layout ---
-
-
-def read(path, split=None, training=True):
-    annotations = read_annotations([path], None, training, split)
-    return [(Path(str(r.image)).name, r.image_id, r.captions) for r in annotations.records], annotations.notices
-
-
-def written(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    return tmp_path / name
 
 
 def test_karpathys_splits(tmp_path):
@@ -243,35 +221,6 @@ def test_flickrs_token_file(tmp_path):
     ]
 
 
-def test_a_folder_of_splits(tmp_path, photographs):
-    for name, members in {"train": photographs[:2], "validation": photographs[2:3]}.items():
-        LAYOUTS["image folder"](members, tmp_path / name)
-    (path, captions) = photographs[2]
-    assert read(tmp_path, "val")[0] == [(path.name, f"validation/{path.stem}", tuple(captions))]
-    assert len(read(tmp_path, "train")[0]) == 2
-    with pytest.raises(UserError, match=r"no split 'test'; it has train, val$"):
-        read(tmp_path, "test")
-
-
-@pytest.mark.parametrize("folders", [("train", "test"), ("data/train", "data/test"), ("train2017", "test2015")])
-@pytest.mark.parametrize("layout", ["image folder", "shards"])
-def test_where_folders_of_splits_may_lie(tmp_path, photographs, folders, layout):
-    for name, photograph in zip(folders, photographs, strict=False):
-        LAYOUTS[layout]([photograph], tmp_path / name)
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations" / "info.json").write_text("{}")
-    for split, (path, _) in zip(("train", "test"), photographs, strict=False):
-        assert [name for name, _, _ in read(tmp_path, split)[0]] == [path.name]
-
-
-@pytest.mark.parametrize("split", ["train", None])
-def test_images_beside_folders_of_splits_are_named(tmp_path, photographs, split):
-    for name, photograph in zip(("train", "data/dogs"), photographs, strict=False):
-        LAYOUTS["image folder"]([photograph], tmp_path / name)
-    with pytest.raises(UserError, match=r"splits train, and images that are in none of them \(data/dogs\)"):
-        read(tmp_path, split)
-
-
 SPLIT_ROWS = [{"image": f"{s}.jpg", "caption": "one", "split": s} for s in ("train", "validation", "test", "")]
 
 
@@ -288,74 +237,6 @@ def test_rows_may_name_their_split(tmp_path, text):
     assert [name for name, _, _ in read(path, "val")[0]] == ["validation.jpg", ".jpg"]  # the last one names none
     with pytest.raises(UserError, match="'split' is 7; expected the name of a split"):
         read(written(tmp_path, "number.json", '[{"image": "a.jpg", "split": 7}]'))
-
-
-def test_a_metadata_file_may_name_splits(tmp_path, photographs):
-    link_images(photographs[:2], tmp_path / "images")
-    first, second = (path.name for path, _ in photographs[:2])
-    text = f"file_name,text,split\nimages/{first},one,train\nimages/{second},two,test\n"
-    written(tmp_path, "metadata.csv", text)
-    assert [name for name, _, _ in read(tmp_path, "test")[0]] == [second]
-
-
-def test_a_member_may_name_its_split(tmp_path, photographs):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for split in ("train", "test"):
-            add(tar, f"{split}.jpg", photographs[0][0].read_bytes())
-            add(tar, f"{split}.json", json.dumps({"caption": "one", "split": split}).encode())
-    assert [image_id for _, image_id, _ in read(tmp_path / "a.tar", "test")[0]] == ["test"]
-    processors = BlipImageTrain(8), CaptionProcessor()
-    stream = CaptionStream("custom_caption", [f"pipe:cat {tmp_path}/a.tar"], *processors, "all", 1, print, ["test"])
-    assert [record.image_id for record, _ in stream.share(0, 1)] == ["test"]
-
-
-def test_a_folder_without_some_captions(tmp_path, photographs):
-    link_images(photographs[:2], tmp_path)
-    first, second = (path for path, _ in photographs[:2])
-    (tmp_path / f"{second.stem}.txt").write_text("one\n\n...\n")
-    (tmp_path / "._x.jpg").write_text("what macOS leaves behind")
-    records, notices = read(tmp_path)
-    assert records == [(second.name, second.stem, ("one",))]
-    assert notices == (
-        f"2 captions without a word left out; the first: {tmp_path / second.name}",
-        f"1 images without a caption left out; the first: {tmp_path / first.name}",
-    )
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".TXT", ".caption", "{image}.txt", "{image}.caption"])
-def test_sidecars_that_tools_write(tmp_path, photographs, suffix):
-    """kohya's scripts write a.caption, others a.jpg.txt."""
-    link_images(photographs[:1], tmp_path)
-    image = photographs[0][0]
-    name = f"{image.stem}{suffix}" if "{" not in suffix else suffix.format(image=image.name)
-    (tmp_path / name).write_text("one\ntwo\n")
-    assert read(tmp_path) == ([(image.name, image.stem, ("one", "two"))], ())
-
-
-def test_files_beside_the_images_that_are_not_read(tmp_path, photographs):
-    link_images(photographs[:2], tmp_path)
-    first, second = (path for path, _ in photographs[:2])
-    for name in (f"{first.stem}.txt", f"{first.stem}.caption", f"{second.stem}.npz", f"{second.stem}.tags"):
-        (tmp_path / name).write_text("one")
-    records, notices = read(tmp_path)
-    assert records == [(first.name, first.stem, ("one",))]
-    assert notices[0] == (
-        f"{tmp_path}: other files, which are not read: .caption (1), .npz (1), .tags (1); an image's captions are "
-        "in one file"
-    )
-    (tmp_path / f"{first.stem}.txt").unlink()
-    (tmp_path / f"{first.stem}.caption").unlink()
-    with pytest.raises(UserError, match=r"no image has a caption .*which are not read: \.npz \(1\), \.tags \(1\)"):
-        read(tmp_path)
-
-
-def test_a_metadata_file_that_misses_images(tmp_path, photographs):
-    link_images(photographs[:3], tmp_path)
-    name = photographs[1][0].name
-    written(tmp_path, "metadata.csv", f"file_name,text\n{name},one\n")
-    records, notices = read(tmp_path)
-    assert [record[0] for record in records] == [name]
-    assert notices == (f"{tmp_path}: 2 images are in no metadata file; the first is {photographs[0][0].name}",)
 
 
 def test_braces():
@@ -391,18 +272,6 @@ def test_unclear_files(tmp_path, text, reason):
         read(path)
     assert f"{path}: cannot tell what it is ({reason}" in str(caught.value)
     assert str(caught.value).endswith(f"what can be read: {KINDS}")
-
-
-def test_unclear_folders(tmp_path, photographs):
-    with pytest.raises(UserError, match=r"a folder without images, metadata or tar files\); what"):
-        read(tmp_path)
-    written(tmp_path, "captions.json", "[]")
-    with pytest.raises(UserError, match=r"it holds captions\.json: give that file"):
-        read(tmp_path)
-    link_images(photographs[:1], tmp_path)
-    shards(photographs[:1], tmp_path, count=1)
-    with pytest.raises(UserError, match="a folder with images and tar files"):
-        read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -446,116 +315,3 @@ def test_long_captions_and_control_characters(tmp_path):
     records, notices = read(written(tmp_path, "x", json.dumps(rows)))
     assert records == [("a.jpg", "a", ("a [2J dog", "x" * 10_000))]
     assert notices == (f"1 captions cut to 10,000 characters; the first: {tmp_path / 'x'}, entry 0",)
-
-
-# --- shards ---
-
-
-def test_members_are_read_in_place(tmp_path, photographs):
-    """Any order of members in a shard; the captions of .txt go before those of .json."""
-    (path, captions) = photographs[0]
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        add(tar, "d/1.json", b'{"caption": "not this", "image_id": 5}')
-        add(tar, "d/1.cls", b"3")
-        add(tar, "d/2.JPG", path.read_bytes())
-        add(tar, "d/1.txt", "\n".join(captions).encode())
-        add(tar, "d/1.jpg", path.read_bytes())
-        add(tar, "d/2.json", b'{"text": "two"}')
-    found = read_annotations([tmp_path / "a.tar"], None, True)
-    assert [(str(r.image), r.image_id, r.captions) for r in found.records] == [
-        (f"{tmp_path}/a.tar/d/1.jpg", 5, tuple(captions)),
-        (f"{tmp_path}/a.tar/d/2.JPG", "d/2", ("two",)),
-    ]
-    whole = [LAYOUTS["list"](photographs[:1], tmp_path / "list")]
-    (record,) = read_annotations(whole, None, True).records
-    assert [r.image.open().tobytes() for r in found.records] == [record.image.open().tobytes()] * 2
-
-
-def test_dots_in_the_names_of_members(tmp_path, photographs):
-    """The key of `2.edit.jpg` is `2`; an image with captions under its whole name is a sample of its own."""
-    members = {
-        "1.jpg": b"", "1.txt": b"one", "1.mask.jpg": b"", "1.cls": b"3",
-        "2.edit.jpg": b"", "2.edit.txt": b"two",
-        "3.jpg": b"", "3.txt": b"three", "3.v1.5.jpg": b"", "3.v1.5.json": b'{"caption": "three and a half"}',
-        "v1.0/4.right.jpg": b"", "v1.0/4.txt": b"four",
-        "5.jpg": b"", "5.jpg.txt": b"five",
-        "6.a.jpg": b"", "6.b.jpg": b"", "6.caption": b"six",
-        "7.jpg": b"", "7.caption": b"seven", "7.txt": b"seven, again",
-    }  # fmt: skip
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, content in members.items():
-            add(tar, name, content)
-    expected = [
-        ("1.jpg", "1", ("one",)),
-        ("2.edit.jpg", "2.edit", ("two",)),
-        ("3.jpg", "3", ("three",)),
-        ("3.v1.5.jpg", "3.v1.5", ("three and a half",)),
-        ("4.right.jpg", "v1.0/4.right", ("four",)),
-        ("5.jpg", "5", ("five",)),
-        ("6.a.jpg", "6.a", ("six",)),
-        ("7.jpg", "7", ("seven, again",)),
-    ]
-    line = f"{tmp_path / 'a.tar'}: 2 members left out, a second image under one key; the first is '1.mask.jpg'"
-    assert read(tmp_path / "a.tar") == (expected, (line,))
-
-    said: list[str] = []
-    processors = BlipImageTrain(8), CaptionProcessor()
-    streamed = CaptionStream("s", [f"pipe:cat {tmp_path}/a.tar"], *processors, "all", 1, said.append)
-    records = [record for record, _ in streamed.share(0, 1)]
-    assert [(Path(str(r.image)).name, r.image_id, r.captions) for r in records] == expected
-    assert [line.partition(";")[0] for line in said] == ["s: a second image under one key are left out"]
-
-
-def test_what_a_shard_should_not_hold(tmp_path, photographs):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name in ("../1.jpg", "/etc/2.jpg", "3.jpg", "3.png"):
-            add(tar, name, photographs[0][0].read_bytes())
-        add(tar, "3.txt", b"three")
-        add(tar, "4.txt", b"\xff")
-        for name, kind in (("5.jpg", tarfile.SYMTYPE), ("6.txt", tarfile.LNKTYPE), ("7.jpg", tarfile.FIFOTYPE)):
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, "/etc/passwd"
-            tar.addfile(member)
-    records, notices = read(tmp_path / "a.tar")
-    assert records == [("3.jpg", "3", ("three",))]
-    assert [notice.partition(": ")[2] for notice in notices] == [
-        "2 members left out, names that lead out of the archive or hold control characters; the first is '../1.jpg'",
-        "1 members left out, a second image under one key; the first is '3.png'",
-        "1 members left out, texts that are no UTF-8 or no JSON; the first is '4.txt'",
-        "3 members left out, links and special files; the first is '5.jpg'",
-        "1 keys have no image",
-    ]
-    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]  # nothing is ever written beside a shard
-
-
-def test_damaged_shards_are_named(tmp_path, photographs):
-    path = shards(photographs[:4], tmp_path, count=1).with_name("000.tar")
-    whole = path.read_bytes()
-    for damage in (
-        whole[: len(whole) // 2],  # cut short
-        whole[:1024] + whole[1500:],  # a piece is missing
-        whole + whole,  # two archives joined: tarfile would read the first alone
-        b"no tar file" * 100,
-    ):
-        path.write_bytes(damage)
-        with pytest.raises(UserError, match=rf"^shard {path} is damaged or no tar file: "):
-            read(path)
-    (tmp_path / "b.tar.gz").write_bytes(b"\x1f\x8b\x08")
-    with pytest.raises(UserError, match=r"b\.tar\.gz is compressed: unpack it first"):
-        read(tmp_path / "b.tar.gz")
-
-
-def test_the_index_is_kept_until_the_shard_changes(tmp_path, photographs, monkeypatch):
-    path = shards(photographs[:4], tmp_path / "data", count=1).with_name("000.tar")
-    first = read_annotations([path], None, True, index_cache=tmp_path / "cache")
-    (kept,) = (tmp_path / "cache").iterdir()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tarfile, "open", None)  # would fail
-        assert read_annotations([path], None, True, index_cache=tmp_path / "cache") == first
-
-    kept.write_text("{")
-    assert read_annotations([path], None, True, index_cache=tmp_path / "cache") == first
-    shards(photographs[:3], tmp_path / "data", count=1)
-    assert len(read_annotations([path], None, True, index_cache=tmp_path / "cache").records) == 3
-    assert list((tmp_path / "cache").iterdir()) == [kept]

@@ -8,30 +8,22 @@ import torch
 from torch import nn
 
 from blipds import distributed
-from blipds.config.deepspeed import RunValues, resolve_ds_config
+from blipds.config.deepspeed import resolve_ds_config
+from blipds.config.sections import Config, RunConfig
 from blipds.engine import Engine, parameter_groups
 
 
 def first_steps(scales: dict[str, float]) -> dict[int, dict[str, float]]:
     """By stage and parameter: the largest distance that one step moves a weight."""
     distributed.initialise()
-    values = RunValues(
-        micro_batch_size=1,
-        gradient_accumulation_steps=1,
-        learning_rate=2e-3,
-        betas=(0.9, 0.999),
-        weight_decay=0.0,
-        max_grad_norm=None,
-    )
+    run = RunConfig(batch_size_train=1, init_lr=2e-3, weight_decay=0.0)
     moved = {}
     for stage in range(4):
         torch.manual_seed(0)
         model = nn.ModuleDict({"visual_encoder": nn.Linear(4, 8, bias=False), "text_decoder": nn.Linear(8, 2)})
         model.forward = lambda pixels, model=model: model["text_decoder"](model["visual_encoder"](pixels)).sum()
         raw = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": False}, "fp16": {"enabled": False}}
-        config = resolve_ds_config(
-            raw, values, world_size=1, default_precision="fp32", hidden_size=8, source="this test"
-        )
+        config = resolve_ds_config(raw, Config(run=run), world_size=1, default_precision="fp32", source="this test")
         config["optimizer"]["params"]["torch_adam"] = True  # no op to compile
         groups = parameter_groups(model, 0.0, "matrices", scales)
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from blipds import cli, distributed
-from blipds.config.deepspeed import RunValues, resolve_ds_config
+from blipds.config.deepspeed import resolve_ds_config
+from blipds.config.sections import Config, RunConfig
 from blipds.engine import Engine, parameter_groups, partitioned_init
 from blipds.models import build_model
 from blipds.models.blip.config import BlipConfig
@@ -16,28 +17,27 @@ from blipds.models.initialisation import initialise
 from blipds.models.weights import load_weights, open_weights
 
 
-def ds_config(stage):
+def ds_config(stage, config):
     raw = {"zero_optimization": {"stage": stage}, "optimizer": {"params": {"torch_adam": True}}}  # no op to compile
-    values = RunValues(1, 1, learning_rate=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
-    machine = {"world_size": distributed.world_size(), "default_precision": "fp32", "hidden_size": 96}
-    return resolve_ds_config(raw, values, **machine, source="this test")
+    machine = {"world_size": distributed.world_size(), "default_precision": "fp32"}
+    return resolve_ds_config(raw, config, **machine, source="this test")
 
 
-def build(config, checkpoint):
-    section = BlipConfig(
+def model_config(checkpoint):
+    return BlipConfig(
         vit_kwargs={"embed_dim": 96, "depth": 4, "num_heads": 4},
         image_size=128,
         med_config_path=str(checkpoint.parent / "med_config.json"),
         freeze_vit=True,
     )
-    with partitioned_init(config):
-        return build_model(section, checkpoint_fn=lambda function, *inputs: function(*inputs))
 
 
 def run(stage, checkpoint):
     """(what is to be said of the model, its random weights, the checkpoint's); every rank must call it."""
-    config = ds_config(stage)
-    model = build(config, checkpoint)
+    section = model_config(checkpoint)
+    config = ds_config(stage, Config(model=section, run=RunConfig(batch_size_train=1, init_lr=1e-3, weight_decay=0.0)))
+    with partitioned_init(config):
+        model = build_model(section, checkpoint_fn=lambda function, *inputs: function(*inputs))
     parameters = list(model.parameters())
     head, words = model.text_decoder.cls.predictions.decoder, model.text_decoder.bert.embeddings.word_embeddings
     facts = {

@@ -9,11 +9,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blipds.models.blip import build_from_geometry
 from blipds.models.blip.checkpoints import BlipFormat
-from blipds.models.blip.export import save_transformers, transformers_config
+from blipds.models.blip.config import BlipConfig
+from blipds.models.blip.export import export_transformers, transformers_config
 from blipds.models.blip.geometry import BlipGeometry
+from blipds.models.blip.model import BlipCaption
 from blipds.models.blip.names import from_transformers_name
-from blipds.models.checkpoints import Checkpoint, load_into, open_stored
+from blipds.models.checkpoint_files import open_stored
+from blipds.models.checkpoints import Checkpoint, load_into
+from blipds.models.protocol import Export
 
 VOCAB = Path(__file__).parents[2] / "blipds" / "data" / "bert-base-uncased-vocab.txt"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -71,14 +76,20 @@ def tokenizer() -> Any:
     return tokens
 
 
-def export(folder: Path, tensors: dict[str, Tensor], geometry: BlipGeometry, **other: Any) -> None:
+def export(folder: Path, tensors: dict[str, Tensor], model: BlipGeometry | BlipCaption, **other: Any) -> None:
+    """As `launch/export.py --format hf`; `model`, or one of a geometry, says what the tensors are of."""
+    if isinstance(model, BlipGeometry):
+        with torch.device("meta"):
+            model = build_from_geometry(model)
     settings: dict[str, Any] = {
         "image_mean": CLIP_MEAN,
         "image_std": CLIP_STD,
-        "prompt": "a picture of ",
+        "config": BlipConfig(prompt="a picture of "),
         "generation": {"num_beams": 1, "max_length": 20, "min_length": 5, "do_sample": False},
+        "card": "",
+        "overwrite": False,
     }
-    save_transformers(folder, tensors, geometry, tokenizer(), **(settings | other))
+    export_transformers(folder, Export(model, tensors, tokenizer=tokenizer(), **(settings | other)))
 
 
 def tiny_tensors() -> dict[str, Tensor]:

@@ -11,8 +11,9 @@ import torch
 from held_memory import activations_on_cpu
 from launching import REPOSITORY, environment, launch
 
-from blipds.config.deepspeed import RunValues, load_ds_config, resolve_ds_config
+from blipds.config.deepspeed import load_ds_config, resolve_ds_config
 from blipds.config.run import load_run_config
+from blipds.config.sections import Config, ModelConfig, RunConfig
 from blipds.errors import UserError
 from blipds.planning.planner import (
     GB,
@@ -45,10 +46,14 @@ def unresolved(stage, precision="bf16", **zero):
     return ds
 
 
+class Model(ModelConfig):
+    hidden_size = 128
+
+
 def ds_config(stage, *, ranks=2, precision="bf16", accumulation=1, micro=16, **zero):
-    run = RunValues(micro, accumulation, 1e-5, (0.9, 0.999), 0.05)
+    config = Config(model=Model(), run=RunConfig(batch_size_train=micro, accum_grad_iters=accumulation))
     ds = unresolved(stage, precision, **zero)
-    return resolve_ds_config(ds, run, world_size=ranks, default_precision="bf16", hidden_size=128, source="test")
+    return resolve_ds_config(ds, config, world_size=ranks, default_precision="bf16", source="test")
 
 
 # ---- Activations ----------------------------------------------------------------------------------------------------

@@ -1,14 +1,18 @@
 """What a report says of a run."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from blipds.config.run import load_run_config
-from blipds.report.facts import SplitSize, duration, facts
+from blipds.data.annotations import ImageFile, Record
+from blipds.report.facts import duration, facts
+from blipds.report.gallery import Shown
 from blipds.report.machine import machine_facts
 
+RECORD = Record(ImageFile(Path("a.jpg")), (), 1)
 START = {
     "kind": "start",
     "step": 0,
@@ -29,7 +33,7 @@ def config(tmp_path):
 
 
 def rows(tmp_path, config, lines, splits=()):
-    return {what: value for section in facts(tmp_path, config, lines, splits) for what, value in section.rows}
+    return {what: value for rows in facts(tmp_path, config, lines, splits).values() for what, value in rows.items()}
 
 
 def test_a_run_in_its_third_epoch(tmp_path, config):
@@ -37,7 +41,8 @@ def test_a_run_in_its_third_epoch(tmp_path, config):
     (tmp_path / "ds_config.json").write_text(json.dumps(ds))
     speeds = [{"images_per_s": 10.0, "captions_per_s": speed, "data_wait": 0.01} for speed in (50.0, 90.0, 100.0)]
     train = [{"kind": "train", "step": 500, "epoch": 2, "time": 4600.0, **speed} for speed in speeds]
-    said = rows(tmp_path, config, [START, *train], [SplitSize("val", 1000, 5000), SplitSize("test", 7, 0)])
+    val = Shown("val", [RECORD] * 1000, {str(image): ["a house"] * 5 for image in range(1000)})
+    said = rows(tmp_path, config, [START, *train], [val, Shown("test", [RECORD] * 7, None)])
     assert said["Parameters"] == "18,000,000 trainable, 22,000,000 frozen"
     assert said["Trained on"] == "6,000 images, 30,000 captions"
     assert said["Split val"] == "1,000 images, 5,000 references"
@@ -52,14 +57,13 @@ def test_a_run_in_its_third_epoch(tmp_path, config):
 
 def test_report_metric_false_is_not_called_no_references(tmp_path, config):
     config.run.report_metric = False
-    said = rows(tmp_path, config, [], [SplitSize("val", 1000, 0)])
+    said = rows(tmp_path, config, [], [Shown("val", [RECORD] * 1000, None)])
     assert said["Split val"] == "1,000 images, not scored (run.report_metric is false)"
 
 
 def test_what_is_not_known_is_not_said(tmp_path, config):
     """An evaluation of some checkpoint: no training, and here not even the start is noted."""
-    titles = [section.title for section in facts(tmp_path, config, [], [])]
-    assert titles == ["Model", "Data", "Captions"]
+    assert list(facts(tmp_path, config, [], [])) == ["Model", "Data", "Captions"]
     assert not {"Parameters", "Trained on", "Time so far", "Progress"} & rows(tmp_path, config, []).keys()
 
 

@@ -9,7 +9,8 @@ from browser import DESKTOP, PHONE, chromium, complaints, open_page, requests
 from launching import launch
 from PIL import Image
 
-from blipds.report import Shown, write_report
+from blipds.report.gallery import Shown
+from blipds.report.page import write_report
 
 HOSTILE = """</script><img src=x onerror="document.title='owned'"> & "quotes" {{ 7 * 7 }}"""
 JOB = """<i onclick="x">run</i>"""

@@ -49,8 +49,8 @@ def test_captions_are_found_whatever_the_evaluation(tmp_path):
     for name in ("val_epoch0", "val_step7", "test"):
         (tmp_path / "results" / f"{name}.json").write_text(json.dumps([{"image_id": 3, "caption": name}]))
     found = [read_evaluation(tmp_path, evaluation(step, 1.0)).captions for step in (7, 20)]
-    assert found == [[("3", "val_step7")], [("3", "val_epoch0")]]
-    assert read_evaluation(tmp_path, evaluation(0, 1.0, "test", epoch=None)).captions == [("3", "test")]
+    assert found == [{"3": "val_step7"}, {"3": "val_epoch0"}]
+    assert read_evaluation(tmp_path, evaluation(0, 1.0, "test", epoch=None)).captions == {"3": "test"}
     assert read_evaluation(tmp_path, evaluation(0, 1.0, "other")) is None
 
 

@@ -116,7 +116,7 @@ def test_a_failing_metric_harms_no_other(monkeypatch):
     def fail(candidates, references, scores):
         raise ValueError("broken\nin two lines")
 
-    monkeypatch.setitem(metrics._SCORERS, "Bleu", fail)
+    monkeypatch.setitem(metrics.SCORERS._entries, "Bleu", fail)
     scores = score_captions(CANDIDATES, REFERENCES, ("Bleu", "ROUGE_L", "CIDEr"))
     assert scores.missing == {"Bleu": "ValueError: broken"}
     assert sorted(scores.values) == ["CIDEr", "ROUGE_L"]  # and no agg_metrics without Bleu_4

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from blipds import distributed
+from blipds.config.sections import RunConfig
 from blipds.data.annotations import Annotations, ImageFile, Record
 from blipds.data.datasets import CaptionDataset
 from blipds.data.images import EmbedStore
@@ -36,7 +37,7 @@ def test_features_are_stored_once_and_unreadable_images_stay_missing(tmp_path):
     store = EmbedStore(tmp_path / "embeds", "key", images=5, tokens=2, width=3)
     missing = my_share(store)
     assert missing == [0, 1, 2, 3, 4]
-    fill(store, images, missing, red, ENGINE, batch_size=2, num_workers=0)
+    fill(store, images, missing, red, ENGINE, RunConfig(batch_size_eval=2, num_workers=0))
     assert store.missing() == [2]
     for number in (0, 1, 3, 4):
         assert torch.equal(store.read(number), torch.full((2, 3), number, dtype=torch.bfloat16))

@@ -2,19 +2,25 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
+from functools import partial
+from math import isqrt
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from blipds.errors import UserError
-from blipds.models.blip.checkpoints import BlipFormat
+from blipds.models.blip.checkpoints import POS_EMBED, BlipFormat
 from blipds.models.blip.config import CONFIGS, BlipConfig, read_text_config
 from blipds.models.blip.export import export_blip, export_transformers
-from blipds.models.blip.geometry import BlipGeometry, geometry_from_transformers_config, published_geometry
+from blipds.models.blip.geometry import BlipGeometry, geometry_from_transformers_config
 from blipds.models.blip.model import BlipCaption
 from blipds.models.blip.text_decoder import TextConfig, TextDecoder
-from blipds.models.checkpoints import Checkpoint, StoredTensors
-from blipds.models.protocol import Arch, CheckpointFn, Description, Export
+from blipds.models.checkpoint_files import StoredTensors
+from blipds.models.checkpoints import Checkpoint
+from blipds.models.protocol import Arch, CheckpointFn, Description, Export, keep_activations
 from blipds.models.vision import build_vision_transformer, checkpoint_last, encoder_mean_std, hub_name_of
 from blipds.registry import ARCHS
 
@@ -67,14 +73,22 @@ class Blip(Arch):
             if stored.config.get("vit_pretrained"):  # its mean and std are nowhere in the file
                 return None
             return describe_section(stored)
-        checkpoint = Checkpoint(stored, BlipFormat())
-        geometry = published_geometry({name: checkpoint.shape(name) for name in checkpoint.names()})
-        return None if geometry is None else described(geometry)
+        config = published(Checkpoint(stored, BlipFormat()).tensors)
+        return None if config is None else Description(config, partial(self.build, config))
 
 
-def described(geometry: BlipGeometry, tokenizer: str | None = None, **statistics: Any) -> Description:
-    config = BlipConfig(tokenizer=tokenizer, image_size=geometry.image_size)
-    return Description(config, lambda checkpoint_fn: build_from_geometry(geometry), **statistics)
+def published(tensors: Mapping[str, Tensor]) -> BlipConfig | None:
+    """BLIP base or large, at any image size, by the shapes of its tensors; None for anything else."""
+    positions = tensors.get(POS_EMBED, torch.empty(0))
+    if positions.dim() != 3 or positions.shape[1] < 2:
+        return None
+    for vit_type in ("base", "large"):
+        config = BlipConfig(vit_type=vit_type, image_size=16 * isqrt(positions.shape[1] - 1))
+        with torch.device("meta"):
+            parameters = Blip().build(config, keep_activations).named_parameters()
+        if all(name in tensors and tensors[name].shape == parameter.shape for name, parameter in parameters):
+            return config
+    return None
 
 
 def describe_section(stored: StoredTensors) -> Description:
@@ -84,7 +98,7 @@ def describe_section(stored: StoredTensors) -> Description:
         config = BlipConfig(**{key: value for key, value in stored.config.items() if key in names})
     except TypeError as error:
         raise UserError(f"{stored.location}: the config in it is none of a model ({error})") from error
-    return Description(config, lambda checkpoint_fn: Blip().build(config, checkpoint_fn))
+    return Description(config, partial(Blip().build, config))
 
 
 def describe_transformers(stored: StoredTensors) -> Description:
@@ -104,7 +118,9 @@ def describe_transformers(stored: StoredTensors) -> Description:
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{generation}: {error}") from error
     tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
-    return described(geometry_from_transformers_config(stored.config), tokenizer, **given)
+    geometry = geometry_from_transformers_config(stored.config)
+    config = BlipConfig(tokenizer=tokenizer, image_size=geometry.image_size)
+    return Description(config, lambda checkpoint_fn: build_from_geometry(geometry), **given)
 
 
 def build_from_geometry(geometry: BlipGeometry) -> BlipCaption:
@@ -118,6 +134,5 @@ def build_from_geometry(geometry: BlipGeometry) -> BlipCaption:
         num_heads=geometry.vision_heads,
         mlp_ratio=geometry.vision_mlp_dim / geometry.vision_width,
     )
-    shared = {field.name for field in fields(TextConfig)} & asdict(geometry).keys()
-    text_config = TextConfig(**{name: getattr(geometry, name) for name in shared})
+    text_config = TextConfig(**{field.name: getattr(geometry, field.name) for field in fields(TextConfig)})
     return BlipCaption(visual_encoder, TextDecoder(text_config, visual_encoder.embed_dim))

@@ -1,7 +1,7 @@
 """BLIP's checkpoints: which kinds there are, what they call our parameters, and what does not fit as it is stored."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
@@ -13,26 +13,28 @@ from torch.nn import functional as F
 from blipds.errors import UserError
 from blipds.models.blip import names as names_of
 from blipds.models.blip.text_decoder import TextConfig
-from blipds.models.checkpoint_files import listed
-from blipds.models.checkpoints import CheckpointFormat, StoredTensors, matches
+from blipds.models.checkpoint_files import StoredTensors, listed
+from blipds.models.checkpoints import CheckpointFormat, matches
 
 POS_EMBED = "visual_encoder.pos_embed"
-# Kinds of checkpoints that hold one part: the rest of the model is not asked of them; and the keys that name them.
-PART_PREFIX = {"timm": "visual_encoder.", "bert": "text_decoder."}
-PART_KEY = {"timm": "model.vit_pretrained", "bert": "model.text_pretrained"}
-# BERT has no rows for [DEC] and [ENC], the last two of BLIP's vocabulary.
-VOCABULARY = (
-    "text_decoder.bert.embeddings.word_embeddings.weight",
-    "text_decoder.cls.predictions.bias",
-    *names_of.TIED,
-)
-EXTRA_TOKENS = 2
 TEXT_POSITIONS = "text_decoder.bert.embeddings.position_embeddings.weight"
+# BERT has no rows for [DEC] and [ENC], the last two of BLIP's vocabulary.
+VOCABULARY = names_of.TIED.values()
+EXTRA_TOKENS = 2
+PARTS = {"timm": ("visual_encoder.", "model.vit_pretrained"), "bert": ("text_decoder.", "model.text_pretrained")}
+# Kind -> patterns of names that are left aside, and our name of any other.
+NAMES: dict[str, tuple[tuple[str, ...], Callable[[str], str]]] = {
+    "blip": (names_of.PRETRAINING_ONLY, str),
+    "blipds": ((), str),
+    "transformers": ((), names_of.from_transformers_name),
+    "timm": (names_of.VIT_ONLY, names_of.from_timm_name),
+    "bert": (names_of.BERT_ONLY, names_of.from_bert_name),
+}
 
 
 @dataclass(frozen=True)
 class BlipFormat(CheckpointFormat):
-    """Kinds: 'blip' (the original's and LAVIS's .pth), 'transformers', 'blipds', and the parts 'timm' and 'bert'.
+    """Kinds: 'blip' (the original's and LAVIS's), 'transformers', 'blipds', and the parts 'timm' and 'bert'.
 
     num_prefix_positions: how many positions of `pos_embed` come before the grid (timm: 0 with `no_embed_class`, else
     `num_prefix_tokens`). Of a BERT, embeddings, layers (each whole) and head are taken, as far as they fit; never
@@ -41,18 +43,19 @@ class BlipFormat(CheckpointFormat):
 
     num_prefix_positions: int = 1
     tied = names_of.TIED
+    parts = PARTS
 
     def kind(self, stored: StoredTensors) -> str:
         model_type = stored.config.get("model_type")
         if stored.path.is_dir() and model_type not in ("blip", "bert", None):
             raise UserError(f"{stored.path}: config.json says model_type '{model_type}'; 'blip' or 'bert' can be read")
-        names = list(stored.readers)
+        names = list(stored.tensors)
         if stored.is_own:
             return "blipds"
         if any(name.startswith("vision_model.") for name in names):
             return "transformers"
         if any(name.startswith(("visual_encoder.", "text_decoder.")) for name in names):
-            return "blip" if stored.is_pickle else "blipds"
+            return "blip"
         if "patch_embed.proj.weight" in names:
             return "timm"
         if any(name.removeprefix("bert.") == "embeddings.word_embeddings.weight" for name in names):
@@ -63,23 +66,10 @@ class BlipFormat(CheckpointFormat):
         )
 
     def our_name(self, kind: str, name: str) -> str | None:
-        if matches(name, names_of.BUFFERS):
-            return None
-        if kind == "transformers":
-            return names_of.from_transformers_name(name) or name
-        if kind == "timm":
-            return None if matches(name, names_of.VIT_ONLY) else "visual_encoder." + name
-        if kind == "bert":
-            return None if matches(name, names_of.BERT_ONLY) else names_of.from_bert_name(name)
-        return None if matches(name, names_of.PRETRAINING_ONLY) else name
+        aside, ours = NAMES[kind]
+        return None if matches(name, [*names_of.BUFFERS, *aside]) else ours(name)
 
-    def part(self, kind: str) -> str:
-        return PART_PREFIX.get(kind, "")
-
-    def part_key(self, kind: str) -> str:
-        return PART_KEY[kind]
-
-    def optional(self, kind: str, wanted: Sequence[str], given: Sequence[str]) -> tuple[list[str], list[str]]:
+    def optional(self, kind: str, wanted: Collection[str], given: Collection[str]) -> tuple[list[str], list[str]]:
         if kind != "bert":
             return [], []
         ours, theirs = _text_layers(wanted), _text_layers(given)
@@ -88,29 +78,23 @@ class BlipFormat(CheckpointFormat):
             may_miss.append("text_decoder.cls.*")
         return may_miss, sorted(theirs - ours)
 
-    def misfit(self, kind: str, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-        same_rows = stored and wanted and stored[1:] == wanted[1:]
-        if name == POS_EMBED and len(stored) == len(wanted) == 3 and (stored[0], stored[2]) == (wanted[0], wanted[2]):
+    def fitted(self, kind: str, name: str, tensor: Tensor, wanted: tuple[int, ...]) -> tuple[Tensor | None, str]:
+        stored, refused = tuple(tensor.shape), super().fitted(kind, name, tensor, wanted)
+        if name == POS_EMBED and len(stored) == len(wanted) == 3 and stored[::2] == wanted[::2]:
             for length in (stored[1] - self.num_prefix_positions, wanted[1] - self.num_prefix_positions):
-                if stored != wanted and (length < 1 or isqrt(length) ** 2 != length):
-                    return f"{stored} in the file, {wanted} in the model: {length} grid positions are not a square"
-            return ""
-        if kind == "bert" and name in VOCABULARY and same_rows and wanted[0] - stored[0] == EXTRA_TOKENS:
-            return ""
-        if kind == "bert" and name == TEXT_POSITIONS and same_rows:
-            return ""
-        return super().misfit(kind, name, stored, wanted)
-
-    def fitted(self, kind: str, name: str, tensor: Tensor, wanted: tuple[int, ...]) -> tuple[Tensor, str]:
-        if name == POS_EMBED:
-            note = f"pos_embed interpolated from {tuple(tensor.shape)} to {wanted}"
-            return interpolate_pos_embed(tensor, wanted[1], self.num_prefix_positions), note
-        rows = tensor[: wanted[0]]
-        kept = wanted[0] - len(rows)
-        return rows, f"{name}: {len(rows)} rows" + (f", {kept} keep the model's values" if kept else "")
+                if length < 1 or isqrt(length) ** 2 != length:
+                    return None, f"{refused[1]}: {length} grid positions are not a square"
+            resized = interpolate_pos_embed(tensor, wanted[1], self.num_prefix_positions)
+            return resized, f"pos_embed interpolated from {stored} to {wanted}"
+        if kind == "bert" and stored and stored[1:] == wanted[1:]:
+            kept = wanted[0] - stored[0]
+            if name == TEXT_POSITIONS or (name in VOCABULARY and kept == EXTRA_TOKENS):
+                rows = tensor[: wanted[0]]
+                return rows, f"{name}: {len(rows)} rows" + (f", {kept} keep the model's values" if kept > 0 else "")
+        return refused
 
 
-def _text_layers(names: Iterable[str]) -> set[str]:
+def _text_layers(names: Collection[str]) -> set[str]:
     """One pattern a layer: decoder and BERT may differ in depth, but a layer comes whole or not at all."""
     found = (re.match(r"text_decoder\.bert\.encoder\.layer\.\d+\.", name) for name in names)
     return {match[0] + "*" for match in found if match}

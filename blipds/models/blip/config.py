@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from blipds.config.sections import ModelConfig, check
+from blipds.config.sections import ModelConfig, limited
 from blipds.files.paths import user_path
 from blipds.models.blip.text_decoder import TextConfig
 
@@ -25,10 +25,10 @@ class BlipConfig(ModelConfig):
     vit_type: str = "base"
     vit_kwargs: dict[str, Any] = field(default_factory=dict)
     vit_grad_ckpt: bool = False
-    vit_ckpt_layer: int | None = None
+    vit_ckpt_layer: int | None = limited(None, "0 or more")
     text_grad_ckpt: bool = False
     med_config_path: str | None = None
-    label_smoothing: float = 0.1
+    label_smoothing: float = limited(0.1, "0 or more, below 1")
 
     @property
     def recomputes(self) -> bool:
@@ -49,12 +49,6 @@ class BlipConfig(ModelConfig):
     @property
     def encoder_name(self) -> str:
         return f"{self.vit_type} {sorted(self.vit_kwargs.items())}"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check("model.label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "0 or more, below 1")
-        if self.vit_ckpt_layer is not None:
-            check("model.vit_ckpt_layer", self.vit_ckpt_layer, self.vit_ckpt_layer >= 0, "0 or more blocks")
 
 
 def read_text_config(path: str | None) -> TextConfig:

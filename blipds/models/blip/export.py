@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blipds.errors import UserError
-from blipds.models.blip.geometry import ORIGINAL_VISION_EPS, BlipGeometry, geometry_of
+from blipds.models.blip.geometry import ORIGINAL_VISION_EPS, TEXT_KEYS, VISION_KEYS, BlipGeometry, geometry_of
 from blipds.models.blip.names import TIED, to_transformers_name
-from blipds.models.checkpoints import matches
 from blipds.models.protocol import Export
 
 TOKEN_IDS = (30522, 102, 0)  # [DEC], [SEP], [PAD] of bert-base-uncased with [DEC] and [ENC] behind it
@@ -50,72 +49,61 @@ def export_blip(path: Path, export: Export) -> None:
 
 
 def export_transformers(folder: Path, export: Export) -> None:
-    """`launch/export.py --format hf`."""
-    save_transformers(
-        folder,
-        export.tensors,
-        geometry_of(export.model),
-        export.tokenizer,
-        image_mean=export.image_mean,
-        image_std=export.image_std,
-        prompt=export.config.prompt,
-        generation=export.generation,
-        card_text=export.card,
-        overwrite=export.overwrite,
-    )
+    """`launch/export.py --format hf`: what `BlipForConditionalGeneration.from_pretrained` loads, to compute the same.
 
-
-def save_transformers(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    geometry: BlipGeometry,
-    tokenizer: Any,
-    *,
-    image_mean: Sequence[float],
-    image_std: Sequence[float],
-    prompt: str,
-    generation: Mapping[str, Any],
-    card_text: str = "",
-    overwrite: bool = False,
-) -> None:
-    """A folder that `BlipForConditionalGeneration.from_pretrained` loads and that computes what our model computes.
-
-    tensors: under our names. tokenizer: of transformers, saved as it is. generation: arguments of transformers'
-    `generate` (max_length, min_length, num_beams, ...). card_text: Markdown for the card (metrics, run config).
     The folder appears complete or not at all. UserError: geometry that transformers' BLIP cannot express, or the folder
     exists and is not empty; with `overwrite` an earlier export is replaced, and only what is one (its config.json says
     model_type "blip").
     """
     from transformers import BlipImageProcessor, BlipProcessor, GenerationConfig
 
-    renamed = _renamed(tensors, geometry)
-    _check_complete(renamed, geometry)
-    _check_free(folder, overwrite)
+    geometry, tokenizer = geometry_of(export.model), export.tokenizer
     token_ids = (tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+    config = transformers_config(geometry, token_ids)
+    renamed = {to_transformers_name(name): t.detach().cpu().contiguous() for name, t in export.tensors.items()}
+    _check_expressible(geometry, config, renamed)
+    _check_free(folder, export.overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         temporary.chmod(0o755)  # mkdtemp's folders are closed to others
         save_file(renamed, temporary / "model.safetensors", metadata={"format": "pt"})
         (temporary / "model.safetensors").chmod(0o644)  # safetensors closes its files to others, too
-        _write_json(temporary / "config.json", transformers_config(geometry, token_ids))
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         image_processor = BlipImageProcessor(
             size={"height": geometry.image_size, "width": geometry.image_size},
-            image_mean=list(image_mean),
-            image_std=list(image_std),
+            image_mean=list(export.image_mean),
+            image_std=list(export.image_std),
             resample=3,  # PIL's bicubic
         )
         BlipProcessor(image_processor, tokenizer).save_pretrained(temporary)
         settings = GenerationConfig(
-            bos_token_id=token_ids[0], eos_token_id=token_ids[1], pad_token_id=token_ids[2], **generation
+            bos_token_id=token_ids[0], eos_token_id=token_ids[1], pad_token_id=token_ids[2], **export.generation
         )
         settings.save_pretrained(temporary)
-        (temporary / "README.md").write_text(model_card(folder.name, prompt, generation, card_text), "utf-8")
+        card = model_card(folder.name, export.config.prompt, export.generation, export.card)
+        (temporary / "README.md").write_text(card, "utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_expressible(geometry: BlipGeometry, config: dict[str, Any], renamed: Mapping[str, Tensor]) -> None:
+    """UserError unless transformers' model of this config has exactly these tensors (it is built without memory)."""
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    reason = "transformers' BLIP cannot express {}; export with --format blip, or load the weights with blipds"
+    if geometry.vision_features:
+        raise UserError(reason.format("the image encoder's " + ", ".join(geometry.vision_features)))
+    with torch.device("meta"):
+        model = BlipForConditionalGeneration(BlipConfig(**config))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in TIED}
+    given = {name: tuple(tensor.shape) for name, tensor in renamed.items()}
+    if wrong := sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name)):
+        shapes = ", ".join(f"{n} (is {given.get(n)}, should be {expected.get(n)})" for n in wrong[:5])
+        raise UserError(reason.format(f"these tensors: {shapes}"))
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
@@ -145,32 +133,16 @@ def transformers_config(geometry: BlipGeometry, token_ids: tuple[int, int, int] 
         "projection_dim": 512,
         "vision_config": {
             "model_type": "blip_vision_model",
-            "hidden_size": geometry.vision_width,
-            "intermediate_size": geometry.vision_mlp_dim,
-            "num_hidden_layers": geometry.vision_depth,
-            "num_attention_heads": geometry.vision_heads,
-            "image_size": geometry.image_size,
-            "patch_size": geometry.patch_size,
+            **{key: getattr(geometry, name) for name, key in VISION_KEYS.items()},
             "hidden_act": "gelu",
-            "layer_norm_eps": geometry.vision_eps,
             "attention_dropout": 0.0,
             "initializer_range": 0.02,
         },
         "text_config": {
             "model_type": "blip_text_model",
-            "vocab_size": geometry.vocab_size,
-            "hidden_size": geometry.hidden_size,
-            "encoder_hidden_size": geometry.vision_width,
-            "intermediate_size": geometry.intermediate_size,
-            "num_hidden_layers": geometry.num_hidden_layers,
-            "num_attention_heads": geometry.num_attention_heads,
-            "max_position_embeddings": geometry.max_position_embeddings,
+            **{key: getattr(geometry, key) for key in TEXT_KEYS},
             "hidden_act": "gelu",
-            "layer_norm_eps": geometry.layer_norm_eps,
-            "hidden_dropout_prob": geometry.hidden_dropout_prob,
-            "attention_probs_dropout_prob": geometry.attention_probs_dropout_prob,
-            "initializer_range": 0.02,
-            "label_smoothing": geometry.label_smoothing,
+            "encoder_hidden_size": geometry.vision_width,
             "is_decoder": True,
             "use_cache": True,
             "tie_word_embeddings": True,
@@ -222,49 +194,3 @@ caption = processor.decode(ids[0, inputs["input_ids"].shape[1] - 1 :], skip_spec
 
 {card_text.strip()}
 """
-
-
-def _renamed(tensors: Mapping[str, Tensor], geometry: BlipGeometry) -> dict[str, Tensor]:
-    reason = "transformers' BLIP cannot express {}; export with --format blip, or load the weights with blipds"
-    if geometry.vision_features:
-        raise UserError(reason.format("the image encoder's " + ", ".join(geometry.vision_features)))
-    if geometry.image_size % geometry.patch_size:
-        raise UserError(reason.format(f"{geometry.image_size} pixels in patches of {geometry.patch_size}"))
-    renamed: dict[str, Tensor] = {}
-    strange = []
-    for name, tensor in _untied(tensors).items():
-        theirs = to_transformers_name(name)
-        if theirs is None:
-            strange.append(name)
-        else:
-            renamed[theirs] = tensor.detach().cpu().contiguous()
-    if strange:
-        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
-        raise UserError(reason.format(f"the parameters {', '.join(strange[:3])}{more}"))
-    return renamed
-
-
-def _check_complete(renamed: Mapping[str, Tensor], geometry: BlipGeometry) -> None:
-    """Every tensor of transformers' model of this geometry is there, and no other (it is built without memory)."""
-    from transformers import BlipConfig, BlipForConditionalGeneration
-
-    with torch.device("meta"):
-        model = BlipForConditionalGeneration(BlipConfig(**transformers_config(geometry)))
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in TIED}
-    given = {name: tuple(tensor.shape) for name, tensor in renamed.items()}
-    if wrong := sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name)):
-        shapes = ", ".join(f"{n} (is {given.get(n)}, should be {expected.get(n)})" for n in wrong[:5])
-        raise UserError(f"the tensors are not those of transformers' BLIP of this geometry: {shapes}")
-
-
-def _untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One name for each tied pair, and no position_ids: safetensors files hold every tensor once."""
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not (name in TIED and TIED[name] in tensors) and not matches(name, ["*.position_ids"])
-    }
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -1,8 +1,7 @@
 """The sizes and constants of a captioner: of a built model, of a transformers config, and where the two differ."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from math import isqrt
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from timm.layers import Mlp
@@ -10,6 +9,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
 from blipds.errors import UserError
+from blipds.models.blip.text_decoder import TextConfig
 from blipds.models.vision import layer_norm_eps
 
 ORIGINAL_VISION_EPS = 1e-6
@@ -22,31 +22,43 @@ FREE_FIELDS = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
     "label_smoothing",
+    "initializer_range",
 )
 
 
 @dataclass(frozen=True)
-class BlipGeometry:
-    """All sizes and constants that transformers' BLIP needs to compute what our model computes."""
+class BlipGeometry(TextConfig):
+    """All sizes and constants that transformers' BLIP needs to compute what our model computes; defaults: BLIP base."""
 
-    image_size: int
-    patch_size: int
-    vision_width: int
-    vision_depth: int
-    vision_heads: int
-    vision_mlp_dim: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    vocab_size: int = 30524
-    max_position_embeddings: int = 512
+    image_size: int = 384
+    patch_size: int = 16
+    vision_width: int = 768
+    vision_depth: int = 12
+    vision_heads: int = 12
+    vision_mlp_dim: int = 3072
     vision_eps: float = ORIGINAL_VISION_EPS
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
     label_smoothing: float = 0.1
     vision_features: tuple[str, ...] = ()  # what transformers' BLIP lacks: "layer scale", "4 register tokens", ...
+
+
+# What a config.json calls them in its vision_config, and in its text_config.
+VISION_KEYS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "vision_width": "hidden_size",
+    "vision_depth": "num_hidden_layers",
+    "vision_heads": "num_attention_heads",
+    "vision_mlp_dim": "intermediate_size",
+    "vision_eps": "layer_norm_eps",
+}
+TEXT_KEYS = [*(field.name for field in fields(TextConfig)), "label_smoothing"]
+# transformers' defaults where they are not BLIP's
+THEIR_DEFAULTS = {
+    "num_attention_heads": 8,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "label_smoothing": 0.0,
+}
 
 
 def geometry_from_transformers_config(config: Mapping[str, Any]) -> BlipGeometry:
@@ -63,60 +75,10 @@ def geometry_from_transformers_config(config: Mapping[str, Any]) -> BlipGeometry
     for name, section in (("vision_config", vision), ("text_config", text)):
         if section.get("hidden_act", "gelu") != "gelu":
             raise UserError(f"config.json: {name}.hidden_act is {section['hidden_act']!r}; BLIP's is 'gelu'")
-    return BlipGeometry(
-        image_size=_whole(vision, "image_size", 384),
-        patch_size=_whole(vision, "patch_size", 16),
-        vision_width=_whole(vision, "hidden_size", 768),
-        vision_depth=_whole(vision, "num_hidden_layers", 12),
-        vision_heads=_whole(vision, "num_attention_heads", 12),
-        vision_mlp_dim=_whole(vision, "intermediate_size", 3072),
-        hidden_size=_whole(text, "hidden_size", 768),
-        num_hidden_layers=_whole(text, "num_hidden_layers", 12),
-        num_attention_heads=_whole(text, "num_attention_heads", 8),
-        intermediate_size=_whole(text, "intermediate_size", 3072),
-        vocab_size=_whole(text, "vocab_size", 30524),
-        max_position_embeddings=_whole(text, "max_position_embeddings", 512),
-        vision_eps=stated_vision_eps(config)[0],
-        layer_norm_eps=number(text, "layer_norm_eps", 1e-12),
-        hidden_dropout_prob=number(text, "hidden_dropout_prob", 0.0),
-        attention_probs_dropout_prob=number(text, "attention_probs_dropout_prob", 0.0),
-        label_smoothing=number(text, "label_smoothing", 0.0),
-    )
-
-
-def published_geometry(shapes: Mapping[str, tuple[int, ...]]) -> BlipGeometry | None:
-    """BLIP base or large, at any image size, by the shapes of its tensors; None for anything else.
-
-    Heads show in no tensor: those of a ViT of these widths and of a bert-base are known.
-    """
-    positions, patches = (
-        shapes.get("visual_encoder.pos_embed", ()),
-        shapes.get("visual_encoder.patch_embed.proj.weight"),
-    )
-    words = shapes.get("text_decoder.bert.embeddings.word_embeddings.weight")
-    if len(positions) != 3 or words != (30524, 768):
-        return None
-    heads = {(768, 12): 12, (1024, 24): 16}
-    width, depth = positions[2], count_layers(shapes, "visual_encoder.blocks.")
-    layers = count_layers(shapes, "text_decoder.bert.encoder.layer.")
-    if (width, depth) not in heads or patches != (width, 3, 16, 16) or layers != 12:
-        return None
-    return BlipGeometry(
-        image_size=16 * isqrt(positions[1] - 1),
-        patch_size=16,
-        vision_width=width,
-        vision_depth=depth,
-        vision_heads=heads[width, depth],
-        vision_mlp_dim=4 * width,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-    )
-
-
-def count_layers(names: Iterable[str], prefix: str) -> int:
-    return len({name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)})
+    defaults = asdict(BlipGeometry()) | THEIR_DEFAULTS
+    stated = {name: number(vision, key, defaults[name]) for name, key in VISION_KEYS.items()}
+    stated |= {key: number(text, key, defaults[key]) for key in TEXT_KEYS}
+    return BlipGeometry(**stated)
 
 
 def stated_vision_eps(config: Mapping[str, Any]) -> tuple[float, str]:
@@ -142,56 +104,41 @@ def geometry_of(model: Any) -> BlipGeometry:
         vision_depth=len(vit.blocks),
         vision_heads=getattr(attention, "num_heads", 0),
         vision_mlp_dim=getattr(getattr(mlp, "fc1", None), "out_features", 0),
-        hidden_size=text.hidden_size,
-        num_hidden_layers=text.num_hidden_layers,
-        num_attention_heads=text.num_attention_heads,
-        intermediate_size=text.intermediate_size,
-        vocab_size=text.vocab_size,
-        max_position_embeddings=text.max_position_embeddings,
         vision_eps=layer_norm_eps(vit) or ORIGINAL_VISION_EPS,
-        layer_norm_eps=text.layer_norm_eps,
-        hidden_dropout_prob=text.hidden_dropout_prob,
-        attention_probs_dropout_prob=text.attention_probs_dropout_prob,
-        label_smoothing=model.label_smoothing,
         vision_features=tuple(features),
+        label_smoothing=model.label_smoothing,
+        **asdict(text),
     )
 
 
 def _beyond_blip(vit: VisionTransformer) -> list[str]:
     """What this encoder has, or lacks, that the ViT in transformers' BLIP cannot be built with."""
     block: Any = vit.blocks[0]
-    found = []
     if type(block) is not Block or type(block.attn) is not Attention:
         return [f"{type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}"]
-    if not isinstance(block.ls1, nn.Identity):
-        found.append("layer scale")
-    if vit.num_reg_tokens:
-        found.append(f"{vit.num_reg_tokens} register tokens")
-    if not vit.has_class_token:
-        found.append("lack of a class token")
-    if vit.pos_embed is None:
-        found.append("lack of position embeddings")
-    elif vit.has_class_token and vit.no_embed_class:
-        found.append("class token without a position")
-    if not isinstance(vit.norm_pre, nn.Identity):
-        found.append("norm before the blocks")
-    if isinstance(vit.norm, nn.Identity):
-        found.append("lack of a final norm")
-    if type(block.mlp) is not Mlp or not isinstance(getattr(block.mlp, "norm", nn.Identity()), nn.Identity):
-        found.append(f"feed-forward ({type(block.mlp).__name__})")
-    elif type(block.mlp.act) is not nn.GELU or block.mlp.act.approximate != "none":
-        found.append(f"activation ({type(block.mlp.act).__name__})")
-    if not isinstance(block.attn.q_norm, nn.Identity) or not isinstance(block.attn.norm, nn.Identity):
-        found.append("norms inside the attention")
-    if block.attn.qkv.bias is None:
-        found.append("attention without biases")
-    if vit.patch_embed.proj.bias is None or not isinstance(vit.patch_embed.norm, nn.Identity):
-        found.append("patch embedding")
-    if not isinstance(block.norm1, nn.LayerNorm):
-        found.append(f"norm ({type(block.norm1).__name__})")
-    elif layer_norm_eps(vit) is None:
-        found.append("norms of different epsilons")
-    return found
+
+    def used(layer: Any) -> bool:
+        return not isinstance(layer, nn.Identity)
+
+    mlp, attention, patches = block.mlp, block.attn, vit.patch_embed
+    plain_mlp, act = type(mlp) is Mlp and not used(mlp.norm), getattr(mlp, "act", None)
+    found = {
+        "layer scale": used(block.ls1),
+        f"{vit.num_reg_tokens} register tokens": vit.num_reg_tokens > 0,
+        "lack of a class token": not vit.has_class_token,
+        "lack of position embeddings": vit.pos_embed is None,
+        "class token without a position": vit.pos_embed is not None and vit.has_class_token and vit.no_embed_class,
+        "norm before the blocks": used(vit.norm_pre),
+        "lack of a final norm": not used(vit.norm),
+        f"feed-forward ({type(mlp).__name__})": not plain_mlp,
+        f"activation ({type(act).__name__})": plain_mlp and not (type(act) is nn.GELU and act.approximate == "none"),
+        "norms inside the attention": used(attention.q_norm) or used(attention.norm),
+        "attention without biases": attention.qkv.bias is None,
+        "patch embedding": patches.proj.bias is None or used(patches.norm),
+        f"norm ({type(block.norm1).__name__})": not isinstance(block.norm1, nn.LayerNorm),
+        "norms of different epsilons": isinstance(block.norm1, nn.LayerNorm) and layer_norm_eps(vit) is None,
+    }
+    return [what for what, there in found.items() if there]
 
 
 def differences(stated: BlipGeometry, model: BlipGeometry) -> list[str]:
@@ -203,17 +150,15 @@ def differences(stated: BlipGeometry, model: BlipGeometry) -> list[str]:
     ]
 
 
-def _whole(section: Mapping[str, Any], key: str, default: int) -> int:
+def number(section: Mapping[str, Any], key: str, default: Any) -> Any:
+    """What a config.json states: a whole number above 0 where the default is one, else a number from 0 to 1."""
     value = section.get(key, default)
+    if not isinstance(default, int):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise UserError(f"config.json: {key} is {value!r}, not a number from 0 to 1")
+        return float(value)
     if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:  # image_size: [384, 384]
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"config.json: {key} is {value!r}, not a whole number above 0")
     return value
-
-
-def number(section: Mapping[str, Any], key: str, default: float) -> float:
-    value = section.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise UserError(f"config.json: {key} is {value!r}, not a number from 0 to 1")
-    return float(value)

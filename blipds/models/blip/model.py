@@ -1,6 +1,7 @@
 """BLIP's captioner: image encoder, text decoder and loss (BLIP paper, arXiv 2201.12086, section 3)."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from blipds.models.blip.geometry import (
     stated_vision_eps,
 )
 from blipds.models.blip.text_decoder import TextDecoder
-from blipds.models.checkpoints import Checkpoint, stored_in_memory
+from blipds.models.checkpoint_files import StoredTensors
+from blipds.models.checkpoints import Checkpoint
 from blipds.models.initialisation import RandomWeight, normal, zeros
 from blipds.models.loss import smoothed_cross_entropy
 from blipds.models.protocol import CaptioningModel
@@ -100,29 +102,27 @@ class BlipCaption(CaptioningModel):
         encoder: Any = self.visual_encoder
         return BlipFormat(0 if encoder.no_embed_class else encoder.num_prefix_tokens)
 
-    def check_geometry(self, checkpoint: Checkpoint) -> None:
+    def check_geometry(self, checkpoint: Checkpoint) -> tuple[list[str], str]:
         if checkpoint.kind == "transformers" and checkpoint.config:
             stated = geometry_from_transformers_config(checkpoint.config)
             if wrong := differences(stated, geometry_of(self)):
                 raise UserError(f"{checkpoint.location} does not fit the model: {'; '.join(wrong)}")
-
-    def load_parts(self, config: BlipConfig, load: Callable[..., None]) -> None:
-        """`vit_pretrained`: true (timm's own weights), a hub name, a path or URL. `text_pretrained`: a BERT."""
-        if source := config.vit_pretrained:
-            hub_name = hub_name_of(source)
-            if source is True or hub_name:
-                tensors = pretrained_encoder(config.vit_type, hub_name)
-                load(stored_in_memory(hub_name or f"timm's {config.vit_type}", tensors), "timm", "model.vit_pretrained")
-            else:
-                load(source, "timm", "model.vit_pretrained")
-        if config.text_pretrained:
-            load(config.text_pretrained, "bert", "model.text_pretrained")
-
-    def does_not_fit(self, checkpoint: Checkpoint) -> tuple[list[str], str]:
         if checkpoint.kind == "bert" and (wrong := text_layer_differences(checkpoint.config, self.text_decoder.config)):
             line = f"text_pretrained: its layers do not fit and are left out, {'; '.join(wrong)}"
             return ["text_decoder.bert.encoder.layer.*"], line
         return [], ""
+
+    def load_parts(self, config: BlipConfig, load: Callable[[str | StoredTensors, str], None]) -> None:
+        """`vit_pretrained`: true (timm's own weights), a hub name, a path or URL. `text_pretrained`: a BERT."""
+        if source := config.vit_pretrained:
+            hub_name = hub_name_of(source)
+            if source is True or hub_name:
+                name, tensors = hub_name or f"timm's {config.vit_type}", pretrained_encoder(config.vit_type, hub_name)
+                load(StoredTensors(Path(name), tensors, location=name), "timm")
+            else:
+                load(source, "timm")
+        if config.text_pretrained:
+            load(config.text_pretrained, "bert")
 
     def identity(self) -> str:
         return str(geometry_of(self))

@@ -1,11 +1,4 @@
-"""Parameter names: ours (those of the original BLIP checkpoints) and those of transformers, timm and BERT.
-
-Pure functions on strings; reading files is the job of `checkpoints.py`.
-"""
-
-import re
-
-from blipds.models.checkpoints import matches
+"""Parameter names: ours (those of the original BLIP checkpoints) and those of transformers and BERT."""
 
 # Tied parameters: the name on the left holds the same values as the one on the right; a file may carry either or both.
 TIED = {
@@ -16,21 +9,9 @@ TIED = {
 # What BLIP's and LAVIS's pretraining checkpoints hold beside the captioner (blip_pretrain.py, blip_retrieval.py):
 # the momentum copies, the text encoder, the projections, the matching head, the queues and the temperature.
 PRETRAINING_ONLY = (
-    "visual_encoder_m.*",
-    "text_decoder_m.*",
-    "text_encoder.*",
-    "text_encoder_m.*",
-    "vision_proj.*",
-    "vision_proj_m.*",
-    "text_proj.*",
-    "text_proj_m.*",
-    "itm_head.*",
-    "image_queue",
-    "text_queue",
-    "idx_queue",
-    "queue_ptr",
-    "ptr_queue",
-    "temp",
+    *("visual_encoder_m.*", "text_decoder_m.*", "text_encoder.*", "text_encoder_m.*"),
+    *("vision_proj.*", "vision_proj_m.*", "text_proj.*", "text_proj_m.*", "itm_head.*"),
+    *("image_queue", "text_queue", "idx_queue", "queue_ptr", "ptr_queue", "temp"),
 )
 # What a ViT has behind its last norm (classifier, pooling), and DINOv2's mask token; BERT's pooler, next-sentence head
 # and token types (the original BLIP drops all three, too).
@@ -38,67 +19,39 @@ VIT_ONLY = ("head.*", "head_dist.*", "pre_logits.*", "attn_pool.*", "fc_norm.*",
 BERT_ONLY = ("*pooler.*", "cls.seq_relationship.*", "*embeddings.token_type_embeddings.*")
 BUFFERS = ("*.position_ids", "position_ids")
 
-_VISION = "vision_model."
-_VISION_NAMES = {
-    "embeddings.class_embedding": "cls_token",
-    "embeddings.position_embedding": "pos_embed",
-    "embeddings.patch_embedding.weight": "patch_embed.proj.weight",
-    "embeddings.patch_embedding.bias": "patch_embed.proj.bias",
-    "post_layernorm.weight": "norm.weight",
-    "post_layernorm.bias": "norm.bias",
-}
-_BLOCK_NAMES = {
-    "layer_norm1": "norm1",
-    "self_attn.qkv": "attn.qkv",
-    "self_attn.projection": "attn.proj",
-    "layer_norm2": "norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-_OUR_VISION_NAMES = {ours: theirs for theirs, ours in _VISION_NAMES.items()}
-_OUR_BLOCK_NAMES = {ours: theirs for theirs, ours in _BLOCK_NAMES.items()}
+# Parts of the image encoder's names, ours and those of transformers' BLIP.
+RENAMED = (
+    ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
+    ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
+    ("visual_encoder.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
+    ("visual_encoder.norm.", "vision_model.post_layernorm."),
+    ("visual_encoder.blocks.", "vision_model.encoder.layers."),
+    (".norm1.", ".layer_norm1."),
+    (".norm2.", ".layer_norm2."),
+    (".attn.proj.", ".self_attn.projection."),
+    (".attn.", ".self_attn."),
+)
 
 
-def from_transformers_name(name: str) -> str | None:
-    """Our name of a parameter of `BlipForConditionalGeneration`; None where the captioner has no such parameter."""
-    if matches(name, BUFFERS):
-        return None
-    if name.startswith("text_decoder."):
-        return name
-    if not name.startswith(_VISION):
-        return None
-    rest = name.removeprefix(_VISION)
-    if rest in _VISION_NAMES:
-        return "visual_encoder." + _VISION_NAMES[rest]
-    block = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", rest)
-    if block and block[2] in _BLOCK_NAMES:
-        return f"visual_encoder.blocks.{block[1]}.{_BLOCK_NAMES[block[2]]}.{block[3]}"
-    return None
+def from_transformers_name(name: str) -> str:
+    """Our name of a parameter of `BlipForConditionalGeneration`; other names stay."""
+    for ours, theirs in RENAMED if name.startswith("vision_model.") else ():
+        name = name.replace(theirs, ours)
+    return name
 
 
-def to_transformers_name(name: str) -> str | None:
-    """The inverse; None where transformers' BLIP has no such parameter (layer scale, registers, position_ids)."""
-    if matches(name, BUFFERS):
-        return None
-    if name.startswith("text_decoder."):
-        return name
-    if not name.startswith("visual_encoder."):
-        return None
-    rest = name.removeprefix("visual_encoder.")
-    if rest in _OUR_VISION_NAMES:
-        return _VISION + _OUR_VISION_NAMES[rest]
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", rest)
-    if block and block[2] in _OUR_BLOCK_NAMES:
-        return f"{_VISION}encoder.layers.{block[1]}.{_OUR_BLOCK_NAMES[block[2]]}.{block[3]}"
-    return None
+def to_transformers_name(name: str) -> str:
+    """The inverse."""
+    for ours, theirs in RENAMED if name.startswith("visual_encoder.") else ():
+        name = name.replace(ours, theirs)
+    return name
 
 
 def from_bert_name(name: str) -> str:
     """Our name of a BERT's parameter, with or without the prefix `bert.`; LayerNorm.gamma/beta are its oldest names."""
-    if name.endswith("LayerNorm.gamma"):
-        name = name.removesuffix("gamma") + "weight"
-    elif name.endswith("LayerNorm.beta"):
-        name = name.removesuffix("beta") + "bias"
-    if name.startswith(("embeddings.", "encoder.")):
-        name = "bert." + name
-    return "text_decoder." + name
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    return "text_decoder." + ("bert." + name if name.startswith(("embeddings.", "encoder.")) else name)
+
+
+def from_timm_name(name: str) -> str:
+    return "visual_encoder." + name

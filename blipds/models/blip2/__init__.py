@@ -11,7 +11,7 @@ from blipds.models.blip2.config import CONFIGS, Blip2Config
 from blipds.models.blip2.export import export_lavis, export_transformers
 from blipds.models.blip2.language_model import build_language_model
 from blipds.models.blip2.model import Blip2Caption, Bridge, transformers_layers
-from blipds.models.checkpoints import StoredTensors
+from blipds.models.checkpoint_files import StoredTensors
 from blipds.models.protocol import Arch, CheckpointFn, Description, Export
 from blipds.models.vision import build_vision_transformer, checkpoint_last
 from blipds.registry import ARCHS, PROCESSORS

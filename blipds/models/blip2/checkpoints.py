@@ -13,8 +13,8 @@ from blipds.errors import UserError
 from blipds.models.blip import names as vision_names
 from blipds.models.blip.checkpoints import interpolate_pos_embed
 from blipds.models.blip2.config import Blip2Config
-from blipds.models.checkpoint_files import Reader, listed
-from blipds.models.checkpoints import CheckpointFormat, StoredTensors, matches
+from blipds.models.checkpoint_files import StoredTensors, listed
+from blipds.models.checkpoints import CheckpointFormat, matches
 
 POS_EMBED = "visual_encoder.pos_embed"
 # What our names begin with, and what LAVIS's and transformers' do.
@@ -42,42 +42,29 @@ FIRST_STAGE = (
     *("vision_proj.*", "text_proj.*", "itm_head.*", "temp"),
 )
 ENCODER_ONLY = ("norm.*", "fc_norm.*", "head.*", "mask_token")  # of eva_vit_g.pth: what stands behind its blocks
-KINDS = {"eva": "visual_encoder.", "language model": "language_model."}  # of one part
-KEYS = {"eva": "model.vit_pretrained", "language model": "model.opt_model"}
-
-
-class JoinedBias:
-    """The bias of a block's queries, keys and values, of which EVA's and LAVIS's files have the first and the last.
-
-    A bias of the keys adds the same to all scores of a query, and so nothing to their softmax.
-    """
-
-    metadata: Mapping[str, str] = {}
-
-    def __init__(self, queries: tuple[Reader, str], values: tuple[Reader, str]) -> None:
-        self.parts = queries, values
-        self.path = queries[0].path
-        self.names: list[str] = []
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return (3 * self.parts[0][0].shape(self.parts[0][1])[0],)
-
-    def tensor(self, name: str) -> Tensor:
-        queries, values = (reader.tensor(stored) for reader, stored in self.parts)
-        return torch.cat([queries, torch.zeros_like(queries), values])
+# Kinds of one part: what its names begin with, and the key that names such a file.
+PARTS = {
+    "eva": ("visual_encoder.", "model.vit_pretrained"),
+    "language model": ("language_model.", "model.opt_model"),
+}
 
 
 class Blip2Format(CheckpointFormat):
     """Kinds: 'lavis', 'transformers', 'blipds', and the parts 'eva' (LAVIS's encoder) and 'language model'."""
 
+    parts = PARTS
+
     def __init__(self, model: Any) -> None:
         self.blocks = len(model.visual_encoder.blocks)
         self.names = {name for name, _ in model.named_parameters()}
+        ends = (model.language_model.get_input_embeddings(), model.language_model.get_output_embeddings())
+        words = {id(end.weight) for end in ends}
+        self.words = {name for name, parameter in model.named_parameters() if id(parameter) in words}
         tied = model.language_model.all_tied_weights_keys
         self.tied = {f"language_model.{name}": f"language_model.{owner}" for name, owner in tied.items()}
 
     def kind(self, stored: StoredTensors) -> str:
-        names = list(stored.readers)
+        names = list(stored.tensors)
         if stored.is_own or any(name.startswith("bridge.") for name in names):
             return "blipds"
         for kind, known in (
@@ -93,17 +80,6 @@ class Blip2Format(CheckpointFormat):
             f"{stored.path}: not a checkpoint of LAVIS's BLIP-2, transformers' BLIP-2, blipds, EVA or a language "
             f"model; its names begin with {listed(names, 3) or 'nothing'}"
         )
-
-    def joined(self, kind: str, readers: Mapping[str, tuple[Reader, str]]) -> Mapping[str, tuple[Reader, str]]:
-        found: dict[str, tuple[Reader, str]] = {}
-        for name, place in readers.items():
-            prefix, _, last = name.rpartition(".")
-            if last == "q_bias" and f"{prefix}.v_bias" in readers:
-                reader: Any = JoinedBias(place, readers[f"{prefix}.v_bias"])
-                found[f"{prefix}.qkv.bias"] = reader, f"{prefix}.qkv.bias"
-            elif last != "v_bias" or f"{prefix}.q_bias" not in readers:
-                found[name] = place
-        return found
 
     def our_name(self, kind: str, name: str) -> str | None:
         if kind == "lavis":
@@ -127,29 +103,15 @@ class Blip2Format(CheckpointFormat):
         known = self.names | self.tied.keys()
         return next((n for n in (f"language_model.{name}", f"language_model.model.{name}") if n in known), name)
 
-    def part(self, kind: str) -> str:
-        return KINDS.get(kind, "")
-
-    def part_key(self, kind: str) -> str:
-        return KEYS[kind]
-
-    def misfit(self, kind: str, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    def fitted(self, kind: str, name: str, tensor: Tensor, wanted: tuple[int, ...]) -> tuple[Tensor | None, str]:
+        stored = tuple(tensor.shape)
         is_grid = len(stored) == 3 and isqrt(stored[1] - 1) ** 2 == stored[1] - 1
-        if name == POS_EMBED and is_grid and (stored[0], stored[2]) == (wanted[0], wanted[2]):
-            return ""
-        if self.holds_words(name) and stored[1:] == wanted[1:] and stored[0] > wanted[0]:
-            return ""
-        return super().misfit(kind, name, stored, wanted)
-
-    def holds_words(self, name: str) -> bool:
-        """The words' embeddings: transformers' folders have rows more than the tokenizer knows, `<image>` for one."""
-        return name.endswith("embed_tokens.weight") or name in self.tied
-
-    def fitted(self, kind: str, name: str, tensor: Tensor, wanted: tuple[int, ...]) -> tuple[Tensor, str]:
-        if name == POS_EMBED:
-            note = f"pos_embed interpolated from {tuple(tensor.shape)} to {wanted}"
-            return interpolate_pos_embed(tensor, wanted[1]), note
-        return tensor[: wanted[0]], f"{name}: the first {wanted[0]} of {len(tensor)} rows"
+        if name == POS_EMBED and is_grid and stored[::2] == wanted[::2]:
+            return interpolate_pos_embed(tensor, wanted[1]), f"pos_embed interpolated from {stored} to {wanted}"
+        # transformers' folders have rows more than the tokenizer knows, <image> for one
+        if name in self.words and stored[1:] == wanted[1:] and stored[0] > wanted[0]:
+            return tensor[: wanted[0]], f"{name}: the first {wanted[0]} of {stored[0]} rows"
+        return super().fitted(kind, name, tensor, wanted)
 
 
 def renamed(name: str, pairs: Mapping[str, str]) -> str:
@@ -179,33 +141,45 @@ def to_lavis(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_transformers_name(name: str) -> str:
-    ours = renamed(name, {theirs: ours for ours, theirs in TRANSFORMERS.items()})
-    return (vision_names.from_transformers_name(name) or name) if ours == name else ours
+    return vision_names.from_transformers_name(renamed(name, {theirs: ours for ours, theirs in TRANSFORMERS.items()}))
 
 
 def to_transformers_name(name: str) -> str:
-    return vision_names.to_transformers_name(name) or renamed(name, TRANSFORMERS)
+    return vision_names.to_transformers_name(renamed(name, TRANSFORMERS))
 
 
 def completed(
     stored: StoredTensors, layout: Blip2Format, config: Blip2Config, open_other: Callable[[str], StoredTensors]
 ) -> StoredTensors:
     """LAVIS's file with the encoder and the language model where it has none: it holds what was trained."""
-    if layout.kind(stored) != "lavis":
-        return stored
-    readers: dict[str, Any] = dict(stored.readers)
-    for kind, prefix, source in (
-        ("eva", "visual_encoder.", config.vit_pretrained),
-        ("language model", "opt_model.", config.opt_model if config.load_llm else None),
-    ):
-        if any(name.startswith(prefix) for name in readers):
+    tensors = dict(stored.tensors)
+    sources = {"eva": config.vit_pretrained, "language model": config.opt_model if config.load_llm else None}
+    prefixes = {"eva": "visual_encoder.", "language model": "opt_model."}
+    for kind, prefix in prefixes.items() if layout.kind(stored) == "lavis" else ():
+        if any(name.startswith(prefix) for name in tensors):
             continue
+        source, (part, key) = sources[kind], PARTS[kind]
         if source is None:
-            raise UserError(f"{stored.location}: holds no {prefix}*, and {KEYS[kind]} names no file that does")
+            raise UserError(f"{stored.location}: holds no {prefix}*, and {key} names no file that does")
         other = open_other(source)
-        if layout.kind(other) != kind:
-            raise UserError(f"{KEYS[kind]} {source}: a {layout.kind(other)} checkpoint, not one of kind '{kind}'")
-        for name, place in other.readers.items():
+        if (found := layout.kind(other)) != kind:
+            raise UserError(f"{key} {source}: a {found} checkpoint, not a {kind} one")
+        for name, tensor in other.tensors.items():
             if (ours := layout.our_name(kind, name)) is not None:
-                readers[prefix + ours.removeprefix(KINDS[kind])] = place
-    return replace(stored, readers=readers)
+                tensors[prefix + ours.removeprefix(part)] = tensor
+    return replace(stored, tensors=with_joined_biases(tensors))
+
+
+def with_joined_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The biases of a block's queries, keys and values as one; EVA's and LAVIS's files have the first and the last.
+
+    A bias of the keys adds the same to all scores of a query, and so nothing to their softmax.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        prefix, _, last = name.rpartition(".")
+        if last == "q_bias" and f"{prefix}.v_bias" in tensors:
+            found[f"{prefix}.qkv.bias"] = torch.cat([tensor, torch.zeros_like(tensor), tensors[f"{prefix}.v_bias"]])
+        elif last != "v_bias" or f"{prefix}.q_bias" not in tensors:
+            found[name] = tensor
+    return found

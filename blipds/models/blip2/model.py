@@ -11,7 +11,8 @@ from blipds.errors import UserError
 from blipds.models.blip2.checkpoints import Blip2Format, completed
 from blipds.models.blip2.config import Blip2Config
 from blipds.models.blip2.language_model import CachedLanguageModel, text_logits
-from blipds.models.checkpoints import Checkpoint, StoredTensors
+from blipds.models.checkpoint_files import StoredTensors
+from blipds.models.checkpoints import Checkpoint
 from blipds.models.initialisation import RandomWeight, normal, uniform_by_fan_in, zeros
 from blipds.models.loss import smoothed_cross_entropy
 from blipds.models.protocol import CaptioningModel
@@ -118,14 +119,14 @@ class Blip2Caption(CaptioningModel):
         if config.load_finetuned or config.load_pretrained:
             return  # `completed` has taken from them what that checkpoint lacks
         if config.vit_pretrained:
-            load(config.vit_pretrained, "eva", "model.vit_pretrained")
+            load(config.vit_pretrained, "eva")
         if config.load_llm:
-            load(config.opt_model, "language model", "model.opt_model")
+            load(config.opt_model, "language model")
 
-    def check_geometry(self, checkpoint: Checkpoint) -> None:
+    def check_geometry(self, checkpoint: Checkpoint) -> tuple[list[str], str]:
         """Heads show in no tensor; a transformers folder states them."""
         if checkpoint.kind != "transformers":
-            return
+            return [], ""
         ours = {
             "vision_config": self.visual_encoder.blocks[0].attn.num_heads,
             "qformer_config": self.bridge.qformer.config.num_attention_heads,
@@ -138,6 +139,7 @@ class Blip2Caption(CaptioningModel):
                     f"{checkpoint.location} does not fit the model: {section}.num_attention_heads is {stated} in the "
                     f"checkpoint, {heads} in the model"
                 )
+        return [], ""
 
     def identity(self) -> str:
         vit, qformer, language = self.visual_encoder, self.bridge.qformer.config, self.language_model.config

@@ -28,9 +28,12 @@ from torch import Tensor
 from blipds.captioning.captioner import Captioner
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.errors import UserError
+from blipds.models import build_model
+from blipds.models.blip.config import BlipConfig
 from blipds.models.blip.export import save_blip, transformers_config
 from blipds.models.blip.geometry import geometry_from_transformers_config, stated_vision_eps
 from blipds.models.generation import GenerationConfig
+from blipds.models.protocol import keep_activations
 
 
 def test_transformers_in_and_out_bit_by_bit(tmp_path: Path) -> None:
@@ -174,7 +177,7 @@ def test_exported_processor_and_pipeline(tmp_path: Path) -> None:
     from PIL import Image
     from transformers import AutoProcessor, pipeline
 
-    export(tmp_path / "hf", tiny_tensors(), TINY, card_text="CIDEr 1.0")
+    export(tmp_path / "hf", tiny_tensors(), TINY, card="CIDEr 1.0")
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
     inputs = processor(images=Image.new("RGB", (50, 40)), text="a picture of ", return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 32, 32)
@@ -200,7 +203,7 @@ def test_the_card_s_call_runs_as_written(
 ) -> None:
     from PIL import Image
 
-    export(tmp_path / "captioner", tiny_tensors(), TINY, prompt=prompt, card_text="CIDEr 1.0")
+    export(tmp_path / "captioner", tiny_tensors(), TINY, config=BlipConfig(prompt=prompt), card="CIDEr 1.0")
     card = (tmp_path / "captioner" / "README.md").read_text()
     assert "CIDEr 1.0" in card
     Image.new("RGB", (50, 40)).save(tmp_path / "photo.jpg")
@@ -227,12 +230,15 @@ def test_nothing_is_left_to_a_default_that_differs(tmp_path: Path) -> None:
 
 
 def test_geometry_that_transformers_cannot_express(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     tensors = tiny_tensors()
-    with pytest.raises(UserError, match=r"image encoder's layer scale, 4 register tokens; export with --format blip"):
-        export(tmp_path / "hf", tensors, replace(TINY, vision_features=("layer scale", "4 register tokens")))
-    with pytest.raises(UserError, match=r"cannot express the parameters visual_encoder\.blocks\.0\.ls1\.gamma"):
+    config = BlipConfig(vit_type="vit_small_patch14_reg4_dinov2", image_size=28)
+    with torch.device("meta"):
+        model = build_model(config, keep_activations)
+    with pytest.raises(
+        UserError, match=r"image encoder's layer scale, 4 register tokens, .*; export with --format blip"
+    ):
+        export(tmp_path / "hf", tensors, model)
+    with pytest.raises(UserError, match=r"cannot express these tensors: .*ls1\.gamma \(is \(24,\), should be None"):
         export(tmp_path / "hf", tensors | {"visual_encoder.blocks.0.ls1.gamma": torch.ones(24)}, TINY)
     with pytest.raises(UserError, match=r"qkv\.bias \(is None, should be \(72,\)\)"):
         export(tmp_path / "hf", {k: v for k, v in tensors.items() if "qkv.bias" not in k}, TINY)
