@@ -86,6 +86,9 @@ class ModelConfig:
         """The width of the text decoder: "auto" sizes in the DeepSpeed JSON follow from it."""
         return 768
 
+    def check_precision(self, precision: str) -> None:
+        """UserError where this model cannot be trained in "fp32", "bf16" or "fp16"."""
+
     def facts(self) -> list[tuple[str, str]]:
         """(name, value) of what the report's table of the model shows beside the common keys."""
         return []

@@ -43,6 +43,8 @@ class CaptioningModel(nn.Module, ABC):
 
     max_positions: int | None = None  # tokens of a text, the prompt's included; None: any number
     vocab_size: int | None = None  # rows of the embedding; None: not checked against the tokenizer
+    # What the names of frozen weights begin with that a file elsewhere holds: checkpoints leave them out; None: no such
+    elsewhere: str | None = None
     freeze_vit = False
     compiled = False
 
@@ -115,8 +117,8 @@ class CaptioningModel(nn.Module, ABC):
         """What tells models apart whose weights alone do not (the number of heads)."""
         return ""
 
-    def constants(self) -> dict[str, float]:
-        """What a file of the weights must say beside them: numbers that no tensor shows and no run config sets."""
+    def constants(self) -> dict[str, Any]:
+        """What a file of the weights must say beside them, as JSON: what no tensor shows and no run config sets."""
         return {}
 
     def take_constants(self, checkpoint: Checkpoint) -> str | None:

@@ -1,9 +1,11 @@
 """BLIP-2's checkpoints: LAVIS's .pth, transformers' folders, and the files of parts that LAVIS's leave out."""
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import isqrt
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +49,7 @@ PARTS = {
     "eva": ("visual_encoder.", "model.vit_pretrained"),
     "language model": ("language_model.", "model.opt_model"),
 }
+SOURCE, HASH = "language_model_source", "language_model_hash"  # in the config that our files carry
 
 
 class Blip2Format(CheckpointFormat):
@@ -92,6 +95,20 @@ class Blip2Format(CheckpointFormat):
         if kind == "language model":
             return self.language_name(name)
         return name
+
+    def tensors_of(self, stored: StoredTensors, part: str) -> dict[str, Tensor]:
+        """The tensors of a file, under our names, that begin with `part`."""
+        kind = self.kind(stored)
+        named = {self.our_name(kind, name): tensor for name, tensor in stored.tensors.items()}
+        return {name: tensor for name, tensor in named.items() if name and name.startswith(part)}
+
+    def hash_of(self, tensors: Mapping[str, Tensor]) -> str:
+        """Tells language models apart by the first 16,384 numbers of each tensor: 15 MB of the 5 GB of OPT-2.7B."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(tensors.keys() - self.tied.keys()):
+            start = tensors[name].flatten()[: 1 << 14].contiguous().view(torch.uint8)
+            digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode() + bytes(start.numpy()))
+        return digest.hexdigest()
 
     def has_block(self, name: str) -> bool:
         """False for the 40th block of EVA's encoder, which BLIP-2 leaves out."""
@@ -150,24 +167,50 @@ def to_transformers_name(name: str) -> str:
 
 def completed(
     stored: StoredTensors, layout: Blip2Format, config: Blip2Config, open_other: Callable[[str], StoredTensors]
+) -> tuple[StoredTensors, dict[str, str]]:
+    """A file with the encoder and the language model where it has none: LAVIS's and ours hold what was trained.
+
+    And where the language model's weights come from, with their hash; {} for a file that asks for none.
+    """
+    kind, tensors = layout.kind(stored), dict(stored.tensors)
+    prefix = {"lavis": "opt_model.", "blipds": "language_model."}.get(kind, "")
+    if kind == "lavis" and not any(name.startswith("visual_encoder.") for name in tensors):
+        if config.vit_pretrained is None:
+            raise UserError(f"{stored.location}: holds no encoder, and model.vit_pretrained names no file that does")
+        tensors |= layout.tensors_of(open_other(config.vit_pretrained), "visual_encoder.")
+    holder = replace(stored, tensors=tensors)
+    if prefix and config.load_llm and not any(name.startswith(prefix) for name in tensors):
+        holder = language_model_of(stored, layout, config.opt_model, open_other)
+        for name, tensor in layout.tensors_of(holder, "language_model.").items():
+            tensors[prefix + name.removeprefix("language_model.")] = tensor
+    language = layout.tensors_of(holder, "language_model.")
+    found = replace(stored, tensors=with_joined_biases(tensors))
+    if not language:
+        return found, {}
+    source = Path(holder.location)  # runs resume wherever they are started
+    named = str(source.resolve()) if source.exists() else holder.location
+    return found, {SOURCE: named, HASH: layout.hash_of(language)}
+
+
+def language_model_of(
+    stored: StoredTensors, layout: Blip2Format, opt_model: str, open_other: Callable[[str], StoredTensors]
 ) -> StoredTensors:
-    """LAVIS's file with the encoder and the language model where it has none: it holds what was trained."""
-    tensors = dict(stored.tensors)
-    sources = {"eva": config.vit_pretrained, "language model": config.opt_model if config.load_llm else None}
-    prefixes = {"eva": "visual_encoder.", "language model": "opt_model."}
-    for kind, prefix in prefixes.items() if layout.kind(stored) == "lavis" else ():
-        if any(name.startswith(prefix) for name in tensors):
-            continue
-        source, (part, key) = sources[kind], PARTS[kind]
-        if source is None:
-            raise UserError(f"{stored.location}: holds no {prefix}*, and {key} names no file that does")
-        other = open_other(source)
-        if (found := layout.kind(other)) != kind:
-            raise UserError(f"{key} {source}: a {found} checkpoint, not a {kind} one")
-        for name, tensor in other.tensors.items():
-            if (ours := layout.our_name(kind, name)) is not None:
-                tensors[prefix + ours.removeprefix(part)] = tensor
-    return replace(stored, tensors=with_joined_biases(tensors))
+    """The file that holds the language model of one that does not: what that one names, else `opt_model`.
+
+    UserError where the weights are not those that it was trained with.
+    """
+    wanted, named = stored.config.get(HASH), stored.config.get(SOURCE, opt_model)
+    try:
+        holder = open_other(named)
+    except UserError:
+        if named == opt_model:
+            raise
+        holder = open_other(opt_model)  # it may have moved
+    if wanted not in (None, layout.hash_of(layout.tensors_of(holder, "language_model."))):
+        raise UserError(
+            f"{stored.location}: was trained in front of {named} as it was then; {holder.location} has other weights"
+        )
+    return holder
 
 
 def with_joined_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from blipds.config.sections import ModelConfig, check
+from blipds.errors import UserError
 
 CONFIGS = Path(__file__).with_name("configs")
 EVA_VIT_G = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
@@ -50,6 +51,13 @@ class Blip2Config(ModelConfig):
         from blipds.models.blip2.language_model import language_config
 
         return language_config(self.opt_model).hidden_size
+
+    def check_precision(self, precision: str) -> None:
+        if precision == "fp16" and not self.freeze_vit:
+            raise UserError(
+                "fp16 in the DeepSpeed JSON, and an image encoder that learns: its numbers overflow (NaN); take bf16, "
+                "or model.freeze_vit=true"
+            )
 
     def facts(self) -> list[tuple[str, str]]:
         return [("Image encoder", self.vit_model), ("Language model", self.opt_model)]

@@ -50,6 +50,9 @@ class Blip2Caption(CaptioningModel):
         self.bridge = bridge
         self.language_model: Any = language_model
         self.config = config
+        if config.load_llm:
+            self.elsewhere = "language_model."
+        self.language: dict[str, str] = {}  # the file that its weights were read from, and their hash
 
     @property
     def image_encoder(self) -> VisionTransformer:
@@ -112,7 +115,9 @@ class Blip2Caption(CaptioningModel):
         return Blip2Format(self)
 
     def completed(self, stored: StoredTensors, open_other: Callable[[str], StoredTensors]) -> StoredTensors:
-        return completed(stored, self.checkpoint_format(), self.config, open_other)
+        found, language = completed(stored, self.checkpoint_format(), self.config, open_other)
+        self.language = language or self.language
+        return found
 
     def load_parts(self, config: Blip2Config, load: Callable[..., None]) -> None:
         """`vit_pretrained`: an `eva_vit_g.pth`; `opt_model`: the language model."""
@@ -145,8 +150,8 @@ class Blip2Caption(CaptioningModel):
         vit, qformer, language = self.visual_encoder, self.bridge.qformer.config, self.language_model.config
         return f"{vit.blocks[0].attn.num_heads} {qformer.to_json_string()} {language.to_json_string()}"
 
-    def constants(self) -> dict[str, float]:
-        return {LN_VISION_EPS_KEY: self.bridge.ln_vision.eps}
+    def constants(self) -> dict[str, Any]:
+        return {LN_VISION_EPS_KEY: self.bridge.ln_vision.eps, **self.language}
 
     def take_constants(self, checkpoint: Checkpoint) -> str | None:
         eps = checkpoint.config.get(LN_VISION_EPS_KEY, LN_VISION_EPS)

@@ -4,16 +4,26 @@ import json
 
 import pytest
 from launching import launch
+from safetensors.torch import load_file
+
+FP32 = {"bf16": {"enabled": False}, "fp16": {"enabled": False}, "steps_per_print": 10**9}
+
+
+def train(folder, ranks, specs):
+    spec, losses = folder / "spec.json", folder / "losses.json"
+    spec.write_text(json.dumps(specs))
+    process = launch(ranks, "tests/engine/grid.py", spec, losses)
+    assert process.returncode == 0, process.stdout[-4000:]
+    return json.loads(losses.read_text())
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_eight_losses_of_lavis(ranks, golden, run_config, tmp_path):
-    fp32 = {"bf16": {"enabled": False}, "fp16": {"enabled": False}, "steps_per_print": 10**9}
     specs = [
         {
             "name": f"{key} {stage}",
             "cfg": str(run_config),
-            "ds": {"zero_optimization": {"stage": stage}, **fp32},
+            "ds": {"zero_optimization": {"stage": stage}, **FP32},
             "options": [
                 *("run.runner=runner_iter", "run.max_iters=8", "run.log_freq=1", "run.save_last=false"),
                 *(f"run.batch_size_train={8 // ranks}", f"model.freeze_vit={key == 'loss_vit_frozen'}"),
@@ -23,10 +33,18 @@ def test_the_eight_losses_of_lavis(ranks, golden, run_config, tmp_path):
         for stage in (0, 1, 2, 3)
         for key in ("loss_vit_trains", "loss_vit_frozen")
     ]
-    spec, losses = tmp_path / "spec.json", tmp_path / "losses.json"
-    spec.write_text(json.dumps(specs))
-    process = launch(ranks, "tests/engine/grid.py", spec, losses)
-    assert process.returncode == 0, process.stdout[-4000:]
-    results = json.loads(losses.read_text())
-    for name, result in results.items():
+    for name, result in train(tmp_path, ranks, specs).items():
         assert result["losses"] == pytest.approx(golden["train"][name.split()[0]], rel=1e-4), name
+
+
+def test_resuming_without_a_copy_of_the_language_model(golden, run_config, tmp_path):
+    """Four steps of two ranks under ZeRO-3, the last four of one rank under ZeRO-2; checkpoints hold what learns."""
+    options = ["run.runner=runner_iter", "run.max_iters=8", "run.log_freq=1", "run.save_steps=4"]
+    common = {"cfg": str(run_config), "run_dir": str(tmp_path / "run")}
+    first = {"name": "first", "ds": {"zero_optimization": {"stage": 3}, **FP32}, "until": 4}
+    train(tmp_path, 2, [common | first | {"options": [*options, "run.batch_size_train=4"]}])
+    weights = load_file(tmp_path / "run" / "checkpoints" / "step_00000004" / "model.safetensors")
+    assert {name.partition(".")[0] for name in weights} == {"visual_encoder", "bridge"}
+    then = {"name": "then", "ds": {"zero_optimization": {"stage": 2}, **FP32}, "resume": str(tmp_path / "run")}
+    results = train(tmp_path, 1, [common | then | {"options": [*options, "run.batch_size_train=8"]}])
+    assert results["then"]["losses"] == pytest.approx(golden["train"]["loss_vit_trains"][4:], rel=1e-4)

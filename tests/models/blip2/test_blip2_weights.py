@@ -1,9 +1,11 @@
 """Weights in and out: LAVIS's partial .pth files, transformers' folders, and the way there and back."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Blip2Config, Blip2ForConditionalGeneration
 
 from blipds.captioning.captioner import Captioner, caption_recipe, load_caption_model
@@ -75,10 +77,37 @@ def test_only_what_was_trained(build, model, lavis, eva, tmp_path):
     assert found.visual_encoder.pos_embed.abs().max() > 0.5  # EVA's, another grid
 
     found.config.vit_pretrained = None
-    with pytest.raises(
-        UserError, match=r"pretrained.pth: holds no visual_encoder\.\*, and model\.vit_pretrained names"
-    ):
+    with pytest.raises(UserError, match=r"pretrained.pth: holds no encoder, and model\.vit_pretrained names no file"):
         load_weights(found, open_weights(str(tmp_path / "pretrained.pth"), tmp_path), quiet)
+
+
+def test_own_checkpoints_name_the_language_model(build, model, config, shared, tmp_path):
+    """Saved without it; read from the file that it came from, or from where that has gone, if it is the same."""
+    language = shared / "oracle_blip2" / "opt"
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(language, moved)
+    found = build()
+    load_weights(found, open_weights(str(moved), tmp_path), quiet, part="language model")
+    named = found.constants()
+    assert named["language_model_source"] == str(moved)
+    saved = {n: p.detach().clone() for n, p in model.named_parameters() if not n.startswith(model.elsewhere)}
+    path = tmp_path / "model.safetensors"
+    save_file(saved, path, metadata={"format": "blipds", "config": json.dumps(named)})
+    assert sum(t.numel() for t in saved.values()) == 714_568
+
+    for gone in (False, True):
+        torch.nn.init.zeros_(found.language_model.get_input_embeddings().weight)
+        load_weights(found, open_weights(str(path), tmp_path), quiet)
+        same_weights(found, model)
+        assert found.constants() == named | {"language_model_source": str(language if gone else moved)}
+        if not gone:
+            moved.rename(other)
+
+    weights = load_file(other / "model.safetensors")
+    save_file(weights | {"model.decoder.final_layer_norm.bias": torch.ones(96)}, other / "model.safetensors")
+    other.rename(moved)
+    with pytest.raises(UserError, match=rf"was trained in front of {moved} as it was then; {moved} has other weights"):
+        load_weights(found, open_weights(str(path), tmp_path), quiet)
 
 
 def test_a_checkpoint_of_another_q_former(build, lavis, tmp_path):
