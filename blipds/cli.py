@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import errno
-import importlib
+import importlib.util
 import io
 import json
 import os
@@ -17,14 +17,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from blipds import distributed
+from blipds.chatter import CHATTER
 from blipds.config.run import load_run_config
 from blipds.config.sections import Config
 from blipds.errors import UserError
 from blipds.files.paths import user_path
 from blipds.models.weights import fill_image_statistics
+from blipds.monitor import Monitor, NullMonitor
 from blipds.signals import REQUEUE, Stopped
 
 
@@ -33,14 +36,15 @@ def run(main: Callable[[], None]) -> None:
 
     So is standard output on a full disk; where nobody reads it any more (`| head`), the status is a shell's, 141.
     Other signals to stop are REQUEUE; while it trains, `Trainer.train` saves first. A bug's traceback is shown once, by
-    the rank that met it first, and no rank outlives it.
+    the rank that met it first, and no rank outlives it. Warnings of libraries go to the run's log file.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a caption may have letters that the locale has not
         sys.stdout.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: leave(REQUEUE))
     try:
-        main()
+        with CHATTER:
+            main()
         print(end="", flush=True)
     except UserError as error:
         if distributed.rank() != 0:
@@ -65,9 +69,27 @@ def run(main: Callable[[], None]) -> None:
                 print(f"error: standard output cannot be written: {error}", file=sys.stderr, flush=True)
             leave(141 if error.errno == errno.EPIPE else 1)
         if first:  # the others fail because this rank is gone: gloo says so at length
-            print(f"rank {distributed.rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            said = f"{CHATTER.unwritten()}{traceback.format_exc()}"
+            print(f"rank {distributed.rank()} failed:\n{said}", file=sys.stderr, flush=True)
         leave(1)
     distributed.shut_down()
+
+
+def start_ranks(module: str) -> None:
+    """Replaces this process by DeepSpeed's launcher with a rank of `module` for each GPU, where there are several.
+
+    RANKS asks for another number, on CPUs too. Returns in a rank of another launcher, and where one rank is enough.
+    """
+    distributed.take_launcher_names()
+    given = os.environ.get("RANKS", "")
+    device = distributed.device_type()
+    ranks = int(given) if given.isdigit() else torch.cuda.device_count() if device == "cuda" else 1
+    if ranks > 1 and "RANK" not in os.environ:
+        if device == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"  # else the launcher warns that it found nothing else
+        number = ["--num_accelerators", given] if given else []  # without it CUDA_VISIBLE_DEVICES counts
+        words = ["--quiet", *number, "--master_port", str(distributed.free_port()), "--module", module]
+        os.execv(sys.executable, [sys.executable, "-m", "deepspeed.launcher.runner", *words, *sys.argv[1:]])
 
 
 def leave(status: int) -> None:
@@ -87,10 +109,10 @@ def stdout_takes() -> bool:
     return True
 
 
-def add_config_arguments(
-    parser: argparse.ArgumentParser, cfg_path_required: bool = True, cfg_path_help: str = "run config (run_configs/)"
-) -> None:
-    parser.add_argument("--cfg-path", type=Path, required=cfg_path_required, metavar="YAML", help=cfg_path_help)
+def add_config_arguments(parser: argparse.ArgumentParser, default: str = "") -> None:
+    """`default`: the run config that --cfg-path stands for where it may be left out."""
+    text = "run config, or the name of one of run_configs/" + (default and f"; default: {default}")
+    parser.add_argument("--cfg-path", type=Path, required=not default, metavar="YAML", help=text)
     add_override_arguments(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved configs and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -186,6 +208,18 @@ def open_run_dir(config: Config, resumed: Path | None = None, restart: bool = Fa
                 pass
         except OSError as error:
             problem = f"run.output_dir: {run_dir} cannot be written to ({error})"
+        for name in config.run.trackers:
+            if importlib.util.find_spec(name) is None:
+                problem = f"run.trackers: {name} is not installed: pip install {name}"
     if problem := distributed.broadcast(problem):
         raise UserError(problem)
+    CHATTER.open(run_dir)
     return run_dir
+
+
+def open_monitor(
+    config: Config, run_dir: Path, resume_step: int | None = None, awaited_step: int | None = None
+) -> Monitor:
+    """Rank 0's monitor, with the trackers of the run config; of other ranks, one that does nothing."""
+    kind = Monitor if distributed.is_main() else NullMonitor
+    return kind(run_dir, resume_step, awaited_step, config.run.trackers, asdict(config))

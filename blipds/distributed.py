@@ -30,8 +30,7 @@ def initialise(collective_minutes: float = 120.0) -> torch.device:
     """Joins the ranks that the launcher started (or makes a world of one) and returns this rank's device. Collective.
 
     Understands the environment of deepspeed, torchrun, mpirun, srun and a plain `python`. A collective call fails where
-    a rank does not join it within `collective_minutes`. On CPUs each rank gets its share of the machine's cores: two
-    ranks with a thread per core each would fight for them.
+    a rank does not join it within `collective_minutes`. fp32 is computed in fp32.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers run in forked workers
     take_launcher_names()
@@ -50,8 +49,9 @@ def initialise(collective_minutes: float = 120.0) -> torch.device:
         # oneDNN caches 1024 matrix products, 6 MB each, and captions of many lengths keep needing new ones: in 1,000
         # steps a rank grows by 6 GB with the default (seen with torch 2.14), by 0.7 GB with this limit
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-        if local_world_size() > 1:
-            torch.set_num_threads(max((os.cpu_count() or 1) // local_world_size(), 1))
+    if local_world_size() > 1:
+        share_cores()
+    allow_tf32(False)
     if not dist.is_initialized():
         try:
             dist.init_process_group(backend, timeout=timedelta(minutes=collective_minutes))
@@ -65,6 +65,24 @@ def initialise(collective_minutes: float = 120.0) -> torch.device:
         if world_size() > 1:
             _watch_for_failures()
     return device
+
+
+def share_cores() -> None:
+    """Gives this rank its share of the machine's cores, whatever its launcher gave it.
+
+    deepspeed gives each rank a thread per core, so that ranks fight for them, and torchrun one thread. Adam on the host
+    (offload) runs with torch's threads.
+    """
+    torch.set_num_threads(max((os.cpu_count() or 1) // local_world_size(), 1))
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether CUDA devices may compute fp32 products and convolutions in TF32, with 10 bits after the leading one.
+
+    torch's own default has it for cuDNN's convolutions, such as the patch embedding, and not for products.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def take_launcher_names() -> None:

@@ -18,9 +18,14 @@ class UserError(ValueError):
         super().__init__(CONTROL.sub(" ", message).strip())
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
+def nearest(name: str, allowed: Iterable[str], label: str = "allowed") -> str:
     """The tail of an error line about an unknown name: the nearest spelling, then all that is allowed."""
     allowed = sorted(allowed)
     close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    return f"{hint}allowed: {', '.join(allowed)}"
+    return f"{hint}{label}: {', '.join(allowed)}"
+
+
+def short_of_memory(error: Exception) -> str:
+    """torch's OutOfMemoryError in a few words: how much it wanted, on which GPU."""
+    return f"GPU memory is used up ({str(error).partition(' of which')[0]})"

@@ -1,4 +1,4 @@
-"""What a person watches: the progress bar, TensorBoard, `metrics.jsonl`, and sheets of captioned images."""
+"""What a person watches: the progress bar, `metrics.jsonl`, sheets of captioned images, and `run.trackers`."""
 
 import json
 import math
@@ -6,7 +6,8 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from blipds.files.replacing import replace_text
+from blipds.trackers import TRACKERS, Tracker
 
 QUIET_SECONDS = 30.0  # between progress lines where no terminal can redraw a bar
 
@@ -25,21 +27,29 @@ class Monitor:
 
     With `resume_step` (the last step the checkpoint holds) what the run before wrote beyond it is dropped, from
     `metrics.jsonl` and from TensorBoard's curves: those steps are repeated. The scores of `awaited_step` are dropped
-    too, since they are computed again.
+    too, since they are computed again. `trackers` get curves, captions and `config`; one that fails is left out from
+    then on.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int | None = None, awaited_step: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self,
+        run_dir: Path,
+        resume_step: int | None = None,
+        awaited_step: int | None = None,
+        trackers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self.run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         metrics = run_dir / "metrics.jsonl"
         if resume_step is not None and metrics.exists():
             _drop_lines(metrics, resume_step, awaited_step)
         self._lines = metrics.open("a", encoding="utf-8", buffering=1)  # flushed at the end of every line
-        purge_step = None if resume_step is None else resume_step + 1
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=30)
         self._bar: tqdm | None = None
+        self._trackers: dict[str, Tracker] = {}
+        for name in trackers:
+            with self._left_out_if_it_fails(name):
+                self._trackers[name] = TRACKERS[name](run_dir, resume_step, config or {})
 
     def start_epoch(self, epoch: int, max_epoch: int, steps: int, done: int = 0) -> None:
         """Opens the progress bar of an epoch of `steps` optimiser steps, `done` of them before a resume."""
@@ -64,8 +74,10 @@ class Monitor:
         """`done` steps of this epoch are finished; the bar ends in `postfix` (loss, lr, ...)."""
         assert self._bar is not None, "advance() before start_epoch()"
         self._bar.set_postfix(postfix, refresh=False)
-        self._bar.update(done - self._bar.n)
-        if done >= self._bar.total:
+        if done < self._bar.total:
+            self._bar.update(done - self._bar.n)
+        else:  # closing draws the last line
+            self._bar.n = done
             self._close_bar()
 
     def start(self, step: int, facts: Mapping[str, Any]) -> None:
@@ -115,29 +127,34 @@ class Monitor:
         captions: Sequence[str],
         references: Sequence[Sequence[str]],
     ) -> None:
-        """Saves a contact sheet as `samples/{split}_step{step}.png` and shows it in TensorBoard."""
-        import numpy
-
+        """Saves a contact sheet as `samples/{split}_step{step}.png`, and shows the captions in the trackers."""
         sheet = contact_sheet(images, captions, references)
         path = self.run_dir / "samples" / f"{split}_step{step}.png"
         path.parent.mkdir(exist_ok=True)
         sheet.save(path)
-        self._board.add_image(f"{split}/captions", numpy.asarray(sheet), step, dataformats="HWC")
+        rows = list(zip(images, captions, references, strict=True))
+        self._track(lambda tracker: tracker.captions(step, split, rows, sheet))
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""
         tqdm.write(line)
         sys.stdout.flush()
 
+    def say_where(self) -> None:
+        """Says where the trackers show this run."""
+        for tracker in self._trackers.values():
+            self.say(f"watch      {tracker.where}")
+
     def flush(self) -> None:
-        """Writes the curves to their file, so that a checkpoint is never ahead of them."""
-        self._board.flush()
+        """Brings the trackers up to date before a checkpoint is written."""
+        self._track(lambda tracker: tracker.flush())
 
     def close(self) -> None:
         """Closes the bar and the files; may be called twice."""
         self._close_bar()
         self._lines.close()
-        self._board.close()
+        self._track(lambda tracker: tracker.close())
+        self._trackers = {}
 
     def _close_bar(self) -> None:
         if self._bar is not None:
@@ -156,9 +173,24 @@ class Monitor:
             line["not_finite"] = not_finite
         line["time"] = round(time.time(), 1)
         self._lines.write(json.dumps(line, allow_nan=False) + "\n")
-        for name, number in numbers.items():
-            if number is not None:
-                self._board.add_scalar(f"{section}/{name}", number, head["step"])
+        scalars = {f"{section}/{name}": number for name, number in numbers.items() if number is not None}
+        if scalars:
+            self._track(lambda tracker: tracker.scalars(head["step"], scalars))
+
+    def _track(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            with self._left_out_if_it_fails(name):
+                call(tracker)
+
+    @contextmanager
+    def _left_out_if_it_fails(self, name: str) -> Iterator[None]:
+        """A run never stops because of a tracker."""
+        try:
+            yield
+        except Exception as error:
+            self._trackers.pop(name, None)
+            reason = " ".join(str(error).split())
+            self.say(f"{name} fails, and the run goes on without it: {type(error).__name__}: {reason}")
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None: ...
@@ -168,7 +200,7 @@ class NullMonitor(Monitor):
     """What ranks other than 0 hold: every method of Monitor, doing nothing."""
 
     __init__ = start_epoch = advance = start = train = evaluation = checkpoint = captions = _nothing
-    say = flush = close = _nothing
+    say = say_where = flush = close = _nothing
 
 
 def _plain(value: Any) -> float | int | None:

@@ -161,8 +161,13 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`blipds-caption`."""
     arguments = parse_arguments()  # --help waits for no import
     from blipds import cli
 
     cli.run(partial(main, arguments))
+
+
+if __name__ == "__main__":
+    command()

@@ -1,5 +1,7 @@
-# Sourced by quickstart.sh and tests/run.sh: makes .venv beside the code (once) and installs blipds into it.
-#   install_blipds EXTRAS     e.g. "" or "[test]"
+# Sourced by quickstart.sh, train.sh and tests/run.sh.
+#   install_blipds EXTRAS     makes .venv beside the code (once) and installs blipds into it
+#                             with EXTRAS, "" or "[test]"
+#   free_port                 prints a port that nothing on this machine uses
 # BLIPDS_VENV chooses another place; PYTHON another interpreter.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -20,4 +22,8 @@ install_blipds() {
     export PATH="$venv/bin:$PATH"
     echo "== installing blipds and what it needs (several GB the first time, seconds after that)"
     python -m pip install --quiet --disable-pip-version-check -e "$root$1"
+}
+
+free_port() {
+    python -c 'import socket; probe = socket.socket(); probe.bind(("127.0.0.1", 0)); print(probe.getsockname()[1])'
 }

@@ -25,7 +25,6 @@ from blipds.config.sections import Config
 from blipds.engine import DTYPES
 from blipds.evaluation.evaluator import evaluate_checkpoint, read_cider_corpus
 from blipds.models.weights import find_checkpoint, initial_weights
-from blipds.monitor import Monitor, NullMonitor
 from blipds.report.machine import machine_facts
 from blipds.scoring.metrics import METRICS, Scores
 from blipds.scoring.published import published, table
@@ -56,7 +55,9 @@ def parse_arguments() -> argparse.Namespace:
         "custom_caption reads), not from the references of the set that is evaluated; for small sets. COCO's "
         "captions_val2014.json is what coco-val-df.p was counted in",
     )
-    parser.add_argument("--precision", choices=list(DTYPES), help="of weights and arithmetic (default: fp32)")
+    parser.add_argument(
+        "--precision", choices=list(DTYPES), help="of weights and arithmetic (default: run.eval_precision)"
+    )
     parser.add_argument(
         "--ds-config", type=Path, metavar="JSON", help="take the precision from a DeepSpeed config, as training does"
     )
@@ -75,7 +76,7 @@ def main() -> None:
     checkpoint = find_checkpoint(args.checkpoint, "best") if args.checkpoint else initial_weights(config.model)
     splits = args.split or config.run.test_splits or config.run.valid_splits
     run_dir = cli.open_run_dir(config)
-    monitor = Monitor(run_dir) if distributed.is_main() else NullMonitor()
+    monitor = cli.open_monitor(config, run_dir)
     if distributed.is_main():
         cli.keep_config(config, run_dir)
         monitor.start(0, machine_facts(device))
@@ -109,9 +110,14 @@ def summary(evaluations: list[tuple[str, dict[str, Scores]]], checkpoint: str | 
 
 def chosen_precision(args: argparse.Namespace, config: Config, device: torch.device) -> str:
     if args.precision or not args.ds_config:
-        return args.precision or "fp32"
+        return args.precision or config.run.eval_precision
     return precision(building.resolve(config, load_ds_config(args.ds_config), device, str(args.ds_config)))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`blipds-evaluate`."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

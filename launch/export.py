@@ -3,6 +3,7 @@
 
     python launch/export.py --checkpoint output/coco_large/<run> --format hf --output my-captioner
     python launch/export.py --checkpoint output/coco_large/<run> --format blip --output my_captioner.pth
+    python launch/export.py --checkpoint output/coco_large/<run> --format hf --output my-captioner --push OWNER/NAME
 
 The checkpoint is a run directory (its best), one of a run's checkpoints (<run>/checkpoints/step_00001000, or latest),
 whatever ZeRO stage and number of ranks wrote it; the run's own config.yaml gives the geometry, the image size, mean and
@@ -12,15 +13,17 @@ finetune.py reads can be exported too, with a --cfg-path that says how the model
     python launch/export.py --cfg-path run_configs/caption_coco_base.yaml --checkpoint x.pth --format hf --output x
 
 hf    config, safetensors, tokenizer, image processor, generation config and a model card (README.md) with the metrics,
-      the run config and the call that captions as this project does. BlipForConditionalGeneration,
+      the run config, its limits and the call that captions as this project does. BlipForConditionalGeneration,
       AutoModelForImageTextToText and the image-text-to-text pipeline load it as it is. An image encoder that
-      transformers' BLIP cannot express (layer scale, registers, ...) is refused with the reason.
+      transformers' BLIP cannot express (layer scale, registers, ...) is refused with the reason. --push uploads the
+      folder to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN; a missing repository is created.
 blip  the dict {model, config, epoch} that the original BLIP code and LAVIS load; any image encoder.
 
 Weights are written in fp32. No GPU is needed, and no optimizer state is read.
 """
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +50,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="what to export: a path, URL or hub name")
     parser.add_argument("--format", required=True, metavar="NAME", help="hf: transformers folder; blip: BLIP .pth")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR|FILE.pth", help="where to write it")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the transformers folder to the Hugging Face hub")
     parser.add_argument("--force", action="store_true", help="replace an earlier export at --output")
-    cli.add_config_arguments(parser, False, "run config; default: the config.yaml of the run that the checkpoint is of")
+    cli.add_config_arguments(parser, default="the config.yaml of the run that the checkpoint is of")
     return parser.parse_args()
 
 
@@ -64,6 +68,8 @@ def main() -> None:
     if args.format not in formats:
         allowed = ", ".join(formats) or "none: its checkpoints are safetensors under its own names"
         raise UserError(f"--format {args.format}: {config.model.arch} has the formats {allowed}")
+    if args.push:
+        check_push(args.push, args.format)
     model, tensors = read(config, location)
     output = user_path(args.output)
     processor = image_processor_of(config)
@@ -77,9 +83,38 @@ def main() -> None:
         generation_arguments(config),
         card_text(config, run_dir, location),
         args.force,
+        args.push,
     )
     formats[args.format](output, export)
     print(f"{output}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers, from {location}")
+    if args.push:
+        print(f"pushed to {push(output, args.push)}")
+
+
+def check_push(name: str, export_format: str) -> None:
+    """UserError where a push must fail, before the export takes its time."""
+    from huggingface_hub import get_token
+
+    if export_format != "hf":
+        raise UserError(f"--push uploads a transformers folder: --format is {export_format}; allowed: hf")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"--push {name}: expected OWNER/NAME")
+    if get_token() is None:
+        raise UserError(f"--push {name}: no token of the Hugging Face hub: type `hf auth login`, or set HF_TOKEN")
+
+
+def push(folder: Path, name: str) -> str:
+    """Uploads a folder to the hub (HF_ENDPOINT, where that is another), in one commit; returns its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="A captioner finetuned with blipds")
+    except Exception as error:  # of whatever HTTP package the hub's client uses
+        reason = " ".join(str(error).split())
+        raise UserError(f"--push {name}: {type(error).__name__}: {reason} ({folder} is complete)") from error
+    return str(address)
 
 
 def load_config(args: argparse.Namespace, run_dir: Path | None) -> Config:
@@ -120,7 +155,7 @@ def generation_arguments(config: Config) -> dict[str, Any]:
 
 
 def card_text(config: Config, run_dir: Path | None, location: str) -> str:
-    """Metrics of the run, and its config, as Markdown."""
+    """Metrics of the run, the limits of its model, and its config, as Markdown."""
     parts = []
     if run_dir is not None and (lines := evaluations(run_dir, Path(location))):
         columns = [name for name in SHOWN_METRICS if any(line.get(name) is not None for line in lines)]
@@ -131,6 +166,17 @@ def card_text(config: Config, run_dir: Path | None, location: str) -> str:
             values = ["" if line.get(name) is None else f"{line[name]:.4f}" for name in columns]
             parts.append(f"| {line['split']} | {line['step']} | {' | '.join(values)} | {weights_of(line)} |")
         parts.append("\nCIDEr and the others as fractions, computed by pycocoevalcap over PTB tokens.\n")
+    size, trained_on = config.model.image_size, ", ".join(config.datasets)
+    parts.append(
+        f"""## Limits
+
+- The model was finetuned on {trained_on}, and writes captions like those. On other kinds of images captions are more
+  often wrong, and may name things that are not there.
+- The model repeats biases of its captions, also about people. Do not use it to decide anything about a person.
+- Images are resized to {size} x {size} pixels, whatever their shape: small things and writing get lost.
+- A caption has at most {config.run.max_len} tokens, with the prompt's.
+"""
+    )
     parts.append(f"## Run config\n\n<details>\n\n```yaml\n{cli.as_yaml(config)}```\n\n</details>\n")
     return "\n".join(parts)
 
@@ -160,5 +206,10 @@ def trained_at(line: dict[str, Any], step: int | None) -> bool:
     return line["step"] == step and str(line.get("note", "")).startswith("training weights")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`blipds-export`."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

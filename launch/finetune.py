@@ -4,6 +4,7 @@
     deepspeed launch/finetune.py --cfg-path run_configs/caption_coco_large.yaml --ds-config ds_configs/zero2.json
     deepspeed --num_accelerators 2 launch/finetune.py ...       two ranks on this machine, GPUs or not
     deepspeed --hostfile hosts launch/finetune.py ...           several machines
+    blipds-finetune --cfg-path caption_coco_base --ds-config zero2      the installed command: a rank for each GPU
 
 torchrun and plain python (one process) work too. run_configs/README.md explains every key, ds_configs/README.md which
 DeepSpeed config to pick. The run directory, run.output_dir/<job id>, gets metrics.jsonl, TensorBoard's files, captions,
@@ -21,13 +22,12 @@ from blipds.config.sections import Config
 from blipds.engine.checkpoints import read_state, resume_point
 from blipds.errors import UserError
 from blipds.evaluation.evaluator import evaluate_checkpoint
-from blipds.files.paths import user_path
+from blipds.files.paths import packaged, user_path
 from blipds.models.weights import find_checkpoint, initial_weights
-from blipds.monitor import Monitor, NullMonitor
 from blipds.training import building
 from blipds.training.run_state import RunState
 
-DEFAULT_DS_CONFIG = Path(__file__).parent.parent / "ds_configs" / "zero2.json"
+DEFAULT_DS_CONFIG = packaged("ds_configs") / "zero2.json"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         default=DEFAULT_DS_CONFIG,
         metavar="JSON",
-        help="DeepSpeed config (default: ds_configs/zero2.json)",
+        help="DeepSpeed config, or the name of one of ds_configs/ (default: zero2)",
     )
     parser.add_argument(
         "--resume",
@@ -76,15 +76,16 @@ def main() -> None:
         evaluate(config, str(resumed) if resumed else initial_weights(config.model), device, run_dir)
         return
 
-    monitor = NullMonitor()
+    state = RunState(**read_state(resumed)["run"]) if resumed else RunState()
+    monitor = cli.open_monitor(config, run_dir, state.global_step, state.awaited_step)
     if distributed.is_main():
-        state = RunState(**read_state(resumed)["run"]) if resumed else RunState()
-        monitor = Monitor(run_dir, state.global_step, state.awaited_step)
         (run_dir / "config.yaml").write_text(cli.as_yaml(config), encoding="utf-8")
         (run_dir / "ds_config.json").write_text(cli.as_json(ds_config), encoding="utf-8")
     try:
         trainer = building.build_trainer(config, ds_config, run_dir, monitor, resumed)
         trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise building.out_of_memory(config, ds_config, device, DEFAULT_DS_CONFIG.parent, error) from error
     finally:
         monitor.close()
     trainer.close()
@@ -122,14 +123,22 @@ def checkpoint_to_resume(where: str, config: Config) -> Path | None:
 def evaluate(
     config: Config, checkpoint: str | None, device: torch.device, run_dir: Path, step: int = 0, epoch: int | None = None
 ) -> None:
-    """Scores the test splits (where there are none, the validation splits) with a checkpoint, in fp32."""
+    """Scores the test splits (where there are none, the validation splits) with a checkpoint, in run.eval_precision."""
     splits = config.run.test_splits or config.run.valid_splits
-    monitor = Monitor(run_dir) if distributed.is_main() else NullMonitor()
-    evaluate_checkpoint(config, checkpoint, splits, device, "fp32", run_dir, monitor, step=step, epoch=epoch)
+    monitor = cli.open_monitor(config, run_dir)
+    precision = config.run.eval_precision
+    evaluate_checkpoint(config, checkpoint, splits, device, precision, run_dir, monitor, step=step, epoch=epoch)
     if distributed.is_main():
         cli.keep_config(config, run_dir)
         building.rewrite_report(config, run_dir, monitor.say)
     monitor.close()
+
+
+def command() -> None:
+    """`blipds-finetune`: starts a rank for each GPU, or RANKS of them, by DeepSpeed's launcher."""
+    parse_arguments()  # --help and mistakes need no launcher
+    cli.start_ranks("blipds.launch.finetune")
+    cli.run(main)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from blipds.config.deepspeed import Section, load_ds_config, precision
 from blipds.config.sections import Config
 from blipds.engine import DTYPES
 from blipds.errors import UserError
+from blipds.files.paths import packaged
 from blipds.planning.planner import (
     CAPTIONS_PER_IMAGE,
     GB,
@@ -39,7 +40,7 @@ from blipds.planning.planner import (
 )
 from blipds.training import building
 
-DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
+DS_CONFIGS = packaged("ds_configs")
 UNITS = {"GB": 10**9, "GiB": 2**30, "TB": 10**12, "TiB": 2**40}
 
 
@@ -158,12 +159,18 @@ def write_recommendation(args: argparse.Namespace, config: Config, cluster: Clus
     args.recommend.write_text((DS_CONFIGS / name).read_text("utf-8"), "utf-8")
     options = [f"{key}={json.dumps(value)}" for key, value in values.items()]  # JSON's null and true are YAML's
     start = f"--num_gpus {args.gpus}" if args.nodes == 1 else "--hostfile HOSTS"
+    script = "--module blipds.launch.finetune" if __package__ else "launch/finetune.py"
     print(
         f"ds_configs/{name}, written to {args.recommend}; {found.verdict()}\n\n"
-        f"deepspeed {start} launch/finetune.py --cfg-path {args.cfg_path} --ds-config {args.recommend} \\\n"
+        f"deepspeed {start} {script} --cfg-path {args.cfg_path} --ds-config {args.recommend} \\\n"
         f"    --options {' '.join([*args.options, *options])}"
     )
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`blipds-plan`."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

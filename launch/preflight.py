@@ -42,5 +42,10 @@ def main() -> None:
         os.execv(program, args.command)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`blipds-preflight`."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

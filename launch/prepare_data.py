@@ -162,7 +162,7 @@ def run_check(args: argparse.Namespace) -> None:
 
 def draw_samples(splits: list[Findings], path: Path) -> bool:
     """Samples from all over the collection; False where no image can be read."""
-    records = [record for findings in splits for record in findings.readable]
+    records = [record for findings in splits for record, _ in findings.readable]
     if not records:
         return False
     shown = [records[number * len(records) // SAMPLES] for number in range(min(SAMPLES, len(records)))]
@@ -181,5 +181,10 @@ def write(path: Path, text: str) -> None:
         raise UserError(f"--problems {path}: {error.strerror}") from error
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`blipds-prepare-data`."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -69,5 +69,10 @@ def heat_maps_of(
     }
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`blipds-report`."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

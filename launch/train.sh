@@ -3,10 +3,16 @@
 # HOSTFILE=hosts trains on the machines that it names, once launch/preflight.py has checked them. RANKS=2 starts two
 # ranks instead of one for each GPU; without a GPU they share the CPU.
 
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
 train() {
-    local root command
-    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-    command=(deepspeed ${HOSTFILE:+--hostfile "$HOSTFILE"} ${RANKS:+--num_accelerators "$RANKS"}
+    local where command
+    if [ -n "${HOSTFILE:-}" ]; then
+        where=(--hostfile "$HOSTFILE") # on DeepSpeed's port, which preflight checks
+    else
+        where=(--master_port "$(free_port)") # other runs of this machine have others
+    fi
+    command=(deepspeed --quiet "${where[@]}" ${RANKS:+--num_accelerators "$RANKS"}
         "$root/launch/finetune.py" --cfg-path "$root/run_configs/$1" --ds-config "$root/ds_configs/zero2.json"
         --resume auto "${@:2}")
     if [ -n "${HOSTFILE:-}" ]; then

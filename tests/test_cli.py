@@ -78,6 +78,34 @@ def test_output_that_nobody_reads_or_that_has_no_room(tmp_path):
         assert log.read_text() == said
 
 
+# --- the installed blipds-finetune
+
+
+def test_a_rank_for_each_gpu(monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execv", lambda program, words: started.append(words[1:]))
+    monkeypatch.setattr(distributed, "free_port", lambda: 4711)
+    monkeypatch.setattr(sys, "argv", ["blipds-finetune", "--cfg-path", "shapes_tiny"])
+    for name in ("RANK", "RANKS"):
+        monkeypatch.delenv(name, raising=False)
+    cli.start_ranks("a.module")
+    assert started == []
+    monkeypatch.setattr(distributed, "device_type", lambda: "cuda")
+    monkeypatch.setattr(cli.torch.cuda, "device_count", lambda: 8)
+    cli.start_ranks("a.module")
+    monkeypatch.setenv("RANKS", "2")
+    cli.start_ranks("a.module")
+    launcher, typed = (
+        ["-m", "deepspeed.launcher.runner", "--quiet"],
+        ["--module", "a.module", "--cfg-path", "shapes_tiny"],
+    )
+    assert started[0] == [*launcher, "--master_port", "4711", *typed]
+    assert started[1] == [*launcher, "--num_accelerators", "2", "--master_port", "4711", *typed]
+    monkeypatch.setenv("RANK", "0")  # torchrun and others have started this rank
+    cli.start_ranks("a.module")
+    assert len(started) == 2
+
+
 # --- how a command ends
 
 

@@ -4,6 +4,7 @@ import os
 from datetime import timedelta
 
 import pytest
+import torch
 from launching import environment, free_port, start_script, wait
 
 from blipds import distributed
@@ -61,3 +62,21 @@ def test_collective_calls_wait_no_longer_than_asked(variables, monkeypatch):
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **kwargs: given.update(kwargs))
     distributed.initialise(collective_minutes=7)
     assert given["timeout"] == timedelta(minutes=7)
+
+
+def test_each_rank_takes_its_share_of_the_cores(variables, monkeypatch):
+    """Whatever the launcher said: deepspeed nothing, torchrun one thread."""
+    variables(LOCAL_WORLD_SIZE="3", OMP_NUM_THREADS="1")
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    distributed.share_cores()
+    assert given == [5]
+
+
+def test_fp32_is_fp32(variables, monkeypatch):
+    variables(RANK="0", WORLD_SIZE="1", DS_ACCELERATOR="cpu")
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *args, **kwargs: None)
+    distributed.allow_tf32(True)
+    distributed.initialise()
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32

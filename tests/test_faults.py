@@ -18,7 +18,7 @@ SMALL = [
 
 
 def finetune(output, *options, launch=launch):
-    arguments = ["--cfg-path", "run_configs/shapes_tiny.yaml", "--plugin", "tests.faulty"]
+    arguments = ["--cfg-path", "tests/shapes_tiny.yaml", "--plugin", "tests.faulty"]
     return launch(
         2, "launch/finetune.py", *arguments, "--options", *SMALL, f"run.output_dir={output}", *options, timeout=1200
     )
@@ -47,7 +47,7 @@ def test_scores_that_were_awaited_come_after_a_resume(tmp_path):
     options = [f"run.output_dir={tmp_path}", "run.runner=runner_iter", "run.max_iters=6", "run.iters_per_inner_epoch=2"]
     options += ["run.valid_splits=[val]", "run.limit_val=11", "run.batch_size_eval=4", "run.save_steps=1"]
     options += ["run.keep_last=1", "run.num_workers=0"]
-    resume = ["--cfg-path", "run_configs/shapes_tiny.yaml", "--resume", "auto", "--options", *SMALL, *options]
+    resume = ["--cfg-path", "tests/shapes_tiny.yaml", "--resume", "auto", "--options", *SMALL, *options]
 
     def evaluated():
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -204,6 +204,18 @@ def test_progress_without_a_terminal_is_lines(tmp_path):
     assert shown[1].endswith("loss=2.5, lr=1e-05]")
 
 
+def test_an_epoch_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("blipds.monitor.QUIET_SECONDS", 0.0)
+    monitor = Monitor(tmp_path)
+    monitor.start_epoch(0, 1, 2)
+    monitor.advance(1, {})
+    monitor.advance(2, {"loss": 2.5})
+    monitor.close()
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.split(" [")[0] for line in shown] == [f"epoch 1/1 step {done}/2" for done in range(3)]
+    assert shown[-1].endswith("loss=2.5]")
+
+
 def test_null_monitor_does_nothing():
     def methods(kind):
         return {

@@ -18,7 +18,7 @@ from blipds.data.loader import derive_seed
 from blipds.data.processors import BlipImageEval, ImageProcessor
 from blipds.data.tokenizer import CaptionTokenizer, caption_tokenizer
 from blipds.engine import DTYPES
-from blipds.errors import UserError
+from blipds.errors import UserError, short_of_memory
 from blipds.files.paths import user_path
 from blipds.models import build_model
 from blipds.models.checkpoint_files import StoredTensors
@@ -73,11 +73,25 @@ class Captioner:
         """
         return [captions[0] for captions in self.captions(model, images, names, lockstep)]
 
-    @torch.no_grad()
     def captions(
         self, model: CaptioningModel, images: dict[str, Tensor], names: Sequence[object], lockstep: bool = False
     ) -> list[list[str]]:
-        """`generation.num_captions` captions of each image, best first where they are beams. Arguments as `caption`."""
+        """`generation.num_captions` captions of each image, best first where they are beams. Arguments as `caption`.
+
+        UserError where a GPU has too little memory.
+        """
+        try:
+            return self._captions(model, images, names, lockstep)
+        except torch.OutOfMemoryError as error:
+            smaller = "run.batch_size_eval, or --batch-size of launch/caption.py"
+            raise UserError(
+                f"{short_of_memory(error)}: {len(names)} images at once are too many; lower {smaller}"
+            ) from error
+
+    @torch.no_grad()
+    def _captions(
+        self, model: CaptioningModel, images: dict[str, Tensor], names: Sequence[object], lockstep: bool
+    ) -> list[list[str]]:
         device = next(iter(images.values())).device
         prompt_ids = torch.tensor(self.tokenizer.prompt_ids, device=device)
         any_rank = distributed.any_rank if lockstep else None

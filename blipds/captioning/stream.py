@@ -14,7 +14,7 @@ from blipds import distributed
 from blipds.captioning.captioner import CaptionModel
 from blipds.captioning.inputs import ImageReader, NamedImage
 from blipds.captioning.outputs import CaptionOutput
-from blipds.data.workers import Shared, received
+from blipds.data.workers import Shared, received, worker_context
 from blipds.signals import leave_signals_alone
 
 
@@ -55,6 +55,7 @@ def caption_images(
         batch_sampler=shares(wanted, batch_size),
         collate_fn=Shared(reader.collate),
         num_workers=num_workers,
+        multiprocessing_context=worker_context(num_workers),
         worker_init_fn=leave_signals_alone,
         pin_memory=model.device.type == "cuda",
     )

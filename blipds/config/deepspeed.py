@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 from blipds.config.deepspeed_schema import NOT_HERE, SCHEMA, ZERO, Json, Kind, Schema, Section
 from blipds.config.sections import Config, RunConfig
 from blipds.errors import UserError, nearest
+from blipds.files.paths import find_config
 
 Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
 
@@ -19,9 +20,10 @@ Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
 
 
 def load_ds_config(path: str | Path) -> Section:
-    """Read and check a DeepSpeed JSON; "auto" stays. UserError in one line for whatever is wrong with the file."""
+    """Read and check a DeepSpeed JSON, or a packaged one by its name; "auto" stays. UserError for whatever is wrong."""
+    path = find_config(Path(path), "ds_configs", ".json", "DeepSpeed JSON")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot read the DeepSpeed JSON: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -95,9 +97,10 @@ def resolve_ds_config(
     # AdamW unless said; adam_w_mode is written out, since DeepSpeed's "Adam" is AdamW unless it says false
     for path, default in (("optimizer.type", "AdamW"), ("optimizer.params.adam_w_mode", True)):
         resolved = with_setting(resolved, path, setting(resolved, path, default))
-    resolved = _with_precision(resolved, default_precision)
+    named = any(setting(ds, f"{name}.enabled") is True for name in ("bf16", "fp16", "torch_autocast"))
     # sizes in elements, as transformers' Trainer fills them in (transformers/integrations/deepspeed.py)
     autos: dict[str, Json] = {
+        **{f"{name}.enabled": name == default_precision and not named for name in ("bf16", "fp16")},
         "optimizer.params.eps": 1e-8,
         "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
         "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
@@ -107,6 +110,10 @@ def resolve_ds_config(
     for path, value in autos.items():
         if setting(resolved, path) == "auto":
             resolved = with_setting(resolved, path, value)
+    # bf16's 8 bits lose a micro-batch's small gradients in the sum of many; stage 0 has no other sum
+    sums_bf16 = config.run.accum_grad_iters > 1 and precision(resolved) == "bf16" and zero_stage(resolved) > 0
+    if sums_bf16 and setting(resolved, "data_types.grad_accum_dtype") is None:
+        resolved = with_setting(resolved, "data_types.grad_accum_dtype", "fp32")
     for fault in _faults(resolved, config, world_size, device_type):
         raise UserError(f"{source}: {fault}")
     return resolved
@@ -195,16 +202,6 @@ def _with_run_values(ds: Section, run: RunConfig, world_size: int, source: str) 
                 f'say "auto" in the JSON: the run config owns it'
             )
         ds = with_setting(ds, path, value)
-    return ds
-
-
-def _with_precision(ds: Section, default: Precision) -> Section:
-    """Where it says "auto", on if `default` names it; off beside a precision that is switched on by name."""
-    for name in ("bf16", "fp16"):
-        if setting(ds, f"{name}.enabled") == "auto":
-            others = ("fp16" if name == "bf16" else "bf16", "torch_autocast")
-            chosen = any(setting(ds, f"{other}.enabled") is True for other in others)
-            ds = with_setting(ds, f"{name}.enabled", default == name and not chosen)
     return ds
 
 

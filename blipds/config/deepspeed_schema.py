@@ -181,7 +181,7 @@ _NOT_HERE: Mapping[str, str] = {
     "the run config owns clipping: run.max_grad_norm": "optimizer.params.max_grad_norm",
     "the run config owns accumulation: run.accum_grad_iters": "managed_gradient_accumulation",
     "the run config owns batch sizes": "autotuning elasticity",
-    "blipds writes TensorBoard and metrics.jsonl itself": "tensorboard wandb csv_monitor comet "
+    "run.trackers chooses TensorBoard, wandb and mlflow": "tensorboard wandb csv_monitor comet "
     "zero_optimization.compute_grad_norm",
     "blipds loads the data itself: run and datasets in the run config": "data_efficiency dataloader_drop_last "
     "curriculum_learning",

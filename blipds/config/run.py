@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from blipds.config.schema import conform, merged, read_option, read_yaml, type_hints
 from blipds.config.sections import Config, DatasetConfig, ModelConfig, one_of
 from blipds.errors import UserError
+from blipds.files.paths import find_config
 from blipds.registry import ARCHS
 
 PACKAGED_DATASETS = Path(__file__).parents[1] / "data" / "configs"
@@ -34,9 +35,10 @@ REPLACED_RUN_KEYS = {
 def load_run_config(cfg_path: Path, options: Sequence[str] = ()) -> tuple[Config, list[str]]:
     """Merges and checks; returns the config and the lines about keys that something else decides now.
 
-    `options` are `key.path=value`, the value read as YAML. Raises UserError with one line that names the key, what was
-    given and what is allowed.
+    `cfg_path` may be the name of a packaged one. `options` are `key.path=value`, the value read as YAML. Raises
+    UserError with one line that names the key, what was given and what is allowed.
     """
+    cfg_path = find_config(cfg_path, "run_configs", ".yaml")
     given = reduce(merged, map(read_option, options), read_yaml(cfg_path))
     section = given.get("model")
     arch = ARCHS[str(section.get("arch", ModelConfig.arch) if isinstance(section, dict) else ModelConfig.arch)]()

@@ -50,14 +50,13 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE
 def read_yaml(path: Path) -> dict[Any, Any]:
     """A YAML file of settings, its scalars as they are written (`Text`)."""
     try:
-        document = path.read_text("utf-8")
-        checked = OmegaConf.create(document)  # refuses keys that stand twice, and aliases that would fill the memory
-        loaded = yaml.load(document, Loader)
+        checked = OmegaConf.load(path)  # refuses keys that stand twice, and aliases that would fill the memory
+        loaded = yaml.load(path.read_text("utf-8"), Loader)
     except FileNotFoundError:
         raise UserError(f"no such config file: {path}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a directory; a YAML file is expected") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:
         raise UserError(f"{path} is not a YAML file of settings: {' '.join(str(error).split())}") from error
     if not isinstance(checked, DictConfig) or not isinstance(loaded, dict | None):
         raise UserError(f"{path} holds no mapping; expected the sections model, datasets, run")
@@ -76,7 +75,7 @@ def read_option(option: str) -> dict[Any, Any]:
         raise UserError(f"--options {option}: not text in this locale; set LC_ALL=C.UTF-8") from error
     except yaml.YAMLError as error:
         raise UserError(f"--options {option}: {str(error).splitlines()[0]}") from error
-    for name in reversed(re.findall(r"[^.\[\]]+", key)):
+    for name in reversed(re.sub(r"\[(.*?)\]", r".\1", key).split(".")):  # datasets[nocaps].images is allowed, too
         value = {name: value}
     return value
 

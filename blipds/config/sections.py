@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from blipds.errors import UserError, nearest
 from blipds.registry import ARCHS
+from blipds.trackers import TRACKERS
 
 # What a number may be, by the words for it in messages.
 LIMITS: dict[str, Callable[[float], bool]] = {
@@ -257,6 +258,7 @@ class RunConfig:
     limit_val: int | None = limited(None, "more than 0")
     max_bad_images: int = limited(100, "0 or more")
     compile: bool = False
+    tf32: bool = False
     seed: int = 42
 
     # splits and captions
@@ -264,6 +266,7 @@ class RunConfig:
     valid_splits: list[str] = field(default_factory=lambda: ["val"])
     test_splits: list[str] = field(default_factory=list)
     evaluate: bool = False
+    eval_precision: str = "fp32"
     gather_for_evaluation: bool = True
     num_beams: int = limited(3, "1 or more")
     max_len: int = 20
@@ -281,6 +284,7 @@ class RunConfig:
     job_id: str | None = None
     expect_world_size: int | None = limited(None, "more than 0")
     resume_ckpt_path: str | None = None
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     log_freq: int = limited(50, "1 or more")
     val_freq: int = limited(1, "1 or more")
     val_steps: int | None = limited(None, "more than 0")
@@ -297,7 +301,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         one_of("run.task", self.task, ["captioning"])
         one_of("run.runner", self.runner, ["runner_base", "runner_iter"])
+        for tracker in self.trackers:
+            one_of("run.trackers", tracker, list(TRACKERS))
         one_of("run.weight_decay_on", self.weight_decay_on, ["matrices", "all"])
+        one_of("run.eval_precision", self.eval_precision, ["fp32", "bf16", "fp16"])
         check_limits("run", self)
         for prefix, scale in self.lr_scale.items():
             check(f"run.lr_scale.{prefix}", scale, scale > 0, "more than 0 (model.freeze_vit keeps weights still)")

@@ -163,11 +163,6 @@ def build_processors(
     return image_processor, PROCESSORS[text.name](prompt=config.model.prompt, **words)
 
 
-def has_split(dataset: DatasetConfig, split: str) -> bool:
-    files = dataset.build_info.annotations.get(split)
-    return split in dataset.num_images or (files is not None and bool(files.storage))
-
-
 def is_stream(storage: str) -> bool:
     """Whether it is no file, but what blipds/data/streams.py reads."""
     return storage.startswith("pipe:") or "://" in storage
@@ -175,8 +170,8 @@ def is_stream(storage: str) -> bool:
 
 def splits_of(dataset: DatasetConfig) -> list[str]:
     """The splits that a dataset has files or drawings for."""
-    names = dict.fromkeys([*dataset.build_info.annotations, *dataset.num_images])
-    return [name for name in names if has_split(dataset, name)]
+    with_files = [name for name, files in dataset.build_info.annotations.items() if files.storage]
+    return list(dict.fromkeys([*with_files, *dataset.num_images]))
 
 
 def build_image_processor(config: ImageProcessorConfig, image_size: int) -> ImageProcessor:
@@ -197,14 +192,13 @@ def build_image_processor(config: ImageProcessorConfig, image_size: int) -> Imag
 @DATASETS.register("custom_caption")
 def annotation_files(dataset: DatasetConfig, config: Config, split: str, training: bool) -> Annotations:
     """Datasets of files in any layout that blipds/data/layouts.py knows."""
-    splits = dataset.build_info.annotations
-    if split not in splits or not splits[split].storage:
-        known = [name for name, files in splits.items() if files.storage]
+    files = dataset.build_info.annotations.get(split)
+    if files is None or not files.storage:
         raise UserError(
             f"no annotation file for split '{split}': give datasets.<name>.build_info.annotations.{split}.storage; "
-            f"{nearest(split, known)}"
+            f"{nearest(split, splits_of(dataset))}"
         )
-    for storage in splits[split].storage:
+    for storage in files.storage:
         if is_stream(storage):
             raise UserError(
                 f"{storage}: a stream can only be trained on, and nothing else beside it; split '{split}' needs files"
@@ -212,7 +206,7 @@ def annotation_files(dataset: DatasetConfig, config: Config, split: str, trainin
     cache_root = user_path(config.env.cache_root)
     images = dataset.images or dataset.build_info.images.storage
     image_root = None if images is None else cache_root / user_path(images)
-    paths = [cache_root / user_path(storage) for storage in splits[split].storage]
+    paths = [cache_root / user_path(storage) for storage in files.storage]
     return read_annotations(paths, image_root, training, split, cache_root / "shard_indices")
 
 

@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
@@ -40,37 +40,40 @@ class Findings:
     annotations: Annotations
     pictures: list[Picture]
     max_words: int
-    lengths: list[int] = field(default_factory=list)
-    unknown: Counter[str] = field(default_factory=Counter)
-    words: int = 0
-    cut_by_words: int = 0
-    spelling: str = ""
+    lengths: list[int]
+    unknown: Counter[str]
+    words: int
+    cut_by_words: int
+    spelling: str
 
     @property
-    def readable(self) -> list[Record]:
+    def readable(self) -> list[tuple[Record, Picture]]:
         pairs = zip(self.annotations.records, self.pictures, strict=True)
-        return [record for record, picture in pairs if picture.error is None]
+        return [(record, picture) for record, picture in pairs if picture.error is None]
 
 
 def inspect(name: str, annotations: Annotations, tokenizer: CaptionTokenizer, max_words: int, workers: int) -> Findings:
     """Opens every image, in `workers` processes, and tokenizes every caption."""
     pictures = look_at_all([record.image for record in annotations.records], name, workers)
-    findings = Findings(name, annotations, pictures, max_words)
     processor = CaptionProcessor(max_words=max_words)
     written = [caption for record in annotations.records for caption in record.captions]
-    findings.cut_by_words = sum(len(processor.words(caption)) > max_words for caption in written)
-    findings.spelling = spelling(written, tokenizer).line()
+    cut = sum(len(processor.words(caption)) > max_words for caption in written)
     captions = [processor.clean(caption) for caption in written]
     tokens = tokenizer.tokenizer(captions, add_special_tokens=False)["input_ids"] if captions else []
-    findings.lengths = [len(ids) for ids in tokens]
     counts = Counter(word for caption in captions for word in caption.split())
-    findings.words = sum(counts.values())
     ids_of_words = tokenizer.tokenizer(list(counts), add_special_tokens=False)["input_ids"] if counts else []
-    unknown = tokenizer.tokenizer.unk_token_id
-    for (word, count), ids in zip(counts.items(), ids_of_words, strict=True):
-        if unknown in ids:
-            findings.unknown[word] = count
-    return findings
+    with_ids = zip(counts.items(), ids_of_words, strict=True)
+    return Findings(
+        name,
+        annotations,
+        pictures,
+        max_words,
+        lengths=list(map(len, tokens)),
+        unknown=Counter({word: n for (word, n), ids in with_ids if tokenizer.tokenizer.unk_token_id in ids}),
+        words=sum(counts.values()),
+        cut_by_words=cut,
+        spelling=spelling(written, tokenizer).line(),
+    )
 
 
 def look_at_all(sources: Sequence[ImageSource], name: str, workers: int) -> list[Picture]:
@@ -173,13 +176,11 @@ def histogram(numbers: Sequence[int], step: int = 5) -> list[str]:
 def same_pixels(first: Findings, second: Findings) -> list[tuple[ImageSource, ImageSource]]:
     """Images that are equal pixel by pixel: one split's among themselves, or of two splits."""
     seen: dict[bytes, ImageSource] = {}
-    for record, picture in zip(first.annotations.records, first.pictures, strict=True):
-        if picture.error is None:
-            seen.setdefault(picture.digest, record.image)
-    pairs = zip(second.annotations.records, second.pictures, strict=True)
+    for record, picture in first.readable:
+        seen.setdefault(picture.digest, record.image)
     return [
         (seen[picture.digest], record.image)
-        for record, picture in pairs
+        for record, picture in second.readable
         if picture.digest in seen and (first is not second or seen[picture.digest] != record.image)
     ]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -15,7 +16,7 @@ from blipds.data.datasets import CaptionDataset, Sample
 from blipds.data.images import EmbedStore, ImageEmbeds, Images, stack
 from blipds.data.processors import ImageProcessor
 from blipds.data.tokenizer import CaptionTokenizer
-from blipds.data.workers import Shared, received
+from blipds.data.workers import Shared, received, worker_context
 from blipds.errors import UserError
 from blipds.signals import leave_signals_alone
 
@@ -104,26 +105,45 @@ class EpochOrder:
     def __len__(self) -> int:
         return sum(self.shares)
 
-    def permutation(self, size: int, *parts: object) -> list[int]:
+    def permutation(self, size: int, *parts: object) -> np.ndarray:
         if not self.shuffle:
-            return list(range(size))
-        return torch.randperm(size, generator=torch.Generator().manual_seed(derive_seed(self.seed, *parts))).tolist()
+            return np.arange(size, dtype=np.int32)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, *parts))
+        return torch.randperm(size, generator=generator, dtype=torch.int32).numpy()
 
-    def dataset_samples(self, dataset: int, epoch: int) -> list[int]:
+    def dataset_samples(self, dataset: int, epoch: int) -> np.ndarray:
         """The samples of one dataset in this epoch: a stretch of its endless sequence of passes."""
         size, share = self.sizes[dataset], self.shares[dataset]
         first, last = epoch * share, (epoch + 1) * share
-        samples: list[int] = []
+        passes = []
         for number in range(first // size, (last - 1) // size + 1):
             order = self.permutation(size, "pass", dataset, number)
-            samples += order[max(first - number * size, 0) : last - number * size]
-        return samples
+            passes.append(order[max(first - number * size, 0) : last - number * size])
+        return np.concatenate(passes) if passes else np.zeros(0, dtype=np.int32)
 
-    def keys(self, epoch: int) -> list[Key]:
+    def keys(self, epoch: int) -> "EpochKeys":
         """All samples of an epoch, in order."""
-        pairs = [(d, sample) for d in range(len(self.sizes)) for sample in self.dataset_samples(d, epoch)]
-        order = self.permutation(len(pairs), "epoch", epoch)
-        return [(*pairs[i], derive_seed(self.seed, epoch, *pairs[i])) for i in order]
+        samples = [self.dataset_samples(dataset, epoch) for dataset in range(len(self.sizes))]
+        datasets = np.repeat(np.arange(len(samples), dtype=np.int16), [len(share) for share in samples])
+        order = self.permutation(len(datasets), "epoch", epoch)
+        return EpochKeys(self.seed, epoch, datasets[order], np.concatenate(samples)[order])
+
+
+@dataclass(frozen=True)
+class EpochKeys:
+    """The keys of an epoch, made when they are asked for: 6 bytes a sample, where lists of them would take 200."""
+
+    seed: int
+    epoch: int
+    datasets: np.ndarray
+    samples: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, place: int) -> Key:
+        dataset, sample = int(self.datasets[place]), int(self.samples[place])
+        return dataset, sample, derive_seed(self.seed, self.epoch, dataset, sample)
 
 
 class KeyedSamples(Dataset[Sample]):
@@ -186,10 +206,10 @@ class EpochBatches(RankBatches):
 
     def __iter__(self) -> Iterator[list[Key | None]]:
         size, micro_batch = self.share.global_batch, self.share.micro_batch
-        keys: list[Key | None] = list(self.order.keys(self.epoch))
-        keys += [None] * (len(self) * size - len(keys))
+        keys = self.order.keys(self.epoch)
         for step in range(self.first_step, len(self)):
-            mine = keys[step * size : (step + 1) * size][self.share.rank :: self.share.world_size]  # fillers are spread
+            places = range(step * size + self.share.rank, (step + 1) * size, self.share.world_size)
+            mine = [keys[place] if place < len(keys) else None for place in places]  # fillers are spread
             for start in range(0, len(mine), micro_batch):
                 yield mine[start : start + micro_batch]
 
@@ -209,6 +229,7 @@ class TrainLoader:
             batch_sampler=batches,
             collate_fn=Shared(Collator(tokenizer, datasets[0])),
             num_workers=num_workers,
+            multiprocessing_context=worker_context(num_workers),
             persistent_workers=num_workers > 0,
             worker_init_fn=leave_signals_alone,
             pin_memory=torch.cuda.is_available(),
@@ -251,9 +272,9 @@ def epoch_loader(
     num_workers: int = 0,
 ) -> TrainLoader:
     """A loader over datasets that are known whole."""
-    processors = [dataset.image_processor for dataset in datasets]
-    for dataset, processor in zip(datasets, processors, strict=True):
-        if (processor.mean, processor.std) != (processors[0].mean, processors[0].std):
+    first = datasets[0].image_processor
+    for dataset in datasets:
+        if (dataset.image_processor.mean, dataset.image_processor.std) != (first.mean, first.std):
             raise UserError(f"datasets.{dataset.name}: mean and std differ from those of {datasets[0].name}")
     order = EpochOrder([len(dataset) for dataset in datasets], ratios, seed, shuffle)
     batches = EpochBatches(order, share)
@@ -270,6 +291,7 @@ class EvalLoader:
             batch_sampler=[list(records[i : i + batch_size]) for i in range(0, len(records), batch_size)],
             collate_fn=Shared(self.collate),
             num_workers=num_workers,
+            multiprocessing_context=worker_context(num_workers),
             worker_init_fn=leave_signals_alone,
             pin_memory=torch.cuda.is_available(),
         )

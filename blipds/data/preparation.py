@@ -14,7 +14,7 @@ from blipds import distributed
 from blipds.config.sections import ArchiveConfig, Config, DatasetConfig
 from blipds.data.annotations import ImageFile, read_annotations, read_splits
 from blipds.errors import UserError
-from blipds.files.archives import BadArchive, unpack
+from blipds.files.archives import BadFile, unpack
 from blipds.files.download import cache_name, check_address, fetch, file_md5, locked
 from blipds.files.paths import user_path
 
@@ -51,9 +51,10 @@ class AnnotationFile:
                 if self.path.exists():
                     return
                 by_hand = self.path if self.member is None else self.path.parent.parent / Path(self.url).name
-                check = check_json if by_hand.suffix == ".json" else None
-                with obtained(self.url, by_hand, downloads, md5=self.md5, check=check) as file:
+                with obtained(self.url, by_hand, downloads, md5=self.md5) as file:
                     if self.member is None:
+                        if self.path.suffix == ".json":
+                            check_json(file)
                         place(file, self.path)
                     else:
                         write_split(file, self.member, self.split, self.path, downloads)
@@ -102,7 +103,7 @@ def check_images(name: str, config: Config, paths: Sequence[Path]) -> None:
 def obtained(url: str, by_hand: Path, downloads: Path, **checks: Any) -> Iterator[Path]:
     """The file `by_hand` if somebody has put it there, else the download (`checks` as of `fetch`).
 
-    A download that turns out to be a bad archive is removed: kept, it would never be downloaded again.
+    A download that turns out to be a bad file is removed: kept, it would never be downloaded again.
     """
     if by_hand.is_file():
         yield by_hand
@@ -114,7 +115,7 @@ def obtained(url: str, by_hand: Path, downloads: Path, **checks: Any) -> Iterato
         raise UserError(f"{error}. Where there is no network, put it at {by_hand}") from error
     try:
         yield path
-    except BadArchive:
+    except BadFile:
         path.unlink()
         raise
 
@@ -128,10 +129,9 @@ def place(path: Path, target: Path) -> None:
 
 def check_json(path: Path) -> None:
     try:
-        with path.open(encoding="utf-8") as file:
-            json.load(file)
+        json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path.name.removesuffix('.part')}: the server sent no JSON ({error})") from error
+        raise BadFile(f"{path.name}: the server sent no JSON ({error})") from error
 
 
 def write_split(archive: Path, member: str, split: str, path: Path, scratch: Path) -> None:

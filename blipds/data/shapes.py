@@ -9,12 +9,16 @@ of 5 positions. Add up the numbers of the colours, shapes and position: where 5 
 shows that combination, and every picture of any other split does. So a captioner has to read each object for itself.
 
 The captions say where things are, so pictures must not be flipped: use the processor `blip_image_eval` in training too.
+
+`Scene.right_captions` knows every sentence that is true of a picture, so generated captions can be counted as right or
+wrong, where CIDEr only compares words.
 """
 
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations, product
 from typing import TypeVar
 
 from PIL import Image, ImageDraw
@@ -90,17 +94,32 @@ class Scene:
         rng = random.Random(f"captions of {self.id}")
         return [_caption(self.objects, rng) for _ in range(NUM_CAPTIONS)]
 
+    def right_captions(self) -> set[str]:
+        """Every sentence of the captions' grammar that is true of this picture, with sizes said or left out.
+
+        Two objects may come in either order. A sentence that is not in the set has a wrong word, or is none.
+        """
+        return {
+            template.format(first=nouns[0], second=nouns[-1], **words)
+            for objects in permutations(self.objects)
+            for nouns in product(*map(_noun_phrases, objects))
+            for template in (_ONE_OBJECT if len(objects) == 1 else _TWO_OBJECTS)
+            for words in _place_words(objects)
+        }
+
 
 def make_scenes(split: str, count: int, seed: int) -> list[Scene]:
     """The first `count` scenes of a split: "train" shows no held-out combination, any other split nothing else.
 
     Scene k is the same whatever `count` is.
     """
-    return [_make_scene(f"{split}-{seed}-{number:06d}", unseen=split != "train") for number in range(count)]
+    return [make_scene(f"{split}-{seed}-{number:06d}") for number in range(count)]
 
 
-def _make_scene(scene_id: str, unseen: bool) -> Scene:
+def make_scene(scene_id: str) -> Scene:
+    """The scene with this id, "<split>-<seed>-<number>"."""
     rng = random.Random(scene_id)
+    unseen = not scene_id.startswith("train-")
     background = (rng.randint(205, 250), rng.randint(205, 250), rng.randint(205, 250))
     alone = rng.random() < 0.25
     position = rng.choice(list(POSITIONS))
@@ -179,7 +198,6 @@ _RELATIONS = {
     "above": {"above": 6, "over": 1},
     "below": {"below": 6, "under": 1},
 }
-_OPPOSITE = {"left": "right", "above": "below"}
 _TWO_OBJECTS = {
     "{first} {relation} {second}": 10,
     "{first} is {relation} {second}": 1,
@@ -206,28 +224,44 @@ _SIZES_SAID = 0.9  # share of the captions that mention sizes
 
 def _caption(objects: tuple[SceneObject, ...], rng: random.Random) -> str:
     with_size = rng.random() < _SIZES_SAID
-    nouns = [_noun_phrase(item, with_size, rng) for item in objects]
+    nouns = [_noun_phrase(item, _pick(_SIZE_WORDS[item.size], rng) if with_size else "") for item in objects]
     if len(objects) == 1:
         position = _pick(_POSITION_WORDS[_position(objects[0])], rng)
         return _pick(_ONE_OBJECT, rng).format(first=nouns[0], position=position)
-    relation = _relation(*objects)
+    first, second = objects
     return _pick(_TWO_OBJECTS, rng).format(
         first=nouns[0],
         second=nouns[1],
-        relation=_pick(_RELATIONS[relation], rng),
-        opposite=_pick(_RELATIONS[_OPPOSITE[relation]], rng),
+        relation=_pick(_RELATIONS[_relation(first, second)], rng),
+        opposite=_pick(_RELATIONS[_relation(second, first)], rng),
     )
 
 
-def _noun_phrase(item: SceneObject, with_size: bool, rng: random.Random) -> str:
-    size = _pick(_SIZE_WORDS[item.size], rng) + " " if with_size else ""
-    article = "an" if not size and item.colour == "orange" else "a"
-    return f"{article} {size}{item.colour} {item.shape}"
+def _noun_phrase(item: SceneObject, size: str) -> str:
+    if size:
+        return f"a {size} {item.colour} {item.shape}"
+    return f"{'an' if item.colour == 'orange' else 'a'} {item.colour} {item.shape}"
+
+
+def _noun_phrases(item: SceneObject) -> list[str]:
+    return [_noun_phrase(item, size) for size in ("", *_SIZE_WORDS[item.size])]
+
+
+def _place_words(objects: Sequence[SceneObject]) -> list[dict[str, str]]:
+    """All that the templates may be filled with, beside the objects."""
+    if len(objects) == 1:
+        return [{"position": words} for words in _POSITION_WORDS[_position(objects[0])]]
+    first, second = objects
+    pairs = product(_RELATIONS[_relation(first, second)], _RELATIONS[_relation(second, first)])
+    return [{"relation": relation, "opposite": opposite} for relation, opposite in pairs]
 
 
 def _relation(first: SceneObject, second: SceneObject) -> str:
-    """Where the first, left or upper object is, seen from the second."""
-    return "left" if second.x - first.x > second.y - first.y else "above"
+    """Where the first object is, seen from the second."""
+    across, down = second.x - first.x, second.y - first.y
+    if abs(across) > abs(down):
+        return "left" if across > 0 else "right"
+    return "above" if down > 0 else "below"
 
 
 def _position(item: SceneObject) -> str:

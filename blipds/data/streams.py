@@ -206,20 +206,19 @@ def streams_of(config: Config) -> list[str]:
     streams = [storage for storage in storages if is_stream(storage)]
     if not streams:
         return []
-    problem = None
-    if len(config.datasets) > 1 or len(streams) < len(storages):
-        problem = "nothing else can be trained on beside it"
-    elif run.runner != "runner_iter" or run.iters_per_inner_epoch is None:
-        problem = (
-            "it has no length: give run.runner=runner_iter, run.max_iters and run.iters_per_inner_epoch, the steps "
-            "after which a checkpoint is saved and the validation splits are captioned"
-        )
-    elif run.limit_train is not None:
-        problem = "run.limit_train needs files"
-    elif config.model.cache_image_embeds:
-        problem = "model.cache_image_embeds needs files"
-    if problem is not None:
-        raise UserError(f"{streams[0]} is a stream: {problem}")
+    steps = (
+        "it has no length: give run.runner=runner_iter, run.max_iters and run.iters_per_inner_epoch, the steps after "
+        "which a checkpoint is saved and the validation splits are captioned"
+    )
+    problems = {
+        "nothing else can be trained on beside it": len(config.datasets) > 1 or len(streams) < len(storages),
+        steps: run.runner != "runner_iter" or run.iters_per_inner_epoch is None,
+        "run.limit_train needs files": run.limit_train is not None,
+        "model.cache_image_embeds needs files": config.model.cache_image_embeds,
+    }
+    for problem, there in problems.items():
+        if there:
+            raise UserError(f"{streams[0]} is a stream: {problem}")
     return streams
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from blipds.config.sections import ModelConfig
 from blipds.errors import UserError
+from blipds.files.paths import find_config
 
 VOCABULARY = Path(__file__).with_name("bert-base-uncased-vocab.txt")
 
@@ -22,8 +23,10 @@ class CaptionTokenizer:
     counts_prompt = True  # `run.max_len` counts the prompt's tokens
 
     def __init__(self, source: str | None = None, prompt: str = "a picture of ", max_txt_len: int = 40) -> None:
-        if source is not None and source.endswith(".txt") and not Path(source).is_file():
-            raise UserError(f"model.tokenizer: no such vocabulary file: {source}")
+        if source is not None and source.endswith(".txt"):
+            source = str(find_config(Path(source), "run_configs", ".txt", "model.tokenizer, a vocabulary file"))
+            if not Path(source).is_file():
+                raise UserError(f"model.tokenizer: no such vocabulary file: {source}")
         try:
             self.tokenizer: Any = self.open(source)
         except (OSError, ValueError) as error:

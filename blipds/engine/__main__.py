@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from blipds.chatter import CHATTER
 from blipds.engine.ops import prepare_nvme, prepare_ops
 from blipds.errors import UserError
 
@@ -11,11 +12,12 @@ parser.add_argument("--offload", action="store_true", help="what offloading to t
 parser.add_argument("--nvme", action="store_true", help="what offloading to NVMe needs, too (libaio's headers)")
 arguments = parser.parse_args()
 
-prepare_ops(offload=False)
-if arguments.offload:
-    prepare_ops(offload=True)
-if arguments.nvme:
-    try:
-        prepare_nvme()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+with CHATTER:
+    prepare_ops(offload=False)
+    if arguments.offload:
+        prepare_ops(offload=True)
+    if arguments.nvme:
+        try:
+            prepare_nvme()
+        except UserError as error:
+            sys.exit(f"error: {error}")

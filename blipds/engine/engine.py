@@ -1,10 +1,9 @@
 """BLIP in a DeepSpeed engine: what the loop needs of DeepSpeed, and nothing else of it."""
 
+import gc
 import io
-import logging
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from math import prod
@@ -116,17 +115,24 @@ def partitioned_init(config: Section) -> Iterator[None]:
 class Engine:
     """Owns the model once it is built. `config` is a resolved DeepSpeed config (blipds.config.deepspeed).
 
-    What NVMe offload writes is the engine's own: `close` removes the folders.
+    What NVMe offload writes is the engine's own: `close` removes the folders. `tf32`: training in fp32 may use TF32.
     Building it is collective, and so is every method that says so.
     """
 
-    def __init__(self, model: nn.Module, config: Section, groups: list[dict[str, Any]], precision: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Section,
+        groups: list[dict[str, Any]],
+        precision: str,
+        tf32: bool = False,
+    ) -> None:
         import deepspeed
-        from deepspeed.utils import logger
 
-        logger.setLevel(logging.WARNING)
         self.flash_in_training = flash_in_training(distributed.device_type(), DTYPES[precision])
         torch.backends.cuda.enable_flash_sdp(self.flash_in_training)
+        self.tf32 = tf32
+        distributed.allow_tf32(tf32)
         self.stage = zero_stage(config)
         self.precision = precision
         self.dtype = DTYPES[precision]
@@ -139,7 +145,6 @@ class Engine:
             config = {**config, "gradient_clipping": 0.0}
         if uses_torch_adam(config):
             groups = [{**group, "fused": True} for group in groups]
-        warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's own calls
         join_deepspeed()
         with redirect_stdout(io.StringIO()):  # it prints one line a rank for each op
             self._deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
@@ -232,6 +237,7 @@ class Engine:
         """
         self._deepspeed.eval()
         torch.backends.cuda.enable_flash_sdp(True)
+        distributed.allow_tf32(False)
         try:
             from deepspeed.runtime.zero import unwrap_model_for_generation
 
@@ -240,6 +246,7 @@ class Engine:
                 yield self.model
         finally:
             torch.backends.cuda.enable_flash_sdp(self.flash_in_training)
+            distributed.allow_tf32(self.tf32)
             self._deepspeed.train()
 
     @contextmanager
@@ -280,12 +287,12 @@ class Engine:
                 self.frozen[name] = whole
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, weight in fp32 on the CPU), one after the other: never rounded where it was filled in fp32.
+        """(name, weight in fp32), one after the other: never rounded where it was filled in fp32.
 
         Those that a file elsewhere holds (`CaptioningModel.elsewhere`) are left out.
 
         Collective: every rank must exhaust it, and gets every weight; the frozen ones, other ranks than 0 as the model
-        has them.
+        has them. They are where the optimizer has them, until the next: who keeps one copies it.
         """
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
@@ -298,9 +305,9 @@ class Engine:
                 weight = safe_get_full_fp32_param(parameter)
             if weight is None:
                 with GatheredParameters(parameter):
-                    weight = parameter.detach().float().cpu().clone()
+                    weight = parameter.detach().float().clone()
                 weight = self.frozen.get(name, weight)
-            yield name, weight.detach().float().cpu()
+            yield name, weight.detach().float()
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """What `weights` yields, in its order."""
@@ -319,7 +326,25 @@ class Engine:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     def close(self) -> None:
+        """Frees model, optimizer and buffers, which DeepSpeed's `destroy` keeps; the engine is gone. Collective."""
+        state, parameters = self.state, list(self.model.parameters())
         self._deepspeed.destroy()
+        del self._deepspeed, self.state
+        # parameters and the hooks on them hold the optimizer, which holds them, where Python's collector does not look
+        for parameter in parameters:
+            parameter.grad, parameter.data = None, parameter.data.new_empty(0)
+            vars(parameter).clear()
+        state.inner.state.clear()
+        state.inner.param_groups.clear()
+        if state.optimizer is not state.inner:
+            vars(state.optimizer).clear()
+        self.frozen.clear()
+        del state, parameters
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        torch.backends.cuda.enable_flash_sdp(True)
+        distributed.allow_tf32(False)
         distributed.barrier()
         if distributed.local_rank() == 0:
             for folder in self.offload_folders:

@@ -16,7 +16,7 @@ from blipds import distributed
 from blipds.captioning.captioner import Captioner
 from blipds.config.sections import Config, RunConfig
 from blipds.data.annotations import read_splits
-from blipds.data.datasets import CaptionDataset, build_dataset, has_split
+from blipds.data.datasets import CaptionDataset, build_dataset, splits_of
 from blipds.data.loader import EvalBatch, EvalLoader
 from blipds.data.preparation import fetch_annotations
 from blipds.engine import DTYPES
@@ -205,7 +205,7 @@ def build_evaluators(config: Config, splits: Sequence[str], captioner: Captioner
     given = config.run.annotation_file
     references = read_references(user_path(given)) if given else None
     for split in splits:
-        names = [name for name in config.datasets if has_split(config.datasets[name], split)] or list(config.datasets)
+        names = [name for name in config.datasets if split in splits_of(config.datasets[name])] or list(config.datasets)
         for name in names:
             dataset = build_dataset(name, config, split, training=False)
             scored = (references or dataset_references(dataset)) if config.run.report_metric else None

@@ -19,8 +19,8 @@ MOST_MEMBERS = 5_000_000
 DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError)
 
 
-class BadArchive(UserError):
-    """The archive itself is wrong: another try with the same file ends the same way."""
+class BadFile(UserError):
+    """The file itself is wrong: another try with it ends the same way."""
 
 
 Member = tuple[str, int, Callable[[], IO[bytes]]]  # name, bytes, a reader
@@ -39,7 +39,7 @@ def unpack(
     They are unpacked beside it first, into `.<target>.unpacking`, and moved when all are there: at once where there is
     no `target` yet, else one by one, and existing files stay. What a killed process left there is removed. Nothing is
     unpacked of an archive with a name that leads outside, a link, a device, or with more than `max_bytes` in it:
-    BadArchive for these, for damage, and where nothing is `wanted`. UserError for a full disk.
+    BadFile for these, for damage, and where nothing is `wanted`. UserError for a full disk.
     """
     staging = target.with_name(f".{target.name}.unpacking")
     try:
@@ -52,7 +52,7 @@ def unpack(
     except UserError:
         raise
     except DAMAGE as error:
-        raise BadArchive(f"{archive}: is damaged ({' '.join(str(error).split()) or type(error).__name__})") from error
+        raise BadFile(f"{archive}: is damaged ({' '.join(str(error).split()) or type(error).__name__})") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -65,22 +65,22 @@ def _extract(archive: Path, staging: Path, source: str, max_bytes: int, wanted: 
                 continue
             count, unpacked = count + 1, unpacked + size
             if unpacked > max_bytes or count > MOST_MEMBERS:
-                raise BadArchive(f"{archive}: more than {max_bytes:,} bytes or {MOST_MEMBERS:,} files are in it")
+                raise BadFile(f"{archive}: more than {max_bytes:,} bytes or {MOST_MEMBERS:,} files are in it")
             path = staging / inner
             if path.exists():
-                raise BadArchive(f"{archive}: has {name} twice")
+                raise BadFile(f"{archive}: has {name} twice")
             path.parent.mkdir(parents=True, exist_ok=True)
             with reader() as packed, path.open("wb") as file:
                 shutil.copyfileobj(packed, file, CHUNK)
             if path.stat().st_size != size:
-                raise BadArchive(f"{archive}: is damaged ({name} ends after {path.stat().st_size} of {size} bytes)")
+                raise BadFile(f"{archive}: is damaged ({name} ends after {path.stat().st_size} of {size} bytes)")
             bar.update(size)
     if not count:
-        raise BadArchive(f"{archive}: not what was expected, {source or 'a file'} is not in it")
+        raise BadFile(f"{archive}: not what was expected, {source or 'a file'} is not in it")
 
 
 def _members(archive: Path) -> Iterator[Member]:
-    """The files of an archive. BadArchive for a name or kind that is not safe, in a zip before the first file."""
+    """The files of an archive. BadFile for a name or kind that is not safe, in a zip before the first file."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as file:
             infos = [info for info in file.infolist() if not info.is_dir()]
@@ -96,15 +96,15 @@ def _members(archive: Path) -> Iterator[Member]:
                 if not member.isdir():
                     yield member.name, member.size, partial(tar.extractfile, member)  # type: ignore[misc]
     else:
-        raise BadArchive(f"{archive}: neither a zip nor a tar file, or only a part of one")
+        raise BadFile(f"{archive}: neither a zip nor a tar file, or only a part of one")
 
 
 def _check_safe(archive: Path, name: str, usual: bool) -> None:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name.split("/")[0] or CONTROL.search(name):
-        raise BadArchive(f"{archive}: {name!r} leads outside of the folder; nothing was unpacked")
+        raise BadFile(f"{archive}: {name!r} leads outside of the folder; nothing was unpacked")
     if not usual:
-        raise BadArchive(f"{archive}: {name} is a link or a device; nothing was unpacked")
+        raise BadFile(f"{archive}: {name} is a link or a device; nothing was unpacked")
 
 
 def _inside(name: str, source: str) -> str | None:

@@ -12,10 +12,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import unquote, urlsplit
@@ -43,12 +43,10 @@ def fetch(
     *,
     md5: str | None = None,
     size: int | None = None,
-    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """A local file for `location`: a path is returned as it is, an http(s) address is downloaded to `cache_dir` once.
 
-    md5: hex digest that the download must have. size: bytes that it must have. check(path): raises UserError where the
-    content cannot be what was wanted.
+    md5: hex digest that the download must have. size: bytes that it must have.
     One process downloads while others on the node wait for its lock; on several nodes call it once per node.
     UserError: no such path, another scheme, refused by the server, wrong content, disk full.
     """
@@ -66,14 +64,9 @@ def fetch(
                 return target
             target.unlink(missing_ok=True)
             _download(location, part, size)
-            try:
-                if md5 is not None and (found := file_md5(part)) != md5.lower():
-                    raise UserError(f"{location}: the download's md5 is {found}, not {md5}; it was removed")
-                if check is not None:
-                    check(part)
-            except UserError:
+            if md5 is not None and (found := file_md5(part)) != md5.lower():
                 part.unlink()
-                raise
+                raise UserError(f"{location}: the download's md5 is {found}, not {md5}; it was removed")
             part.replace(target)
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
@@ -321,12 +314,11 @@ def _check_answer(address: str, response: Any) -> None:
 
 def _retry_after(given: str) -> float:
     """Seconds that the server asks to wait (RFC 9110, section 10.2.3: a number, or a date); 0 for nonsense."""
-    try:
+    with suppress(ValueError, TypeError, OverflowError):
         if given.strip().isdigit():
             return float(given)
         return max(email.utils.parsedate_to_datetime(given).timestamp() - time.time(), 0.0)
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
+    return 0.0
 
 
 def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from blipds.errors import UserError
+from blipds.errors import UserError, nearest
 
 LONGEST_NAME = 256
 
@@ -15,6 +15,27 @@ def user_path(location: str | os.PathLike[str]) -> Path:
     except RuntimeError as error:
         hint = "set HOME, or give a path without ~ (for ~/.cache/blipds: env.cache_root)"
         raise UserError(f"{location}: no home directory is known; {hint}") from error
+
+
+def packaged(folder: str) -> Path:
+    """`run_configs` or `ds_configs`: in the package where pip installed it, beside the package in a checkout."""
+    package = Path(__file__).parents[1]
+    return package / folder if (package / folder).is_dir() else package.parent / folder
+
+
+def find_config(path: Path, folder: str, suffix: str, what: str = "config file") -> Path:
+    """`path` if there is such a file, else the packaged one: "zero2", "zero2.json" or "ds_configs/zero2.json".
+
+    UserError with the packaged names where it may mean one of them, but there is none; any other path comes back as it
+    is, for its reader to find missing.
+    """
+    if path.is_file() or path.parent not in (Path(), Path(folder)):
+        return path
+    known = {other.stem: other for other in packaged(folder).glob(f"*{suffix}")}
+    name = path.name.removesuffix(suffix)
+    if name not in known and not path.exists():
+        raise UserError(f"no such {what}: {path}; {nearest(name, known, 'packaged')}")
+    return known.get(name, path)
 
 
 def point(link: Path, name: str) -> None:

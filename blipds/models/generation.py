@@ -97,6 +97,12 @@ def penalise_repetition(scores: Tensor, sequences: Tensor, penalty: float) -> Te
     return scores.scatter(-1, sequences, torch.where(present < 0, present * penalty, present / penalty))
 
 
+def indices_on(device: torch.device, numbers: list[int]) -> Tensor:
+    """Numbers on a device. The host does not wait: from pinned memory the copy takes its turn behind what is queued."""
+    on_host = torch.tensor(numbers)
+    return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
+
+
 class Hypotheses:
     """The best finished sequences of one image."""
 
@@ -151,12 +157,13 @@ def beam_search(
 ) -> list[list[int]]:
     """Returns the `num_captions` best sequences of each image, one image after the other.
 
-    One device sync a step: the hypotheses are kept on the host.
+    The hypotheses are kept on the host, which reads the device once a token and writes to it when an image is done.
     """
     beams = config.num_beams
     length = len(prompt_ids)
     hypotheses = [Hypotheses(beams, config.length_penalty) for _ in range(images)]
     active = list(range(images))  # images that still run; row j of every tensor below is image active[j]
+    said = [[prompt_ids.tolist()] * beams] * images  # `sequences` on the host
 
     logits = decoder.start(prompt_ids, beams).unsqueeze(1).expand(-1, beams, -1)
     sequences = prompt_ids.expand(images, beams, -1)
@@ -170,43 +177,39 @@ def beam_search(
         vocabulary = scores.shape[-1]
         scores = (scores + beam_scores.unsqueeze(-1)).flatten(1)
         top_scores, top = scores.topk(2 * beams, dim=1)
-        top_beams, top_tokens = top // vocabulary, top % vocabulary
+        # the best that do not end go on; there are enough, since each beam has one token that ends it
+        ranks = (top % vocabulary == eos_token_id).byte().argsort(dim=1, stable=True)[:, :beams]
 
-        running, chosen = [], []
-        host = zip(top_scores.tolist(), top_beams.tolist(), top_tokens.tolist(), sequences.tolist(), strict=True)
-        for row, (row_scores, row_beams, row_tokens, row_sequences) in enumerate(host):
-            kept: list[int] = []
-            for rank, (score, beam, token) in enumerate(zip(row_scores, row_beams, row_tokens, strict=True)):
+        running = []
+        candidates = torch.stack([top_scores.double(), top.double()], dim=-1).tolist()
+        for row, row_candidates in enumerate(candidates):
+            image, grown = hypotheses[active[row]], []
+            for rank, (score, place) in enumerate(row_candidates):
+                beam, token = divmod(int(place), vocabulary)
                 if token != eos_token_id:
-                    kept.append(rank)
+                    grown.append((score, [*said[row][beam], token]))
                 elif rank < beams:
-                    hypotheses[active[row]].add(row_sequences[beam], score)
-                if len(kept) == beams:
-                    break
-            if not hypotheses[active[row]].done(max(row_scores), length):
-                running.append(row)
-                chosen.append(kept)
-        if not running:
+                    image.add(said[row][beam], score)
+            said[row] = [sequence for _, sequence in grown[:beams]]
+            if image.done(row_candidates[0][0], length):
+                continue
+            running.append(row)
+            if length + 1 == config.max_len:
+                for score, sequence in grown[:beams]:
+                    image.add(sequence, score)
+        length += 1
+        if not running or length == config.max_len:
             break
 
-        rows = torch.tensor(running, device=top.device)
-        ranks = torch.tensor(chosen, device=top.device)
-        beam_scores = top_scores[rows].gather(1, ranks)
-        parents = top_beams[rows].gather(1, ranks)
-        tokens = top_tokens[rows].gather(1, ranks)
         if len(running) < len(active):
+            rows = indices_on(top.device, running)
             decoder.keep(rows)
-            active = [active[row] for row in running]
-        sequences = sequences[rows].gather(1, parents.unsqueeze(-1).expand(-1, -1, length))
+            top_scores, top, ranks, sequences = top_scores[rows], top[rows], ranks[rows], sequences[rows]
+            active, said = [active[row] for row in running], [said[row] for row in running]
+        beam_scores, chosen = top_scores.gather(1, ranks), top.gather(1, ranks)
+        parents, tokens = chosen // vocabulary, chosen % vocabulary
+        sequences = sequences.gather(1, parents.unsqueeze(-1).expand(-1, -1, length - 1))
         sequences = torch.cat([sequences, tokens.unsqueeze(-1)], dim=-1)
-        length += 1
-        if length == config.max_len:
-            for row, (row_scores, row_sequences) in enumerate(
-                zip(beam_scores.tolist(), sequences.tolist(), strict=True)
-            ):
-                for score, sequence in zip(row_scores, row_sequences, strict=True):
-                    hypotheses[active[row]].add(sequence, score)
-            break
         decoder.reorder(parents)
         logits = decoder.step(tokens)
 
@@ -222,10 +225,14 @@ def single_search(
     config: GenerationConfig,
     uniform: Tensor | None = None,
 ) -> list[list[int]]:
-    """Greedy search, or nucleus sampling with the random numbers `uniform` (images, max_len) in [0, 1)."""
+    """Greedy search, or nucleus sampling with the random numbers `uniform` (images, max_len) in [0, 1).
+
+    The host reads the device once a token.
+    """
     penalty = config.repetition_penalty if uniform is None else NUCLEUS_REPETITION_PENALTY
     finished: list[list[int]] = [[] for _ in range(images)]
-    active = torch.arange(images, device=prompt_ids.device)
+    active = list(range(images))
+    said = [prompt_ids.tolist()] * images  # `sequences` on the host
     sequences = prompt_ids.expand(images, -1)
     logits = decoder.start(prompt_ids, beams=1)
 
@@ -237,23 +244,23 @@ def single_search(
         if uniform is None:
             tokens = scores.argmax(-1)
         else:
-            tokens = sample_nucleus(scores / config.temperature, config.top_p, uniform[active, length])
+            tokens = sample_nucleus(scores / config.temperature, config.top_p, uniform[:, length])
 
-        ended = (tokens == eos_token_id).tolist()
-        for row, index in enumerate(active.tolist()):
-            if ended[row]:
-                finished[index] = sequences[row].tolist()
-        rows = torch.tensor([row for row, end in enumerate(ended) if not end], device=active.device, dtype=torch.long)
-        if len(rows) == 0:
+        running = []
+        for row, token in enumerate(tokens.tolist()):
+            if token != eos_token_id:
+                running.append(row)
+                said[row] = [*said[row], token]
+            finished[active[row]] = said[row]
+        if not running or length + 1 == config.max_len:
             return finished
-        if len(rows) < len(active):
+        if len(running) < len(active):
+            rows = indices_on(tokens.device, running)
             decoder.keep(rows)
-            active, sequences, tokens = active[rows], sequences[rows], tokens[rows]
+            sequences, tokens = sequences[rows], tokens[rows]
+            uniform = None if uniform is None else uniform[rows]
+            active, said = [active[row] for row in running], [said[row] for row in running]
         sequences = torch.cat([sequences, tokens.unsqueeze(-1)], dim=-1)
-        if sequences.shape[1] == config.max_len:
-            for index, sequence in zip(active.tolist(), sequences.tolist(), strict=True):
-                finished[index] = sequence
-            return finished
         logits = decoder.step(tokens.unsqueeze(-1)).squeeze(1)
 
 

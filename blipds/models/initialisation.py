@@ -5,6 +5,7 @@ So the numbers depend on seed and name alone: not on the order of building, nor 
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from blipds.models.parameters import Write, whole_shape
 
-Draw = Callable[[Tensor, torch.Generator], object]
+Draw = Callable[..., object]  # draw(tensor, generator=...) fills the tensor
 RandomWeight = tuple[str, Tensor, Draw]  # (name, parameter, how it is drawn)
 
 
@@ -27,7 +28,7 @@ def initialise(model: Any, seed: int, write: Write) -> None:
             continue
         seen.add(id(parameter))
         tensor = torch.empty(whole_shape(parameter), device="cpu")
-        draw(tensor, generator_for(seed, name))
+        draw(tensor, generator=generator_for(seed, name))
         write(name, tensor)
 
 
@@ -46,22 +47,20 @@ def default_random_weights(model: nn.Module) -> Iterator[RandomWeight]:
             yield name, parameter, zeros
 
 
-def truncated_normal(tensor: Tensor, generator: torch.Generator) -> object:
-    return nn.init.trunc_normal_(tensor, std=0.02, generator=generator)
+truncated_normal: Draw = partial(nn.init.trunc_normal_, std=0.02)
 
 
 def normal(std: float) -> Draw:
-    return lambda tensor, generator: tensor.normal_(std=std, generator=generator)
+    return partial(nn.init.normal_, std=std)
 
 
 def uniform_by_fan_in(fan_in: int) -> Draw:
     """torch's own start for convolutions: uniform within 1 / sqrt(fan_in), weights and biases (nn.Conv2d's docs)."""
-    return lambda tensor, generator: tensor.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+    return partial(nn.init.uniform_, a=-(fan_in**-0.5), b=fan_in**-0.5)
 
 
 def constant(value: float) -> Draw:
     return lambda tensor, generator: tensor.fill_(value)
 
 
-def zeros(tensor: Tensor, generator: torch.Generator) -> object:
-    return tensor.zero_()
+zeros = constant(0.0)

@@ -8,6 +8,9 @@ from torch.autograd.function import once_differentiable
 
 CPU_CHUNK = 16  # rows whose fp32 logits (16 x 30,524 x 4 bytes) stay in a core's cache
 GPU_CHUNK = 4096  # rows whose fp32 logits (500 MB) are small beside the activations
+# The gradient is kept between -1 and 1 times this in fp16, whose smallest normal number is 6e-5: the share of label
+# smoothing, 0.1 / 30,524, would lose most of its bits, and an unlikely word all of them. bf16 has fp32's range.
+FP16_SCALE = 2.0**15
 
 
 def smoothed_cross_entropy(
@@ -30,6 +33,7 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=logits.device)
         uniform = label_smoothing / logits.shape[-1]
         chunk = CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK
+        scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
         gradient = logits.detach()
         for start in range(0, len(labels), chunk):
             rows, targets = gradient[start : start + chunk], labels[start : start + chunk].unsqueeze(-1)
@@ -38,16 +42,21 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
             if weights is None:
                 loss -= (1 - label_smoothing) * picked.sum() + uniform * log_p.sum()
             else:
-                factors = weights[start : start + chunk].float().unsqueeze(-1)
-                loss -= (factors * picked).sum()
+                loss -= (weights[start : start + chunk].float().unsqueeze(-1) * picked).sum()
             p = log_p.exp_().sub_(uniform)
             p.scatter_add_(-1, targets, torch.full_like(picked, label_smoothing - 1))
-            rows.copy_(p if weights is None else p.mul_(factors))
-        ctx.save_for_backward(gradient)
+            rows.copy_(p if scale == 1 else p.mul_(scale))
+        ctx.save_for_backward(gradient, weights)
+        ctx.scale = scale
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grad_outputs[0]), None, None, None
+        gradient, weights = ctx.saved_tensors
+        factor = grad_outputs[0] / ctx.scale
+        if weights is not None:
+            factor = weights.float().unsqueeze(-1) * factor
+        elif gradient.is_cuda:
+            factor = factor.view(1, 1)  # without dimensions CUDA would round it to the precision of the gradient first
+        return gradient.mul_(factor), None, None, None

@@ -213,6 +213,7 @@ class Export:
 
     model: built without memory for its weights. tokenizer: of transformers. generation: arguments of transformers'
     `generate`. card: Markdown (metrics, run config). overwrite: an earlier export may be replaced.
+    hub_name: OWNER/NAME where it will be found on the Hugging Face hub.
     """
 
     model: CaptioningModel
@@ -224,6 +225,7 @@ class Export:
     generation: Mapping[str, Any]
     card: str
     overwrite: bool
+    hub_name: str | None = None
 
 
 class Arch(ABC):

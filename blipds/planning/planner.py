@@ -129,13 +129,20 @@ def _stage_0(sizes: ParameterSizes, ds: Section) -> ModelStates:
 
 def _stages_1_2(sizes: ParameterSizes, ds: Section, ranks: int, accumulation: int) -> ModelStates:
     width, share = _width(ds), sizes.trainable / ranks
+    sums = 4 * share if _gradient_width(ds) > width else 0  # of gradients in fp32, beside parameters of less
+    if sums and zero_stage(ds) == 1:
+        sums = 4 * sizes.trainable  # reduced only at the end of the window
     parameters = sizes.total * width
     buckets = (2 if setting(ds, "zero_optimization.overlap_comm") else 1) * _number(ds, "reduce_bucket_size", 5 * 10**8)
     if _offload_device(ds, "optimizer") != "none":
         # fp32 master, moments and gradients, a copy to send, and room for the largest parameter on both sides
         largest = max(sizes.tensors) * width
         host = share * (16 + width) + largest
-        return ModelStates(parameters, 0, 0, buckets * width + largest, 0, host)
+        return ModelStates(parameters, sums, 0, buckets * width + largest, 0, host)
+    if sums and zero_stage(ds) == 1:  # BF16_Optimizer: no buckets, at the end of the window a flat copy of the sums
+        return ModelStates(parameters, sums + sizes.trainable * width, 12 * share, 0, min(sums, 4 * 5 * 10**8))
+    if sums:
+        return ModelStates(parameters, sums, 12 * share, buckets * width, 0)
     gradients = _partitioned_gradients(sizes, ranks) * _gradient_width(ds)
     if accumulation > 1 and zero_stage(ds) == 1:
         gradients = sizes.trainable * _gradient_width(ds)  # reduced only at the end of the window

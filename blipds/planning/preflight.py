@@ -29,7 +29,7 @@ from blipds import cli
 from blipds.config.run import load_run_config
 from blipds.config.sections import Config
 from blipds.errors import UserError
-from blipds.files.paths import user_path
+from blipds.files.paths import find_config, user_path
 from blipds.report.machine import versions
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")  # never asks for a password
@@ -260,7 +260,9 @@ def inspect_run(command: argparse.Namespace) -> tuple[Config, dict[str, dict[str
             dataset.records[0].image.open()
             for record in dataset.records:
                 records.update(f"{record.image_id}\0{record.captions}\0".encode())
-    files = [path for path in (command.cfg_path, command.ds_config) if path is not None]
+    files = [find_config(command.cfg_path, "run_configs", ".yaml")]
+    if command.ds_config is not None:
+        files.append(find_config(command.ds_config, "ds_configs", ".json", "DeepSpeed JSON"))
     return config, {"config": {"digest": digest(files)}, "data": {"digest": records.hexdigest()[:12]}}
 
 

@@ -1,9 +1,11 @@
 """Builds the parts of a training run from its configs."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from blipds.captioning.captioner import Captioner
 from blipds.config.deepspeed import (
     Section,
     checkpoints_on_host,
+    load_ds_config,
     offload_folders,
     offloads_optimizer,
     precision,
@@ -41,7 +44,7 @@ from blipds.engine import (
     prepare_ops,
 )
 from blipds.engine.checkpoints import CheckpointFolder, load_engine, read_state
-from blipds.errors import UserError
+from blipds.errors import UserError, short_of_memory
 from blipds.evaluation.evaluator import Evaluator, build_evaluators
 from blipds.files.paths import user_path
 from blipds.models import build_model
@@ -95,6 +98,7 @@ def build_trainer(
     monitor.start(state.global_step, sizes | machine_facts(engine.device))
     for line in start_block(config, ds_config, sizes, samples, plan, loader, run_dir):
         monitor.say(line)
+    monitor.say_where()
     if state.global_step:
         monitor.say(f"resumed    after step {state.global_step}")
     if notice := other_data(state, samples, loader.steps_per_epoch):
@@ -179,13 +183,37 @@ def memory_warning(config: Config, ds_config: Section, device: torch.device) -> 
     """
     if device.type != "cuda":
         return None
-    memory = torch.cuda.get_device_properties(device).total_memory
-    ranks = distributed.local_world_size()
-    cluster = planner.Cluster(ranks, distributed.world_size() // ranks, memory)
-    found = planner.forecast(config, ds_config, cluster)
+    found = planner.forecast(config, ds_config, this_cluster(device))
     if found.fits:
         return None
     return f"warning: this {found.verdict()} (launch/plan.py --recommend finds settings that fit)"
+
+
+def this_cluster(device: torch.device) -> planner.Cluster:
+    ranks, memory = distributed.local_world_size(), torch.cuda.get_device_properties(device).total_memory
+    return planner.Cluster(ranks, distributed.world_size() // ranks, memory)
+
+
+def out_of_memory(
+    config: Config, ds_config: Section, device: torch.device, ds_configs: Path, error: torch.OutOfMemoryError
+) -> UserError:
+    """What to change when this rank's GPU has no memory left, of the files in `ds_configs`. Takes some seconds."""
+    cluster = this_cluster(device)
+    found = planner.forecast(config, ds_config, cluster)
+    # where the forecast was too low, what is proposed must need less than it says of this run
+    smaller = replace(cluster, gpu_memory=min(cluster.gpu_memory, 0.95 * found.gpu))
+    candidates = {}
+    for path in sorted(ds_configs.glob("*.json")):
+        with suppress(UserError):  # not for this machine
+            candidates[path.name] = resolve(config, load_ds_config(path), device, str(path))
+    advice = "nothing would fit: take more GPUs or a smaller model.image_size"
+    if best := planner.recommend(config, candidates, smaller):
+        name, values, _ = best
+        options = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+        advice = f"what would fit: --ds-config {ds_configs / name} --options {options}"
+    return UserError(
+        f"{short_of_memory(error)}; by the forecast of launch/plan.py this run {found.verdict()}; {advice}"
+    )
 
 
 def build_loader(
@@ -235,7 +263,7 @@ def build_engine(config: Config, ds_config: Section, run_dir: Path, resumed: Pat
     layers = {name: model.encoder_layer(name) for name, _ in model.named_parameters()}
     scales = lr_scales(layers, run.lr_scale, run.lr_layer_decay)
     groups = parameter_groups(model, run.weight_decay, run.weight_decay_on, scales)
-    engine = Engine(model, ds_config, groups, precision(ds_config))
+    engine = Engine(model, ds_config, groups, precision(ds_config), run.tf32)
     with engine.filling() as write:  # after the engine is built: the model is rounded to its precision by then
         if resumed is None:
             load_initial_weights(model, config, monitor.say, write)
@@ -296,7 +324,6 @@ def start_block(
         f"length     {length}; {plan.total_steps} steps in {plan.epochs} epochs of {plan.epoch_steps}",
         f"engine     ZeRO stage {zero_stage(ds_config)}, {precision(ds_config)}, {run.lr_sched} from {run.init_lr:g}",
         f"directory  {run_dir}",
-        f"watch      tensorboard --logdir {run_dir.parent}",
     ]
 
 

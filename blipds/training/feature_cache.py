@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -93,12 +94,18 @@ def fill(
     """
     loader = EvalLoader(dataset, missing, batch_size=run.batch_size_eval, num_workers=run.num_workers)
     shown = None if distributed.is_main() and missing else True
-    with distributed.raising_together():
-        for batch in tqdm(loader, desc=f"features of {dataset.name}", unit="batch", leave=False, disable=shown):
-            if batch.indices:
-                pixel_values = batch.images.model_inputs(engine.device, engine.dtype)["pixel_values"]
-                try:
-                    store.write(batch.indices, encoder(pixel_values))
-                except OSError as error:
-                    place = f"model.cache_image_embeds: cannot write to {store.rows_path}"
-                    raise UserError(f"{place}: {error}") from error
+    bar = tqdm(desc=f"features of {dataset.name}", total=len(missing), unit="image", leave=False, disable=shown)
+    # a thread writes, so that the disk has a batch while the encoder has the next
+    with distributed.raising_together(), bar, ThreadPoolExecutor(max_workers=1) as writer:
+        writing: Future[None] = writer.submit(lambda: None)
+        try:
+            for batch in loader:
+                if batch.indices:
+                    pixel_values = batch.images.model_inputs(engine.device, engine.dtype)["pixel_values"]
+                    embeds = encoder(pixel_values).to("cpu", torch.bfloat16)
+                    writing.result()
+                    writing = writer.submit(store.write, batch.indices, embeds)
+                bar.update(len(batch.indices) + len(batch.errors))
+            writing.result()
+        except OSError as error:
+            raise UserError(f"model.cache_image_embeds: cannot write to {store.rows_path}: {error}") from error

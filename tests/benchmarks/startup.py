@@ -21,7 +21,7 @@ def seconds_to_first_step(ranks: int, run_dir: Path) -> float:
     options += [f"run.output_dir={run_dir.parent}", f"run.job_id={run_dir.name}"]
     started = time.perf_counter()
     process = subprocess.Popen(
-        command(ranks, "launch/finetune.py", "--cfg-path", "run_configs/shapes_tiny.yaml", "--options", *options),
+        command(ranks, "launch/finetune.py", "--cfg-path", "tests/shapes_tiny.yaml", "--options", *options),
         cwd=REPOSITORY,
         env=environment(),
         stdout=subprocess.PIPE,

@@ -1,6 +1,7 @@
 """What a captioner asks of its model before the first image."""
 
 import pytest
+import torch
 
 from blipds.captioning.captioner import Captioner
 from blipds.config.sections import Config
@@ -55,3 +56,15 @@ def test_an_image_size_that_patches_do_not_divide(size, nearest):
     message = rf"model\.image_size is {size}, no multiple of .* patches of 16 pixels; the nearest sizes are {nearest}$"
     with pytest.raises(UserError, match=message):
         build_model(BlipConfig(image_size=size), keep_activations)
+
+
+def test_a_gpu_that_is_too_small_is_one_line(model, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 4 GiB of which none is")
+
+    monkeypatch.setattr(model, "generate", full)
+    message = (
+        r"^GPU memory is used up \(CUDA .* GPU 0 has 4 GiB\): 1 images at once .* run.batch_size_eval, or --batch-"
+    )
+    with pytest.raises(UserError, match=message):
+        captioner().caption(model, {"image_embeds": torch.zeros(1, 5, 8)}, ["image"])

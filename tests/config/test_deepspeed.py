@@ -271,3 +271,19 @@ def test_folders_of_nvme_offload():
 )
 def test_combinations_that_work(ds):
     resolve(ds)
+
+
+@pytest.mark.parametrize(
+    ("stage", "accumulation", "ds", "expected"),
+    [
+        (2, 2, {"bf16": {"enabled": True}}, "fp32"),
+        (2, 2, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": None}}, "fp32"),
+        (2, 2, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}}, "bf16"),
+        (2, 1, {"bf16": {"enabled": True}}, None),  # nothing is added up
+        (0, 2, {"bf16": {"enabled": True}}, None),  # DeepSpeed cannot
+        (2, 2, {"fp16": {"enabled": True}}, None),
+    ],
+)
+def test_bf16_gradients_are_summed_in_fp32(stage, accumulation, ds, expected):
+    found = resolve(zero(stage=stage) | ds, config(accum_grad_iters=accumulation))
+    assert found.get("data_types", {}).get("grad_accum_dtype") == expected

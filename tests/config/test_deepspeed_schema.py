@@ -202,7 +202,7 @@ def test_keys_with_one_value_here(section, key, given, said):
     ("ds", "reason"),
     [
         ({"scheduler": {"type": "WarmupLR"}}, "run.lr_sched"),
-        ({"tensorboard": {"enabled": True}}, "TensorBoard"),
+        ({"tensorboard": {"enabled": True}}, "run.trackers chooses TensorBoard, wandb and mlflow"),
         ({"amp": {"enabled": False}}, "use bf16, fp16 or torch_autocast"),
         ({"optimizer": {"params": {"max_grad_norm": 1}}}, "run.max_grad_norm"),
         ({"data_types": {"param_dtype": "bf16"}}, "bf16.enabled and fp16.enabled decide"),

@@ -1,5 +1,6 @@
 """The run config: what wins over what, what LAVIS's configs need, and the one line that a mistake gets."""
 
+import json
 import re
 from pathlib import Path
 
@@ -286,6 +287,7 @@ def test_lavis_evaluation_processors_may_have_an_empty_prompt(load):
             "run: {runner: runner_its}",
             "run.runner is 'runner_its'; did you mean 'runner_iter'? allowed: runner_base, runner_iter",
         ),
+        ("run: {eval_precision: fp8}", "run.eval_precision is 'fp8'; allowed: bf16, fp16, fp32"),
         ("run: {weight_decay_on: al}", "run.weight_decay_on is 'al'; did you mean 'all'? allowed: all, matrices"),
         ("model: 5", "model is 5; expected a section with arch, "),
         ("run: {batch_size_train: 0}", "run.batch_size_train is 0; allowed: 1 or more"),
@@ -386,9 +388,21 @@ def test_missing_file_and_folder(tmp_path):
         load_run_config(tmp_path)
 
 
+def test_a_packaged_config_brings_the_files_that_it_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, _ = load_run_config(Path("caption_flickr8k_tiny"))
+    text_decoder = json.loads((ROOT / "run_configs" / "med_config_flickr8k_tiny.json").read_text())
+    assert config.model.hidden_size == text_decoder["hidden_size"]
+    assert fails(load_run_config, Path("caption_flickr8k_tniy")).startswith(
+        "no such config file: caption_flickr8k_tniy; did you mean 'caption_flickr8k_tiny'? packaged: caption_coco_base,"
+    )
+
+
 def test_options_that_are_no_assignment(load):
     assert fails(load, "", "run.seed") == "--options run.seed: expected key.path=value"
     assert fails(load, "", "run.lr_sched=[a").startswith("--options run.lr_sched=[a: ")
+    assert fails(load, "", "=3").startswith("unknown key ; allowed: ")
+    assert fails(load, "", "run..seed=3").startswith("unknown key run.; allowed: ")
 
 
 # --- what comes with the package ---

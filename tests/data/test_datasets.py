@@ -21,7 +21,7 @@ from blipds.config.sections import (
 )
 from blipds.data import datasets
 from blipds.data.annotations import Annotations, ImageFile, Record
-from blipds.data.datasets import CaptionDataset, build_dataset, build_image_processor, has_split
+from blipds.data.datasets import CaptionDataset, build_dataset, build_image_processor, splits_of
 from blipds.data.processors import CLIP_MEAN, BlipImageEval, BlipImageTrain
 from blipds.errors import UserError
 
@@ -231,11 +231,11 @@ def test_streams_are_not_evaluated(folder, storage):
         build_dataset("custom_caption", given, "val", training=False)
 
 
-def test_has_split(folder):
+def test_splits_of(folder):
     dataset = config(folder).datasets["custom_caption"]
     dataset.build_info.annotations["test"] = AnnotationConfig()
-    assert [has_split(dataset, split) for split in ("train", "val", "test", "x")] == [True, True, False, False]
-    assert has_split(DatasetConfig(num_images={"val": 3}), "val")
+    assert splits_of(dataset) == ["train", "val"]
+    assert splits_of(DatasetConfig(num_images={"val": 3})) == ["val"]
 
 
 def test_shapes():

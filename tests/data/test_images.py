@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from syncs import Syncs
 
 from blipds.data.annotations import ImageFile, Record
 from blipds.data.images import EmbedStore, embeds_key, stack
@@ -90,3 +91,13 @@ def test_what_a_key_depends_on(tmp_path):
     os.utime(tmp_path / "a.jpg", ns=(0, 0))
     others.append(embeds_key("weights", records, BlipImageEval(224)))
     assert len({key, *others}) == 6
+
+
+def test_mean_and_std_are_made_once_on_a_device():
+    """Each costs a copy from the host that the step would wait for."""
+    processor = BlipImageEval(4, mean=(0.25, 0.5, 0.75), std=(0.5, 0.5, 0.5))
+    batch = stack([None], processor)
+    batch.model_inputs(torch.device("cpu"), torch.float32)
+    with Syncs() as found:
+        batch.model_inputs(torch.device("cpu"), torch.float32)
+    assert found == []

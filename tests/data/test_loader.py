@@ -1,7 +1,9 @@
 """Batches: labels by hand and by the oracle, and which samples meet in a global batch."""
 
 import json
+import multiprocessing
 import resource
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from packing import shards
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 from torchvision import transforms
 
 from blipds.data.annotations import annotations_of, read_annotations
@@ -318,11 +321,28 @@ def test_ratios_with_shuffling():
 
 def test_the_seed_decides():
     orders = [EpochOrder([50], None, seed, shuffle=True) for seed in (1, 1, 2)]
-    keys = [order.keys(epoch=0) for order in orders]
+    keys = [list(order.keys(epoch=0)) for order in orders]
     assert keys[0] == keys[1]
     assert samples(orders[0], 0) != samples(orders[2], 0)
     seeds = [seed for epoch in range(3) for *_, seed in orders[0].keys(epoch)]
     assert len(set(seeds)) == 150  # each sample is augmented anew in each epoch
+
+
+def test_an_epoch_of_twelve_million_pairs_takes_megabytes():
+    """6 bytes a pair are kept: Conceptual Captions 12M in 72 MB. The order is that of torch's 64-bit permutations."""
+    pairs = 12_000_000
+    tracemalloc.start()
+    keys = EpochOrder([pairs], None, seed=1, shuffle=True).keys(epoch=3)
+    kept, _ = tracemalloc.get_traced_memory()  # of numpy
+    tracemalloc.stop()
+    assert keys.samples.nbytes + keys.datasets.nbytes == 6 * pairs and kept < 7 * pairs
+    order, of_pass = (
+        torch.randperm(pairs, generator=torch.Generator().manual_seed(derive_seed(*parts)))
+        for parts in ((1, "epoch", 3), (1, "pass", 0, 3))
+    )
+    for place in (0, 1, 5_000_000, pairs - 1):
+        sample = of_pass[order[place]].item()
+        assert keys[place] == (0, sample, derive_seed(1, 3, 0, sample))
 
 
 def test_derived_seeds():
@@ -345,6 +365,30 @@ def test_evaluation_gives_the_images_of_a_share(tokenizer, workers):
     for batch in batches:
         for index, pixels in zip(batch.indices, batch.images.pixels, strict=True):
             assert torch.equal(pixels, dataset[index].image)
+
+
+def test_workers_get_datasets_without_pickling_them(tokenizer, monkeypatch):
+    """Python 3.14's default start method would pickle the records, a gigabyte of them, into each worker."""
+    monkeypatch.setattr(CaptionDataset, "__getstate__", lambda self: pytest.fail("pickled"), raising=False)
+    dataset = noise_dataset(processor=BlipImageEval(8), training=False)
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        evaluated = list(EvalLoader(dataset, range(7), batch_size=4, num_workers=2))
+        trained = list(loader(tokenizer, [noise_dataset()], num_workers=2).windows(epoch=0))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert [batch.indices for batch in evaluated] == [[0, 1, 2, 3], [4, 5, 6]] and len(trained) == 3
+
+
+def test_pinned_memory_reaches_every_tensor(tokenizer, monkeypatch):
+    """torch pins what named tuples hold; without it the copies of an evaluation would make the host wait."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *device: pinned.append(self) or self)
+    (batch,) = EvalLoader(noise_dataset(2, 1, BlipImageEval(8), False), range(2), batch_size=2, num_workers=0)
+    again = pin_memory(batch)
+    assert type(again) is type(batch) and again.indices == [0, 1]
+    assert [tensor.data_ptr() for tensor in pinned] == [batch.images.pixels.data_ptr()]
 
 
 def test_evaluation_names_unreadable_images(tokenizer):

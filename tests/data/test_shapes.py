@@ -1,10 +1,24 @@
 import re
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from pycocoevalcap.cider.cider import Cider
 
-from blipds.data.shapes import COLOURS, PAIRS, POSITIONS, SHAPES, SIZES, Scene, SceneObject, is_held_out, make_scenes
+from blipds.data.shapes import (
+    COLOURS,
+    PAIRS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    SceneObject,
+    is_held_out,
+    make_scene,
+    make_scenes,
+)
+from blipds.data.tokenizer import CaptionTokenizer
+from blipds.models.blip.text_decoder import TextConfig
 
 TRAIN, VAL = make_scenes("train", 400, seed=0), make_scenes("val", 400, seed=0)
 
@@ -22,6 +36,7 @@ def test_scenes_follow_from_split_seed_and_number():
     assert make_scenes("test", 10, seed=0) != VAL[:10]
     assert make_scenes("train", 1, seed=0)[0].open().tobytes() == TRAIN[0].open().tobytes()
     assert make_scenes("train", 1, seed=0)[0].captions() == TRAIN[0].captions()
+    assert [make_scene(scene.id) for scene in (TRAIN[5], VAL[5])] == [TRAIN[5], VAL[5]]
 
 
 def test_ids_are_unique():
@@ -180,3 +195,93 @@ def test_captions_vary_and_yet_can_be_predicted():
     perfect, _ = Cider().compute_score(captions, {scene.id: [likeliest_sentence(scene)] for scene in VAL})
     assert 5.5 < human < 7.5
     assert 7.0 < perfect < 9.0
+
+
+# --- which captions are right ---
+
+BIG_RED_CIRCLE = SceneObject("circle", "red", "big", 0.25, 0.5)
+SMALL_ORANGE_STAR = SceneObject("star", "orange", "small", 0.75, 0.49)
+
+
+def drawing(*objects: SceneObject) -> Scene:
+    return Scene("by hand", objects, (255, 255, 255))
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "a big red circle left of a small orange star",
+        "a large red circle is to the left of a little orange star",
+        "there is a red circle left of an orange star",
+        "a small orange star right of a big red circle",
+        "an orange star is to the right of a red circle",
+        "a red circle and a small orange star",
+        "a little orange star and a big red circle",
+    ],
+)
+def test_right_captions_of_two_objects_by_hand(caption):
+    assert caption in drawing(BIG_RED_CIRCLE, SMALL_ORANGE_STAR).right_captions()
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "a big red square left of a small orange star",  # shape
+        "a big red circle left of a small yellow star",  # colour
+        "a big red circle left of a big orange star",  # size
+        "a big red star left of a small orange circle",  # each shape with the other's colour
+        "a big red circle right of a small orange star",  # side
+        "a small orange star left of a big red circle",
+        "a big red circle above a small orange star",  # axis
+        "a big red circle left of a big red circle",  # one object twice
+        "a big red circle in the middle",  # an object is missing
+        "a big red circle left of a small orange star star",  # no sentence
+        "a big red circle left of an small orange star",
+        "",
+    ],
+)
+def test_wrong_captions_of_two_objects_by_hand(caption):
+    assert caption not in drawing(BIG_RED_CIRCLE, SMALL_ORANGE_STAR).right_captions()
+
+
+def test_above_and_below_by_hand():
+    captions = drawing(
+        SceneObject("ring", "blue", "small", 0.5, 0.25), SceneObject("cross", "pink", "big", 0.51, 0.75)
+    ).right_captions()
+    assert {"a blue ring above a pink cross", "a big pink cross is under a small blue ring"} <= captions
+    assert not captions & {"a blue ring below a pink cross", "a pink cross over a blue ring"}
+    assert not captions & {"a blue ring left of a pink cross", "a blue ring right of a pink cross"}
+
+
+def test_one_object_by_hand():
+    captions = drawing(SceneObject("triangle", "green", "small", 0.26, 0.74)).right_captions()
+    nouns = ("a green triangle", "a small green triangle", "a little green triangle")
+    places = ("bottom left", "lower left corner")
+    assert captions == {
+        sentence
+        for noun in nouns
+        for place in places
+        for sentence in (
+            f"{noun} in the {place}",
+            f"{noun} at the {place}",
+            f"there is {noun} in the {place}",
+            f"in the {place} is {noun}",
+        )
+    }
+
+
+def test_given_captions_are_right_and_those_of_other_drawings_wrong():
+    for scene, other in zip(VAL, TRAIN, strict=True):
+        assert set(scene.captions()) <= scene.right_captions()
+        assert not scene.right_captions() & other.right_captions()
+
+
+def test_quickstart_vocabulary_is_the_words_of_the_captions():
+    """run_configs/shapes_tiny.yaml reads it; a word that it lacked would be learnt as [UNK]."""
+    folder = Path(__file__).parents[2] / "run_configs"
+    special, words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], {"picture", "of"}
+    for scene in make_scenes("train", 4000, seed=0):
+        words |= set(" ".join(scene.captions()).split())
+    assert (folder / "vocabulary_shapes.txt").read_text().splitlines() == special + sorted(words)
+    tokenizer = CaptionTokenizer(str(folder / "vocabulary_shapes.txt"))
+    assert TextConfig.from_json(folder / "med_config_shapes.json").vocab_size == len(tokenizer)

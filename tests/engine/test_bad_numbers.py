@@ -31,7 +31,7 @@ def runs(tmp_path_factory):
         *("run.max_grad_norm=1.0", "run.warmup_steps=0", "run.save_freq=9"),
     ]
     specs = [
-        {"name": name, "cfg": "run_configs/shapes_tiny.yaml", "options": options, "ds": ds | {"steps_per_print": 10**9}}
+        {"name": name, "cfg": "tests/shapes_tiny.yaml", "options": options, "ds": ds | {"steps_per_print": 10**9}}
         for name, ds in KINDS.items()
     ]
     (folder / "specs.json").write_text(json.dumps(specs))

@@ -42,7 +42,7 @@ def spec(name, kind, micro_batch, run_dir, dropout=None, **rest):
         *(f"run.batch_size_train={micro_batch}", "run.save_steps=2", "run.keep_last=9", dropout or own_dropout),
     ]
     ds = {**ds, "steps_per_print": 10**9}
-    where = {"cfg": "run_configs/shapes_tiny.yaml", "run_dir": str(run_dir)}
+    where = {"cfg": "tests/shapes_tiny.yaml", "run_dir": str(run_dir)}
     return {"name": name, "ds": ds, "options": options, **where, **rest}
 
 

@@ -86,7 +86,7 @@ def test_the_eight_losses_of_the_original_code(ranks, oracle, oracle_config, tmp
         assert results[f"matrices {stage}"]["losses"] == pytest.approx(oracle["loss_decay_matrices_only"], rel=1e-5)
 
 
-SHAPES = "run_configs/shapes_tiny.yaml"
+SHAPES = "tests/shapes_tiny.yaml"
 NO_DROPOUT = "model.med_config_path=tests/engine/no_dropout.json"
 
 
@@ -169,6 +169,25 @@ def test_features_from_disk_make_the_same_run(two_ranks, embeds_folder):
     (done,) = embeds_folder.glob("*.done")
     assert rows.stat().st_size == 70 * 17 * 128 * 2  # 4 x 4 patches and the class token
     assert done.read_bytes() == b"\x01" * 70
+
+
+@pytest.fixture(scope="module")
+def small_engines(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "engines.json"
+    process = launch(1, "tests/engine/accumulated.py", path)
+    assert process.returncode == 0, process.stdout[-4000:]
+    return json.loads(path.read_text())
+
+
+def test_bf16_adds_small_gradients_up(small_engines):
+    """1 and fifteen times 2^-9, which bf16 would add to 1; stage 1 rounds the sum once, to a 256th."""
+    assert small_engines["sums"] == {"1": pytest.approx(1 + 15 / 512, rel=2**-8), "2": 1 + 15 / 512, "3": 1 + 15 / 512}
+
+
+def test_a_closed_engine_keeps_nothing(small_engines):
+    """Of 14 bytes a weight or more; else the test split would be captioned beside the model that was trained."""
+    for stage, (held, kept) in small_engines["memory"].items():
+        assert held >= 14 * 16 - 1 and kept < 16, stage
 
 
 def agrees(result, reference, name):

@@ -1,4 +1,4 @@
-"""The home directory where there is none, and links where the file system has none."""
+"""The home directory where there is none, packaged configs, and links where the file system has none."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from blipds.errors import UserError
-from blipds.files.paths import point, target, user_path
+from blipds.files.paths import find_config, packaged, point, target, user_path
 
 
 @pytest.fixture
@@ -41,6 +41,28 @@ def test_no_home(homeless):
         UserError, match=r"^~/\.cache/blipds: no home directory is known; set HOME, or .*env.cache_root"
     ):
         user_path("~/.cache/blipds")
+
+
+@pytest.mark.parametrize("given", ["zero2", "zero2.json", "ds_configs/zero2.json"])
+def test_a_packaged_config_is_found_by_its_name_unless_there_is_such_a_file(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(Path(given), "ds_configs", ".json") == packaged("ds_configs") / "zero2.json"
+    if "/" not in given:
+        (tmp_path / given).mkdir()  # a folder is no config
+        assert find_config(Path(given), "ds_configs", ".json") == packaged("ds_configs") / "zero2.json"
+        (tmp_path / given).rmdir()
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / given).touch()
+    assert find_config(Path(given), "ds_configs", ".json") == Path(given)
+
+
+def test_a_config_that_nobody_has(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    packs = "no such JSON: {}; did you mean 'zero2_nvlink'\\? packaged: zero0, zero1, zero2, zero2_nvlink, "
+    for given in ("zero2_nvlnk", "ds_configs/zero2_nvlnk.json"):
+        with pytest.raises(UserError, match=packs.format(given)):
+            find_config(Path(given), "ds_configs", ".json", "JSON")
+    assert find_config(tmp_path / "mine.json", "ds_configs", ".json") == tmp_path / "mine.json"
 
 
 @pytest.mark.parametrize("symlinks", [True, False])

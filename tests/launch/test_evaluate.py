@@ -76,7 +76,7 @@ def test_cider_by_the_frequencies_of_another_collection(tiny, tmp_path):
     (tmp_path / "corpus.jsonl").write_text(
         "".join(json.dumps({"image": f"{key}.jpg", "caption": texts}) + "\n" for key, texts in corpus.items())
     )
-    tiny += ["datasets.coco_caption.build_info.annotations.test=test.json"]
+    tiny += ["datasets.coco_caption.build_info.annotations.test=test.json", "run.eval_precision=bf16"]
     arguments = ["--metrics", "CIDEr", "--cider-df", tmp_path / "corpus.jsonl"]
     process = evaluate(1, tmp_path, "coco_caption", "test", arguments, tiny)
     assert process.returncode == 0, process.stdout[-4000:]
@@ -89,6 +89,7 @@ def test_cider_by_the_frequencies_of_another_collection(tiny, tmp_path):
     )
     (line,) = evaluations(tmp_path / "run")
     assert line["CIDEr"] == expected.values["CIDEr"]
+    assert line["note"].endswith(", bf16")
     assert "fewer than 50 images" not in process.stdout
 
     process = evaluate(1, tmp_path, "coco_caption", "test", ["--cider-df", "coco-val-df.p"], tiny)

@@ -24,7 +24,7 @@ def machines(tmp_path_factory):
 
 
 def finetune(job, *options, resume=()):
-    """The quickstart's config, cut down to seconds, under ZeRO-3."""
+    """The drawn shapes, cut down to seconds, under ZeRO-3."""
     sizes = [
         "datasets.shapes_caption.num_images={train: 24, val: 6, test: 6}",
         "datasets.shapes_caption.captions_per_image=all",
@@ -38,7 +38,7 @@ def finetune(job, *options, resume=()):
     where = [f"run.job_id={job}", "run.test_splits=[]", *options]
     return [
         *(str(LAUNCHER), "--hostfile", "hosts", "--master_port", str(free_port())),
-        *(REPOSITORY / "launch" / "finetune.py", "--cfg-path", REPOSITORY / "run_configs" / "shapes_tiny.yaml"),
+        *(REPOSITORY / "launch" / "finetune.py", "--cfg-path", REPOSITORY / "tests" / "shapes_tiny.yaml"),
         *("--ds-config", REPOSITORY / "ds_configs" / "zero3.json", *resume),
         *("--options", *sizes, *small, *where),
     ]

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from syncs import Syncs
 
 from blipds.data.images import Images
 from blipds.data.processors import BlipImageEval, load_image
@@ -397,3 +398,22 @@ def test_nucleus_sampling_depends_on_the_random_numbers(oracle_model, pixel_valu
         oracle_model.generate(prompt_ids, eos_token_id, config, torch.full((1, 20), u), **images) for u in (0.1, 0.9)
     )
     assert first != second
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GenerationConfig(), GenerationConfig(num_beams=1), GenerationConfig(num_beams=1, use_nucleus_sampling=True)],
+    ids=["beams", "greedy", "nucleus"],
+)
+def test_one_device_sync_a_token(oracle_model, pixel_values, tokenizer, monkeypatch, config):
+    """And one for the prompt, while images leave at different lengths."""
+    tokens = []
+    step = CachedDecoder.step
+    monkeypatch.setattr(CachedDecoder, "step", lambda self, given: tokens.append(len(given)) or step(self, given))
+    prompt_ids, uniform = torch.tensor(tokenizer.prompt_ids), torch.rand(len(pixel_values), config.max_len)
+    with Syncs() as found:
+        oracle_model.generate(prompt_ids, tokenizer.eos_token_id, config, uniform, pixel_values=pixel_values)
+    assert found == [("tolist", f"generation.py:{'beam' if config.num_beams > 1 else 'single'}_search")] * (
+        1 + 1 + len(tokens)
+    )
+    assert len(set(tokens)) > 1

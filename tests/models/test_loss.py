@@ -51,6 +51,23 @@ def test_bf16_logits():
     torch.testing.assert_close(gradient.float(), expected[1], rtol=2**-8, atol=1e-6)
 
 
+def test_fp16_keeps_the_share_of_label_smoothing():
+    """Of unlikely words of BERT's vocabulary: p - 0.1 / 30,524 is some millionths, where fp16 has steps of 6e-8."""
+    torch.manual_seed(0)
+    words, labels, factor = 30524, torch.tensor([7, 30000, 5]), 65536 / 60  # loss scale, and a mean over 60 tokens
+    logits = torch.randn(3, words)
+    logits[:, 11], logits[:, 12] = 13.0, -60.0
+    logits = logits.half()
+    loss, gradient = value_and_gradient(lambda x: smoothed_cross_entropy(x, labels, 0.1), logits, factor)
+    expected = value_and_gradient(
+        lambda x: F.cross_entropy(x, labels, label_smoothing=0.1, reduction="sum"), logits.float(), factor
+    )
+    assert (loss.dtype, gradient.dtype) == (torch.float32, torch.float16)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient.float(), expected[1], rtol=2**-10, atol=1e-6)
+    assert gradient[0, 12].item() == pytest.approx(-0.1 / words * factor, rel=2**-10)  # by hand: its p is 0
+
+
 def test_by_hand():
     """Equal logits for 4 words: log 4 a token, whatever the smoothing; p - target is 1/4 - (0.9 + 0.1/4) and so on."""
     loss, gradient = value_and_gradient(

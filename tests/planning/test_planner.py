@@ -29,7 +29,7 @@ from blipds.planning.planner import (
     recommend,
 )
 
-TINY = REPOSITORY / "run_configs" / "shapes_tiny.yaml"
+TINY = REPOSITORY / "tests" / "shapes_tiny.yaml"
 BOTH = ["model.vit_grad_ckpt=true", "model.text_grad_ckpt=true"]
 
 
@@ -100,6 +100,8 @@ SETTINGS = {
     "zero2 fp32": (2, "fp32", 1, {}, []),
     "zero2 bf16": (2, "bf16", 1, {}, []),
     "zero2 bf16, accumulating": (2, "bf16", 2, {}, []),
+    "zero2 bf16, accumulating, offloaded": (2, "bf16", 2, {"offload_optimizer": CPU}, []),
+    "zero3 bf16, accumulating": (3, "bf16", 2, SMALL, []),
     "zero2 bf16, frozen encoder": (2, "bf16", 1, {}, ["model.freeze_vit=true"]),
     "zero2 bf16, offloaded": (2, "bf16", 1, {"offload_optimizer": CPU}, []),
     "zero3 fp32": (3, "fp32", 1, SMALL, []),

@@ -30,7 +30,7 @@ from blipds.planning.preflight import (
     run_checks,
 )
 
-TINY = REPOSITORY / "run_configs" / "shapes_tiny.yaml"
+TINY = REPOSITORY / "tests" / "shapes_tiny.yaml"
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_a_host_says_what_is_wrong_with_it(tmp_path):
     failed = {name: text for name, good, text in said["checks"] if not good}
     assert failed["port"] == f"{port} is in use: deepspeed --master_port {port + 1}"
     assert failed["shared disk"].startswith(f"{tmp_path} is not")
-    assert failed["run config"] == "no such config file: nowhere.yaml"
+    assert failed["run config"].startswith("no such config file: nowhere.yaml; packaged: caption_coco_base, ")
     words = ["deepspeed", "--master_port", str(port), "--cfg-path", str(TINY)]
     words += ["--options", "datasets.shapes_caption.num_images={train: 4, val: 2, test: 2}"]
     (tmp_path / "seen").touch()

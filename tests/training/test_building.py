@@ -1,10 +1,17 @@
 """A checkpoint on other ranks or other data, worked out by hand."""
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from blipds import distributed
+from blipds.config.deepspeed import load_ds_config
+from blipds.config.run import load_run_config
 from blipds.config.sections import RunConfig
 from blipds.errors import UserError
+from blipds.planning.planner import Cluster, forecast
+from blipds.training import building
 from blipds.training.building import keep_global_batch, other_data
 from blipds.training.run_state import RunState
 
@@ -69,3 +76,22 @@ def test_a_checkpoint_made_on_other_data(before, now, line):
     state = RunState(global_step=4, samples=before)
     assert other_data(state, now, steps=3) == line
     assert state.samples == (now or None)
+
+
+def test_a_gpu_that_is_too_small_is_one_line_with_what_would_fit(monkeypatch):
+    """On a card for which the forecast was too low, too: what is proposed needs less than what did not fit."""
+    folder = Path("ds_configs")
+    config, _ = load_run_config(Path("run_configs/shapes_tiny.yaml"), ["run.batch_size_train=512"])
+    ds, device = building.resolve(config, load_ds_config(folder / "zero2.json"), torch.device("cuda"), ""), "cuda"
+    needs = forecast(config, ds, Cluster(1, 1, 80e9)).gpu
+    said = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 4 GiB of which 1 is free. Of"
+    for memory in (0.7 * needs, 1.1 * needs):
+        monkeypatch.setattr(building, "this_cluster", lambda device, memory=memory: Cluster(1, 1, memory))
+        error = building.out_of_memory(config, ds, torch.device(device), folder, torch.OutOfMemoryError(said))
+        line = str(error)
+        assert "\n" not in line and "20.00 MiB. GPU 0 has a total capacity of 4 GiB)" in line
+        chosen, options = line.split("--ds-config ")[1].split(" --options ")
+        changed, _ = load_run_config(Path("run_configs/shapes_tiny.yaml"), options.split())
+        found = building.resolve(changed, load_ds_config(chosen), torch.device(device), chosen)
+        assert changed.run.batch_size_train * changed.run.accum_grad_iters == 512
+        assert forecast(changed, found, Cluster(1, 1, memory)).gpu < min(memory, needs)

@@ -1,5 +1,6 @@
 """Who computes which features, and what becomes of images that cannot be read; the encoder is a stub."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -63,3 +64,34 @@ def test_augmented_images_are_refused(tmp_path):
     refuse_random_processors([dataset(tmp_path, BlipImageEval(image_size=8))])
     with pytest.raises(UserError, match=r"but the processor of datasets\.custom draws at random"):
         refuse_random_processors([dataset(tmp_path, BlipImageTrain(image_size=8))])
+
+
+def test_the_encoder_has_the_next_batch_while_the_disk_has_one(tmp_path, monkeypatch):
+    images = dataset(tmp_path, BlipImageEval(image_size=8))
+    store = EmbedStore(tmp_path / "embeds", "key", images=5, tokens=2, width=3)
+    next_batch, write, waited = threading.Event(), EmbedStore.write, []
+
+    def slow_write(self, indices, embeds):
+        if indices == [0, 1]:
+            waited.append(next_batch.wait(timeout=30))
+        write(self, indices, embeds)
+
+    def encoder(pixel_values):
+        if len(pixel_values) == 1:  # [3], whose neighbour cannot be read
+            next_batch.set()
+        return red(pixel_values)
+
+    monkeypatch.setattr(EmbedStore, "write", slow_write)
+    fill(store, images, my_share(store), encoder, ENGINE, batch_size=2, num_workers=0)
+    assert waited == [True] and store.missing() == [2]
+
+
+def test_a_full_disk_is_an_error_in_one_line(tmp_path, monkeypatch):
+    def full(self, indices, embeds):
+        raise OSError(28, "No space left on device")
+
+    images = dataset(tmp_path, BlipImageEval(image_size=8))
+    store = EmbedStore(tmp_path / "embeds", "key", images=5, tokens=2, width=3)
+    monkeypatch.setattr(EmbedStore, "write", full)
+    with pytest.raises(UserError, match=r"^model.cache_image_embeds: cannot write to .*No space left on device"):
+        fill(store, images, my_share(store), red, ENGINE, batch_size=2, num_workers=0)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from blipds.config.sections import ModelConfig, limited
-from blipds.files.paths import user_path
+from blipds.files.paths import find_config, user_path
 from blipds.models.blip.text_decoder import TextConfig
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -52,9 +52,10 @@ class BlipConfig(ModelConfig):
 
 
 def read_text_config(path: str | None) -> TextConfig:
-    """A path of the user's, or, as in LAVIS, a packaged one (configs/models/med_config.json)."""
+    """A path of the user's, a packaged one (run_configs/), or LAVIS's (configs/models/med_config.json)."""
     if path is None:
         return TextConfig()
-    given, packaged = user_path(path), CONFIGS / Path(path).name
-    is_packaged = path.startswith("configs/models/") and packaged.exists() and not given.exists()
-    return TextConfig.from_json(packaged if is_packaged else given)
+    given, lavis = user_path(path), CONFIGS / Path(path).name
+    if path.startswith("configs/models/") and lavis.exists() and not given.exists():
+        return TextConfig.from_json(lavis)
+    return TextConfig.from_json(find_config(given, "run_configs", ".json", "model.med_config_path"))

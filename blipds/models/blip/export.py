@@ -52,8 +52,8 @@ def export_transformers(folder: Path, export: Export) -> None:
     """`launch/export.py --format hf`: what `BlipForConditionalGeneration.from_pretrained` loads, to compute the same.
 
     The folder appears complete or not at all. UserError: geometry that transformers' BLIP cannot express, or the folder
-    exists and is not empty; with `overwrite` an earlier export is replaced, and only what is one (its config.json says
-    model_type "blip").
+    exists and is not empty; with `export.overwrite` an earlier export is replaced, and only what is one (its
+    config.json says model_type "blip").
     """
     from transformers import BlipImageProcessor, BlipProcessor, GenerationConfig
 
@@ -81,8 +81,7 @@ def export_transformers(folder: Path, export: Export) -> None:
             bos_token_id=token_ids[0], eos_token_id=token_ids[1], pad_token_id=token_ids[2], **export.generation
         )
         settings.save_pretrained(temporary)
-        card = model_card(folder.name, export.config.prompt, export.generation, export.card)
-        (temporary / "README.md").write_text(card, "utf-8")
+        (temporary / "README.md").write_text(model_card(export.hub_name or folder.name, export), "utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
@@ -154,9 +153,9 @@ def transformers_config(geometry: BlipGeometry, token_ids: tuple[int, int, int] 
     }
 
 
-def model_card(name: str, prompt: str, generation: Mapping[str, Any], card_text: str = "") -> str:
+def model_card(name: str, export: Export) -> str:
     """README.md of the exported folder, with the call that captions as this project does."""
-    arguments = ", ".join(f"{key}={value!r}" for key, value in generation.items())
+    arguments = ", ".join(f"{key}={value!r}" for key, value in export.generation.items())
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -178,7 +177,7 @@ folder = "{name}"
 processor = AutoProcessor.from_pretrained(folder, backend="pil")
 model = BlipForConditionalGeneration.from_pretrained(folder).eval()
 
-prompt = {prompt!r}
+prompt = {export.config.prompt!r}
 inputs = processor(images=Image.open("photo.jpg"), text=prompt, return_tensors="pt")
 ids = model.generate(**inputs, {arguments})
 caption = processor.decode(ids[0, inputs["input_ids"].shape[1] - 1 :], skip_special_tokens=True)
@@ -192,5 +191,5 @@ caption = processor.decode(ids[0, inputs["input_ids"].shape[1] - 1 :], skip_spec
 - Greedy search (`num_beams=1`) gives the captions of blipds. Beam search may now and then choose another of its beams:
   transformers normalises scores by the length without the prompt, blipds as the code behind BLIP's published numbers.
 
-{card_text.strip()}
+{export.card.strip()}
 """

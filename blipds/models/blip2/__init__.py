@@ -39,7 +39,7 @@ class Blip2Opt(Arch):
         name, sizes = ENCODERS.get(config.vit_model, (config.vit_model, {}))
         kwargs = {**sizes, "drop_path_rate": config.drop_path_rate, "final_norm": False, **config.vit_kwargs}
         visual_encoder = build_vision_transformer(name, config.image_size, **kwargs)
-        language_model = build_language_model(config.opt_model)
+        language_model = build_language_model(config.language_source)
         text_width = language_model.get_input_embeddings().embedding_dim
         qformer = build_qformer(config, visual_encoder.embed_dim)
         bridge = Bridge(qformer, config.num_query_token, visual_encoder.embed_dim, text_width)

@@ -47,7 +47,7 @@ ENCODER_ONLY = ("norm.*", "fc_norm.*", "head.*", "mask_token")  # of eva_vit_g.p
 # Kinds of one part: what its names begin with, and the key that names such a file.
 PARTS = {
     "eva": ("visual_encoder.", "model.vit_pretrained"),
-    "language model": ("language_model.", "model.opt_model"),
+    "language model": ("language_model.", "model.llm or model.opt_model"),
 }
 SOURCE, HASH = "language_model_source", "language_model_hash"  # in the config that our files carry
 
@@ -180,7 +180,7 @@ def completed(
         tensors |= layout.tensors_of(open_other(config.vit_pretrained), "visual_encoder.")
     holder = replace(stored, tensors=tensors)
     if prefix and config.load_llm and not any(name.startswith(prefix) for name in tensors):
-        holder = language_model_of(stored, layout, config.opt_model, open_other)
+        holder = language_model_of(stored, layout, config.language_source, open_other)
         for name, tensor in layout.tensors_of(holder, "language_model.").items():
             tensors[prefix + name.removeprefix("language_model.")] = tensor
     language = layout.tensors_of(holder, "language_model.")
@@ -193,19 +193,19 @@ def completed(
 
 
 def language_model_of(
-    stored: StoredTensors, layout: Blip2Format, opt_model: str, open_other: Callable[[str], StoredTensors]
+    stored: StoredTensors, layout: Blip2Format, source: str, open_other: Callable[[str], StoredTensors]
 ) -> StoredTensors:
-    """The file that holds the language model of one that does not: what that one names, else `opt_model`.
+    """The file that holds the language model of one that does not: what that one names, else `source`.
 
     UserError where the weights are not those that it was trained with.
     """
-    wanted, named = stored.config.get(HASH), stored.config.get(SOURCE, opt_model)
+    wanted, named = stored.config.get(HASH), stored.config.get(SOURCE, source)
     try:
         holder = open_other(named)
     except UserError:
-        if named == opt_model:
+        if named == source:
             raise
-        holder = open_other(opt_model)  # it may have moved
+        holder = open_other(source)  # it may have moved
     if wanted not in (None, layout.hash_of(layout.tensors_of(holder, "language_model."))):
         raise UserError(
             f"{stored.location}: was trained in front of {named} as it was then; {holder.location} has other weights"

@@ -15,7 +15,8 @@ EVA_VIT_G = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/m
 class Blip2Config(ModelConfig):
     """vit_kwargs: of timm, qformer_kwargs: of transformers' Blip2QFormerConfig, over the sizes of the paper.
 
-    vit_pretrained: encoder for files that hold none. load_llm: false leaves the language model's weights random.
+    vit_pretrained: encoder for files that hold none. llm: any causal language model of transformers, a folder or hub
+    name, in the place of opt_model. load_llm: false leaves the language model's weights random.
     """
 
     CHECKPOINTING: ClassVar[tuple[dict[str, Any], ...]] = (
@@ -40,17 +41,23 @@ class Blip2Config(ModelConfig):
     num_query_token: int = 32
     qformer_kwargs: dict[str, Any] = field(default_factory=dict)
     opt_model: str = "facebook/opt-2.7b"
+    llm: str | None = None
     load_llm: bool = True
 
     @property
     def tokenizer_source(self) -> str:
-        return self.tokenizer or self.opt_model
+        return self.tokenizer or self.language_source
+
+    @property
+    def language_source(self) -> str:
+        """The folder or hub name of the language model."""
+        return self.llm or self.opt_model
 
     @property
     def hidden_size(self) -> int:
         from blipds.models.blip2.language_model import language_config
 
-        return language_config(self.opt_model).hidden_size
+        return language_config(self.language_source).hidden_size
 
     def check_precision(self, precision: str) -> None:
         if precision == "fp16" and not self.freeze_vit:
@@ -60,10 +67,13 @@ class Blip2Config(ModelConfig):
             )
 
     def facts(self) -> list[tuple[str, str]]:
-        return [("Image encoder", self.vit_model), ("Language model", self.opt_model)]
+        return [("Image encoder", self.vit_model), ("Language model", self.language_source)]
 
     def parts(self) -> dict[str, str]:
-        given = {"image encoder": self.vit_pretrained, "language model": self.opt_model if self.load_llm else None}
+        given = {
+            "image encoder": self.vit_pretrained,
+            "language model": self.language_source if self.load_llm else None,
+        }
         return {part: source for part, source in given.items() if source}
 
     @property

@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blipds.errors import UserError
 from blipds.models.blip.text_decoder import visibility
@@ -17,7 +17,7 @@ def language_config(source: str) -> Any:
     try:
         config: Any = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.opt_model '{source}': {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"the language model '{source}': {' '.join(str(error).split())[:300]}") from error
     return getattr(config, "text_config", config)
 
 
@@ -26,14 +26,34 @@ def build_language_model(source: str) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    config = language_config(source)
     try:
         with no_init_weights():  # it costs minutes, and indexes what ZeRO-3 has shared out
             # fp32 as all parts, until the engine rounds them; the config says what the file has
-            model: Any = AutoModelForCausalLM.from_config(language_config(source), dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except ValueError as error:
-        raise UserError(f"model.opt_model '{source}': not a causal language model ({str(error)[:200]})") from error
+        raise UserError(f"the language model '{source}': not a causal language model ({str(error)[:200]})") from error
     model.tie_weights()
+    for module in model.modules():
+        keep_buffers(module)
     return model.requires_grad_(False)
+
+
+def keep_buffers(module: nn.Module) -> None:
+    """Undoes what engines do to buffers: rotary frequencies rounded to bf16 would turn far words by tenths of a radian.
+
+    transformers keeps them in fp32 in every precision.
+    """
+    exact = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_floating_point()}
+
+    def restore(module: nn.Module, inputs: Any) -> None:
+        for name, buffer in exact.items():
+            given = module.get_buffer(name)
+            if given.dtype != buffer.dtype:
+                setattr(module, name, buffer.to(given.device))
+
+    if exact:
+        module.register_forward_pre_hook(restore)
 
 
 def run(

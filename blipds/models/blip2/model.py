@@ -126,7 +126,7 @@ class Blip2Caption(CaptioningModel):
         if config.vit_pretrained:
             load(config.vit_pretrained, "eva")
         if config.load_llm:
-            load(config.opt_model, "language model")
+            load(config.language_source, "language model")
 
     def check_geometry(self, checkpoint: Checkpoint) -> tuple[list[str], str]:
         """Heads show in no tensor; a transformers folder states them."""

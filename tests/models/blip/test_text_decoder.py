@@ -191,3 +191,12 @@ def test_bad_configs(tmp_path, text, message):
 def test_missing_config():
     with pytest.raises(UserError, match=r"^model.med_config_path .*no\.json"):
         read_text_config("/nowhere/no.json")
+
+
+@pytest.mark.parametrize("length", [7, 8, 13])
+def test_the_mask_is_aligned_for_cuda_s_attention(length):
+    """torch's preprocess_mask copies a mask in every layer unless all strides but the last are multiples of 8."""
+    mask = visibility(torch.zeros(3, length, dtype=torch.long), torch.bfloat16)
+    assert mask.shape == (3, 1, length, length)
+    assert mask.stride(-1) == 1 and all(stride % 8 == 0 for stride in mask.stride()[:-1])
+    assert torch.equal(mask[0, 0] == 0, torch.ones(length, length).tril().bool())

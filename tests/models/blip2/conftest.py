@@ -1,6 +1,7 @@
 """The oracle: a small captioner trained by LAVIS's own BLIP-2 code, and what that code computes with it."""
 
 from dataclasses import replace
+from functools import partial
 
 import blip2_oracle
 import pytest
@@ -8,6 +9,8 @@ from safetensors.torch import load_file
 
 from blipds.config.run import load_run_config
 from blipds.models import build_model
+from blipds.models.initialisation import initialise
+from blipds.models.parameters import copy_into
 from blipds.models.protocol import keep_activations
 from blipds.models.weights import load_weights, open_weights
 
@@ -34,11 +37,18 @@ def config(run_config):
 
 @pytest.fixture(scope="session")
 def build(config, shared):
-    """build() gives a fresh model with the oracle's weights, in evaluation mode; `keys` of the model section."""
+    """build() gives a fresh model with the oracle's weights, in evaluation mode; `keys` of the model section.
 
-    def build(checkpoint_fn=keep_activations, **keys):
-        model = build_model(replace(config.model, **keys), checkpoint_fn)
-        load_weights(model, open_weights(config.model.finetuned, shared), say=lambda line: None)
+    With `part` only that part is loaded, from where the model section says; the others stay random.
+    """
+
+    def build(checkpoint_fn=keep_activations, part=None, **keys):
+        section = replace(config.model, **keys)
+        model = build_model(section, checkpoint_fn)
+        source = config.model.finetuned if part is None else section.language_source
+        if part is not None:
+            initialise(model, 0, partial(copy_into, model))
+        load_weights(model, open_weights(source, shared), say=lambda line: None, part=part)
         return model.eval()
 
     return build

@@ -87,7 +87,7 @@ def test_model_types(name, tmp_path):
     [
         ({"qformer_kwargs": {"depth": 2}}, r"^model\.qformer_kwargs\.depth: unknown; allowed: hidden_size, "),
         ({"max_txt_len": 200}, r"^model\.max_txt_len is 200, but the language model has 120 positions behind the 8"),
-        ({"opt_model": "/nowhere"}, r"^model\.opt_model '/nowhere': "),
+        ({"opt_model": "/nowhere"}, r"^the language model '/nowhere': "),
     ],
 )
 def test_what_cannot_be_built(config, keys, message):

@@ -1,0 +1,1 @@
+"""The commands; pip installs this folder as `blipds.launch` (setup.cfg)."""
