@@ -81,7 +81,7 @@ def test_a_checkpoint_made_on_other_data(before, now, line):
 def test_a_gpu_that_is_too_small_is_one_line_with_what_would_fit(monkeypatch):
     """On a card for which the forecast was too low, too: what is proposed needs less than what did not fit."""
     folder = Path("ds_configs")
-    config, _ = load_run_config(Path("run_configs/shapes_tiny.yaml"), ["run.batch_size_train=512"])
+    config, _ = load_run_config(Path("tests/shapes_tiny.yaml"), ["run.batch_size_train=512"])
     ds, device = building.resolve(config, load_ds_config(folder / "zero2.json"), torch.device("cuda"), ""), "cuda"
     needs = forecast(config, ds, Cluster(1, 1, 80e9)).gpu
     said = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 4 GiB of which 1 is free. Of"
@@ -91,7 +91,7 @@ def test_a_gpu_that_is_too_small_is_one_line_with_what_would_fit(monkeypatch):
         line = str(error)
         assert "\n" not in line and "20.00 MiB. GPU 0 has a total capacity of 4 GiB)" in line
         chosen, options = line.split("--ds-config ")[1].split(" --options ")
-        changed, _ = load_run_config(Path("run_configs/shapes_tiny.yaml"), options.split())
+        changed, _ = load_run_config(Path("tests/shapes_tiny.yaml"), options.split())
         found = building.resolve(changed, load_ds_config(chosen), torch.device(device), chosen)
         assert changed.run.batch_size_train * changed.run.accum_grad_iters == 512
         assert forecast(changed, found, Cluster(1, 1, memory)).gpu < min(memory, needs)

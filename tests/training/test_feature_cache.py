@@ -82,7 +82,7 @@ def test_the_encoder_has_the_next_batch_while_the_disk_has_one(tmp_path, monkeyp
         return red(pixel_values)
 
     monkeypatch.setattr(EmbedStore, "write", slow_write)
-    fill(store, images, my_share(store), encoder, ENGINE, batch_size=2, num_workers=0)
+    fill(store, images, my_share(store), encoder, ENGINE, RunConfig(batch_size_eval=2, num_workers=0))
     assert waited == [True] and store.missing() == [2]
 
 
@@ -94,4 +94,4 @@ def test_a_full_disk_is_an_error_in_one_line(tmp_path, monkeypatch):
     store = EmbedStore(tmp_path / "embeds", "key", images=5, tokens=2, width=3)
     monkeypatch.setattr(EmbedStore, "write", full)
     with pytest.raises(UserError, match=r"^model.cache_image_embeds: cannot write to .*No space left on device"):
-        fill(store, images, my_share(store), red, ENGINE, batch_size=2, num_workers=0)
+        fill(store, images, my_share(store), red, ENGINE, RunConfig(batch_size_eval=2, num_workers=0))
