@@ -13,8 +13,9 @@ from blipds.models.blip2.config import Blip2Config
 from blipds.models.blip2.language_model import CachedLanguageModel, text_logits
 from blipds.models.checkpoint_files import StoredTensors
 from blipds.models.checkpoints import Checkpoint
-from blipds.models.initialisation import RandomWeight, normal, uniform_by_fan_in, zeros
+from blipds.models.initialisation import RandomWeight, constant, normal, uniform_by_fan_in, zeros
 from blipds.models.loss import smoothed_cross_entropy
+from blipds.models.parameters import whole_shape
 from blipds.models.protocol import CaptioningModel
 from blipds.models.vision import block_of, random_vision_weights
 
@@ -104,12 +105,10 @@ class Blip2Caption(CaptioningModel):
                 continue
             if name == "bridge.projection.weight":
                 yield name, parameter, uniform_by_fan_in(self.bridge.projection.in_features)
-            elif name.endswith("bias"):
-                yield name, parameter, zeros
-            elif "norm" in name.lower():
-                yield name, parameter, lambda tensor, generator: tensor.fill_(1)
-            else:
+            elif len(whole_shape(parameter)) > 1:
                 yield name, parameter, normal(0.02)
+            else:  # of linear layers and norms
+                yield name, parameter, zeros if name.endswith("bias") else constant(1.0)
 
     def checkpoint_format(self) -> Blip2Format:
         return Blip2Format(self)

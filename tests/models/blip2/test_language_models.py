@@ -36,6 +36,8 @@ def theirs(request, shared, tmp_path):
 def test_it_computes_what_transformers_does(theirs, build):
     made, folder = theirs
     ours = build(part="language model", llm=folder)
+    norms = [ours.bridge.ln_vision.weight, ours.bridge.qformer.layernorm.weight]  # of random weights
+    assert all(torch.equal(norm, torch.ones_like(norm)) for norm in norms)
     queries = ours.bridge(torch.randn(2, 17, 96))
     words = torch.randint(0, 2000, (2, 2, 5))
     # two captions of five tokens in a row, behind a prompt of two
