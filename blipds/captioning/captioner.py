@@ -16,7 +16,7 @@ from blipds.data.datasets import build_image_processor
 from blipds.data.images import Images
 from blipds.data.loader import derive_seed
 from blipds.data.processors import BlipImageEval, ImageProcessor
-from blipds.data.tokenizer import CaptionTokenizer
+from blipds.data.tokenizer import CaptionTokenizer, caption_tokenizer
 from blipds.engine import DTYPES
 from blipds.errors import UserError, short_of_memory
 from blipds.files.paths import user_path
@@ -59,7 +59,8 @@ class Captioner:
     def from_config(cls, config: Config, num_captions: int = 1) -> "Captioner":
         names = [field.name for field in fields(GenerationConfig) if field.name != "num_captions"]
         generation = GenerationConfig(num_captions=num_captions, **{name: getattr(config.run, name) for name in names})
-        tokenizer = CaptionTokenizer(config.model.tokenizer, config.model.prompt, config.model.max_txt_len)
+        tokenizer = caption_tokenizer(config.model)
+        generation = replace(generation, max_len=tokenizer.longest(generation.max_len))
         return cls(tokenizer, generation, config.run.seed)
 
     def caption(

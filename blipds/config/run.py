@@ -40,9 +40,10 @@ def load_run_config(cfg_path: Path, options: Sequence[str] = ()) -> tuple[Config
     """
     cfg_path = find_config(cfg_path, "run_configs", ".yaml")
     given = reduce(merged, map(read_option, options), read_yaml(cfg_path))
-    notices = drop_replaced_keys(given)
     section = given.get("model")
     arch = ARCHS[str(section.get("arch", ModelConfig.arch) if isinstance(section, dict) else ModelConfig.arch)]()
+    notices = drop_replaced_keys(given.get("run"), REPLACED_RUN_KEYS, "run")
+    notices += drop_replaced_keys(section, arch.config.REPLACED, "model")
     own = conform(given, type_hints(Config) | {"model": arch.config})  # the arch decides which keys its section has
     schema = OmegaConf.structured(Config)
     schema.model = OmegaConf.structured(arch.config)
@@ -57,15 +58,12 @@ def load_run_config(cfg_path: Path, options: Sequence[str] = ()) -> tuple[Config
     return config, notices
 
 
-def drop_replaced_keys(given: dict[Any, Any]) -> list[str]:
-    """Takes LAVIS's keys that something else decides now out of the run section; returns a line for each."""
-    run = given.get("run")
-    if not isinstance(run, dict):
-        return []
-    dropped = [key for key in REPLACED_RUN_KEYS if key in run]
+def drop_replaced_keys(section: Any, replaced: Mapping[str, str], name: str) -> list[str]:
+    """Takes LAVIS's keys that something else decides now out of a section; returns a line for each."""
+    dropped = [key for key in replaced if isinstance(section, dict) and key in section]
     for key in dropped:
-        del run[key]
-    return [f"run.{key}: {REPLACED_RUN_KEYS[key]}" for key in dropped]
+        del section[key]
+    return [f"{name}.{key}: {replaced[key]}" for key in dropped]
 
 
 def packaged_model(arch: Any, section: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,10 @@ class ModelConfig:
 
     # Values of keys that switch activation checkpointing on, those that recompute least first; the first: off.
     CHECKPOINTING: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    # How captions become tokens: "bert" ([DEC] prompt caption [SEP]) or "causal" (data/tokenizer.py)
+    TEXT: ClassVar[str] = "bert"
+    # LAVIS's keys that something else decides now, and the line that says so.
+    REPLACED: ClassVar[dict[str, str]] = {}
 
     arch: str = "blip_caption"
     model_type: str | None = None
@@ -74,9 +78,17 @@ class ModelConfig:
         return any(getattr(self, key) != off for key, off in self.CHECKPOINTING[0].items())
 
     @property
+    def tokenizer_source(self) -> str | None:
+        """Where the tokenizer comes from: a folder, a vocabulary file, a hub name; None: the package."""
+        return self.tokenizer
+
+    @property
     def hidden_size(self) -> int:
         """The width of the text decoder: "auto" sizes in the DeepSpeed JSON follow from it."""
         return 768
+
+    def check_precision(self, precision: str) -> None:
+        """UserError where this model cannot be trained in "fp32", "bf16" or "fp16"."""
 
     def facts(self) -> list[tuple[str, str]]:
         """(name, value) of what the report's table of the model shows beside the common keys."""

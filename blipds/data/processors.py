@@ -185,12 +185,12 @@ class BlipImageEval(ImageProcessor):
         return to_pixels(image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC))
 
 
-@PROCESSORS.register("blip_image_train")
+@PROCESSORS.register("crop_flip")
 @dataclass(frozen=True)
-class BlipImageTrain(ImageProcessor):
-    """BLIP's training augmentation: random resized crop, horizontal flip, RandAugment.
+class CropFlip(ImageProcessor):
+    """Random resized crop and horizontal flip.
 
-    The flip turns "left" into "right" while the caption stays as it is: the recipe of the paper, and harmless on
+    The flip turns "left" into "right" while the caption stays as it is: the recipe of the papers, and harmless on
     photographs, but not for data whose captions say where things are (use `blip_image_eval` there).
     """
 
@@ -206,7 +206,7 @@ class BlipImageTrain(ImageProcessor):
     def __call__(self, image: Image.Image) -> Tensor:
         box = random_crop_box(image.width, image.height, self.min_scale, self.max_scale)
         flipped = _uniform() < 0.5
-        operations = draw_operations()
+        operations = self.draw_operations()
         pixels = resized_crop(image, box, self.image_size)
         if flipped:
             pixels = pixels.flip(-1)
@@ -216,6 +216,19 @@ class BlipImageTrain(ImageProcessor):
         for operation, sign in operations:
             image = operation(image, sign)
         return to_pixels(image)
+
+    def draw_operations(self) -> "list[tuple[Operation, int]]":
+        """What is done to the pixels after crop and flip, each with its sign."""
+        return []
+
+
+@PROCESSORS.register("blip_image_train")
+@dataclass(frozen=True)
+class BlipImageTrain(CropFlip):
+    """BLIP's training augmentation: random resized crop, horizontal flip, RandAugment."""
+
+    def draw_operations(self) -> "list[tuple[Operation, int]]":
+        return draw_operations()
 
 
 def random_crop_box(width: int, height: int, min_scale: float, max_scale: float) -> tuple[int, int, int, int]:

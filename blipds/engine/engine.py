@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -281,11 +282,14 @@ class Engine:
             whole = self.frozen.pop(name, parameter.detach().to("cpu", torch.float32, copy=True))
             whole.view(-1)[: tensor.numel()].copy_(tensor.view(-1))
             parameter.copy_(whole)
-            if distributed.is_main() and not torch.equal(parameter.float().cpu(), whole):
+            kept = distributed.is_main() and name in self.weight_shapes()
+            if kept and not torch.equal(parameter.float().cpu(), whole):
                 self.frozen[name] = whole
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, weight in fp32), one after the other: never rounded where it was filled in fp32.
+
+        Those that a file elsewhere holds (`CaptioningModel.elsewhere`) are left out.
 
         Collective: every rank must exhaust it, and gets every weight; the frozen ones, other ranks than 0 as the model
         has them. They are where the optimizer has them, until the next: who keeps one copies it.
@@ -294,7 +298,8 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         held = self.state.whole_weights()  # ZeRO-0: every rank has them all
-        for name, parameter in self.model.named_parameters():
+        for name in self.weight_shapes():
+            parameter = self.model.get_parameter(name)
             weight = held.get(name)
             if weight is None and parameter.requires_grad:
                 weight = safe_get_full_fp32_param(parameter)
@@ -306,13 +311,15 @@ class Engine:
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """What `weights` yields, in its order."""
-        return {name: tuple(whole_shape(p)) for name, p in self.model.named_parameters()}
+        left_out = self.model.elsewhere or "\n"  # which no name begins with
+        parameters = self.model.named_parameters()
+        return {name: tuple(whole_shape(p)) for name, p in parameters if not name.startswith(left_out)}
 
     @property
     def checkpoint_bytes(self) -> int:
         """What the files of all ranks together take: 4 bytes a weight, 8 for the moments of one that learns."""
-        sizes = [(whole_shape(p).numel(), p.requires_grad) for p in self.model.parameters()]
-        return sum(12 * size if learns else 4 * size for size, learns in sizes)
+        sizes = {name: prod(shape) for name, shape in self.weight_shapes().items()}
+        return sum(size * (12 if self.model.get_parameter(name).requires_grad else 4) for name, size in sizes.items())
 
     def peak_memory(self) -> int:
         """The device's peak memory in bytes; 0 on a CPU."""

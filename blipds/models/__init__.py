@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from blipds.config.sections import ModelConfig
-from blipds.models import blip  # noqa: F401
+from blipds.models import blip, blip2  # noqa: F401
 from blipds.models.protocol import CaptioningModel
 from blipds.registry import ARCHS
 

@@ -33,7 +33,7 @@ class StoredTensors:
 
     tensors: memory maps where the format allows it; nothing of them has been read. config: the transformers
     config.json, or the config that the file carries, or {}. is_own: this project wrote it. location: where the user
-    said it is.
+    said it is. cache_root: where files beside it would be downloaded to.
     """
 
     path: Path
@@ -41,6 +41,7 @@ class StoredTensors:
     config: dict[str, Any] = field(default_factory=dict)
     is_own: bool = False
     location: str = ""
+    cache_root: Path = Path()
 
 
 def open_stored(path: Path, location: str = "") -> StoredTensors:
@@ -57,12 +58,15 @@ def open_stored(path: Path, location: str = "") -> StoredTensors:
 
 def _read_folder(folder: Path) -> StoredTensors:
     config, index = folder / "config.json", folder / "model.safetensors.index.json"
+    pickles = folder / "pytorch_model.bin.index.json"
     if (folder / "model.safetensors").is_file():
         stored = _read_file(folder / "model.safetensors")
     elif index.is_file():
         stored = StoredTensors(folder, _read_shards(folder, index))
     elif (folder / "pytorch_model.bin").is_file():
         stored = _read_file(folder / "pytorch_model.bin")
+    elif pickles.is_file():
+        stored = StoredTensors(folder, _read_shards(folder, pickles))
     else:
         raise UserError(f"{folder}: no model.safetensors, {index.name} or pytorch_model.bin in this folder")
     found = _json_object(config, config.read_bytes(), "it") if config.is_file() else {}

@@ -43,6 +43,8 @@ class CaptioningModel(nn.Module, ABC):
 
     max_positions: int | None = None  # tokens of a text, the prompt's included; None: any number
     vocab_size: int | None = None  # rows of the embedding; None: not checked against the tokenizer
+    # What the names of frozen weights begin with that a file elsewhere holds: checkpoints leave them out; None: no such
+    elsewhere: str | None = None
     freeze_vit = False
     compiled = False
 
@@ -94,6 +96,10 @@ class CaptioningModel(nn.Module, ABC):
         """How files name and lay out these weights."""
         return CheckpointFormat()
 
+    def completed(self, stored: StoredTensors, open_other: Callable[[str], StoredTensors]) -> StoredTensors:
+        """A checkpoint with what such files leave to others (a frozen part) or split (biases): `open_other(source)`."""
+        return stored
+
     def check_geometry(self, checkpoint: Checkpoint) -> tuple[list[str], str]:
         """UserError where a checkpoint states sizes that are not the model's, and that no tensor shows (heads).
 
@@ -111,8 +117,8 @@ class CaptioningModel(nn.Module, ABC):
         """What tells models apart whose weights alone do not (the number of heads)."""
         return ""
 
-    def constants(self) -> dict[str, float]:
-        """What a file of the weights must say beside them: numbers that no tensor shows and no run config sets."""
+    def constants(self) -> dict[str, Any]:
+        """What a file of the weights must say beside them, as JSON: what no tensor shows and no run config sets."""
         return {}
 
     def take_constants(self, checkpoint: Checkpoint) -> str | None:

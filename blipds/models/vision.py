@@ -70,7 +70,28 @@ def checkpoint_last(blocks: Iterable[nn.Module], count: int | None, checkpoint_f
     blocks = list(blocks)
     first = 0 if count is None else max(len(blocks) - count, 0)
     for block in blocks[first:]:
-        block.forward = partial(checkpoint_fn, block.forward)
+        block.forward = partial(_recomputed, checkpoint_fn, block.forward)
+
+
+def _recomputed(checkpoint_fn: Callable[..., Any], forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    return checkpoint_fn(partial(forward, **named) if named else forward, *inputs)
+
+
+# What comes before the image encoder's first block; `norm_pre` is CLIP's.
+BEFORE_THE_BLOCKS = ("cls_token", "reg_token", "pos_embed", "patch_embed.", "norm_pre.")
+
+
+def block_of(name: str) -> int | None:
+    """`CaptioningModel.encoder_layer` of a model that calls its VisionTransformer `visual_encoder`.
+
+    As BEiT's and MAE's finetuning count them; the final norm is behind the blocks.
+    """
+    part = name.removeprefix("visual_encoder.")
+    if part == name:
+        return None
+    if part.startswith("blocks."):
+        return int(part.split(".")[1]) + 1
+    return 0 if part.startswith(BEFORE_THE_BLOCKS) else None
 
 
 def random_vision_weights(encoder: VisionTransformer, prefix: str) -> Iterator[RandomWeight]:

@@ -1,6 +1,7 @@
 """The weights that a model starts from: a whole checkpoint of any kind, or parts of one over random weights."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -47,7 +48,7 @@ def open_weights(location: str, cache_root: Path) -> StoredTensors:
     Raises UserError where it cannot be had or read.
     """
     location = find_checkpoint(location, "best")
-    return open_stored(locate(location, cache_root), location)
+    return replace(open_stored(locate(location, cache_root), location), cache_root=cache_root)
 
 
 def load_initial_weights(
@@ -89,6 +90,7 @@ def load_weights(
     parameters, which may then be on the meta device. part: the kind of part that it must be (None: a whole checkpoint).
     Raises UserError for another kind or geometry.
     """
+    stored = model.completed(stored, partial(open_weights, cache_root=stored.cache_root))
     checkpoint = Checkpoint(stored, model.checkpoint_format())
     kind, location = checkpoint.kind, stored.location
     if part is not None and kind != part:
@@ -146,8 +148,12 @@ def locate(location: str, cache_root: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    patterns = ["*.json", "*.safetensors", "*.txt"]
     try:
-        return Path(snapshot_download(location, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        folder = Path(snapshot_download(location, allow_patterns=patterns))
+        if not any(folder.glob("*.safetensors")):  # only some repositories have both
+            snapshot_download(location, allow_patterns=["pytorch_model*.bin"])
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{location}: no such file, and not to be had from the hub ({reason})") from error

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from blipds.config.deepspeed import Section, precision, setting, zero_stage
 from blipds.config.sections import Config
 from blipds.data.caption_rows import caption_rows
-from blipds.data.tokenizer import CaptionTokenizer
+from blipds.data.tokenizer import caption_tokenizer
 from blipds.engine import DTYPES, checkpointed, parameter_groups
 from blipds.models import build_model
 
@@ -228,8 +228,8 @@ class Shape:
         """The largest that the run config allows: every caption as long as `model.max_txt_len`."""
         given = [dataset.captions_per_image for dataset in config.datasets.values()]
         captions = max(CAPTIONS_PER_IMAGE if isinstance(count, str) else count for count in given)
-        tokenizer = CaptionTokenizer(config.model.tokenizer, config.model.prompt, config.model.max_txt_len)
-        return cls(config.run.batch_size_train, captions, config.model.max_txt_len, len(tokenizer.prompt_ids))
+        prompt_tokens = len(caption_tokenizer(config.model).prompt_ids)
+        return cls(config.run.batch_size_train, captions, config.model.max_txt_len, prompt_tokens)
 
     def inputs(self, image_size: int, dtype: torch.dtype, device: str = "meta") -> dict[str, Tensor]:
         """Arguments of a captioner's `forward`; the values mean nothing."""

@@ -250,6 +250,7 @@ def build_schedule(run: RunConfig, plan: StepPlan) -> Schedule:
 def build_engine(config: Config, ds_config: Section, run_dir: Path, resumed: Path | None, monitor: Monitor) -> Engine:
     """The model with its initial weights in a DeepSpeed engine. Collective."""
     run = config.run
+    config.model.check_precision(precision(ds_config))
     if offload_folders(ds_config):
         ds_config = prepare_offload_folders(ds_config, run_dir)
         prepare_nvme(monitor.say)

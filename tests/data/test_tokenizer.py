@@ -5,8 +5,10 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from blipds.data.tokenizer import VOCABULARY, CaptionTokenizer
+from blipds.data.processors import CaptionProcessor
+from blipds.data.tokenizer import VOCABULARY, CaptionTokenizer, caption_tokenizer
 from blipds.errors import UserError
+from blipds.models.blip2.config import Blip2Config
 
 DEC, SEP = 30522, 102
 A, PICTURE, OF, DOG, DOGS = 1037, 3861, 1997, 3899, 6077
@@ -19,7 +21,7 @@ def tokenizer():
 
 def test_special_tokens(tokenizer):
     assert len(tokenizer) == 30524
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (DEC, SEP, 0)
+    assert (tokenizer.tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (DEC, SEP, 0)
     assert tokenizer.tokenizer.convert_tokens_to_ids("[ENC]") == 30523
 
 
@@ -133,3 +135,33 @@ def test_errors(tmp_path):
         CaptionTokenizer(str(tmp_path))
     with pytest.raises(UserError, match=r"model.prompt 'a picture of ' fills model.max_txt_len \(5 tokens\)"):
         CaptionTokenizer(max_txt_len=5)
+
+
+@pytest.fixture(scope="module")
+def causal(shared):
+    source = str(shared / "oracle_blip2" / "opt")
+    return caption_tokenizer(Blip2Config(opt_model=source, prompt="a photo of"))
+
+
+def test_text_of_a_causal_language_model(causal, shared):
+    """Against the ids that LAVIS's code fed its OPT: </s> in front, the end of a line behind."""
+    captions = json.loads((shared / "oracle_blip2" / "golden.json").read_text())["forward"]["captions"]
+    clean = CaptionProcessor(prompt=causal.prompt)
+    oracle = load_file(shared / "oracle_blip2" / "forward.safetensors")
+    for caption, ids, mask in zip(captions, oracle["input_ids"], oracle["attention_mask"], strict=True):
+        assert causal.encode(clean(caption)) == ids[mask.bool()].tolist()
+    assert (len(causal.prompt_ids), causal.prompt_ids[0], causal.eos_token_id, causal.pad_token_id) == (4, 2, 202, 1)
+    assert causal.longest(30) == 34 and CaptionTokenizer().longest(20) == 20
+
+
+def test_a_causal_caption_that_is_cut_has_no_end(causal):
+    long = causal.encode("a photo of " + "a dog " * 40)
+    assert len(long) == 32 and causal.eos_token_id not in long
+    exact = causal.encode("a photo of " + " ".join(["a"] * 27))
+    assert len(exact) == 32 and exact[-1] == causal.eos_token_id
+    assert causal.decode([*causal.prompt_ids, *exact[4:]]) == " ".join(["a"] * 27)
+
+
+def test_a_language_model_without_its_tokenizer(tmp_path):
+    with pytest.raises(UserError, match=f"^model.tokenizer '{tmp_path}': "):
+        caption_tokenizer(Blip2Config(opt_model=str(tmp_path)))

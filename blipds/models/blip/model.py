@@ -27,6 +27,7 @@ from blipds.models.initialisation import RandomWeight, normal, zeros
 from blipds.models.loss import smoothed_cross_entropy
 from blipds.models.protocol import CaptioningModel
 from blipds.models.vision import (
+    block_of,
     hub_name_of,
     layer_norm_eps,
     pretrained_encoder,
@@ -85,13 +86,7 @@ class BlipCaption(CaptioningModel):
         return [*self.visual_encoder.blocks, *self.text_decoder.bert.encoder.layer]
 
     def encoder_layer(self, name: str) -> int | None:
-        """As BEiT's and MAE's finetuning count them; the final norm is behind the blocks."""
-        part = name.removeprefix("visual_encoder.")
-        if part == name:
-            return None
-        if part.startswith("blocks."):
-            return int(part.split(".")[1]) + 1
-        return 0 if part.startswith(BEFORE_THE_BLOCKS) else None
+        return block_of(name)
 
     def random_weights(self) -> Iterator[RandomWeight]:
         """Image encoder as timm's default, text decoder as BERT (normal, `initializer_range`, biases 0)."""
@@ -149,10 +144,6 @@ class BlipCaption(CaptioningModel):
 
     def cross_attention(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
         return cross_attention(self, pixel_values, input_ids)
-
-
-# What comes before the image encoder's first block; `norm_pre` is CLIP's.
-BEFORE_THE_BLOCKS = ("cls_token", "reg_token", "pos_embed", "patch_embed.", "norm_pre.")
 
 
 class CachedDecoder:

@@ -1,0 +1,147 @@
+"""Checkpoints out: LAVIS's .pth, and a transformers folder. In is `checkpoints.py`."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from blipds.errors import UserError
+from blipds.models.blip2.checkpoints import to_lavis, to_transformers_name
+from blipds.models.export_folder import new_folder
+from blipds.models.protocol import Export
+
+IMAGE_TOKEN = "<image>"  # transformers' Blip2ForConditionalGeneration puts the queries in its places
+
+
+def export_lavis(path: Path, export: Export) -> None:
+    """`launch/export.py --format blip`: what LAVIS's captioning checkpoints hold, all but the language model."""
+    if path.is_dir() or path.suffix != ".pth":
+        raise UserError(f"--output {path}: --format blip writes one file, FILE.pth")
+    if path.exists() and not export.overwrite:
+        raise UserError(f"{path} exists already; choose another output, or replace it with --force")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = {name: tensor.detach().cpu().contiguous() for name, tensor in to_lavis(export.tensors).items()}
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save({"model": model, "config": asdict(export.config) | export.model.constants(), "epoch": 0}, temporary)
+    temporary.replace(path)
+
+
+def export_transformers(folder: Path, export: Export) -> None:
+    """`launch/export.py --format hf`: what `Blip2ForConditionalGeneration.from_pretrained` and its processor load."""
+    from transformers import Blip2Processor, BlipImageProcessor, GenerationConfig
+
+    tokenizer = copy.deepcopy(export.tokenizer)
+    size = {"height": export.config.image_size, "width": export.config.image_size}
+    image_processor = BlipImageProcessor(
+        size=size, image_mean=list(export.image_mean), image_std=list(export.image_std), resample=3
+    )
+    model: Any = export.model
+    processor = Blip2Processor(image_processor, tokenizer, num_query_tokens=model.config.num_query_token)
+    image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)  # which the processor has added
+    end = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    config = transformers_config(model, image_token, end)
+    tensors = {
+        to_transformers_name(name): with_rows(name, tensor, image_token + 1).detach().cpu().contiguous()
+        for name, tensor in export.tensors.items()
+        if name not in model.checkpoint_format().tied
+    }
+    check_complete(tensors, config)
+    with new_folder(folder, export.overwrite, config.model_type) as temporary:
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        generation = {key: value for key, value in export.generation.items() if key != "max_length"}
+        settings = GenerationConfig(
+            eos_token_id=end, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, **generation
+        )
+        settings.save_pretrained(temporary)
+        (temporary / "README.md").write_text(model_card(folder.name, export), "utf-8")
+
+
+def with_rows(name: str, tensor: Tensor, rows: int) -> Tensor:
+    """The words' embeddings with a row for every token, new ones 0: only their number counts."""
+    if not name.endswith("embed_tokens.weight") or len(tensor) >= rows:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), tensor.shape[1])])
+
+
+def transformers_config(model: Any, image_token: int, end: int) -> Any:
+    """The Blip2Config of a built model (on the meta device is enough)."""
+    from transformers import Blip2Config
+
+    vit, text = model.visual_encoder, copy.deepcopy(model.language_model.config)
+    text.vocab_size = max(text.vocab_size, image_token + 1)
+    text.eos_token_id = end  # `generate` asks the language model, not the folder's generation_config.json
+    (patch, _), (size, _) = vit.patch_embed.patch_size, vit.patch_embed.img_size
+    return Blip2Config(
+        vision_config={
+            "hidden_size": vit.embed_dim,
+            "intermediate_size": vit.blocks[0].mlp.fc1.out_features,
+            "num_hidden_layers": len(vit.blocks),
+            "num_attention_heads": vit.blocks[0].attn.num_heads,
+            "image_size": size,
+            "patch_size": patch,
+            "layer_norm_eps": vit.blocks[0].norm1.eps,
+        },
+        qformer_config=model.bridge.qformer.config.to_dict(),
+        text_config=text.to_dict(),
+        num_query_tokens=model.config.num_query_token,
+        image_token_index=image_token,
+        architectures=["Blip2ForConditionalGeneration"],
+        dtype="float32",
+    )
+
+
+def check_complete(tensors: Mapping[str, Tensor], config: Any) -> None:
+    """Every tensor of transformers' model of this config is there, and no other (it is built without memory)."""
+    from transformers import Blip2ForConditionalGeneration
+
+    with torch.device("meta"):
+        model = Blip2ForConditionalGeneration(copy.deepcopy(config))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wrong := sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name)):
+        shapes = ", ".join(f"{n} (is {given.get(n)}, should be {expected.get(n)})" for n in wrong[:5])
+        raise UserError(f"transformers' BLIP-2 cannot express this model: {shapes}; export with --format blip")
+
+
+def model_card(name: str, export: Export) -> str:
+    """README.md of the exported folder, with the call that captions as this project does."""
+    arguments = ", ".join(f"{key}={value!r}" for key, value in export.generation.items() if key != "max_length")
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- image-captioning
+- blip-2
+---
+# {name}
+
+A BLIP-2 image captioner, finetuned with blipds.
+
+## Captioning with transformers
+
+```python
+from PIL import Image
+from transformers import AutoProcessor, Blip2ForConditionalGeneration
+
+folder = "{name}"
+processor = AutoProcessor.from_pretrained(folder)
+model = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
+
+inputs = processor(images=Image.open("photo.jpg"), text={export.config.prompt.rstrip()!r}, return_tensors="pt")
+ids = model.generate(**inputs, max_new_tokens={export.generation.get("max_length", 30)}, {arguments})
+caption = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+```
+
+- The prompt must be given: the model was trained to continue it.
+- Greedy search (`num_beams=1`) gives the captions of blipds. Beam search may choose another of its beams: transformers
+  counts lengths otherwise than the code behind BLIP-2's published numbers.
+
+{export.card.strip()}
+"""
