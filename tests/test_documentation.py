@@ -120,4 +120,4 @@ def test_the_first_page_is_short():
 
 
 def test_all_pages_together_are_short():
-    assert sum(len(page.read_text().split()) for page in PAGES) <= 12_300
+    assert sum(len(page.read_text().split()) for page in PAGES) <= 12_000
