@@ -31,6 +31,19 @@ def shared() -> Path:
     return SHARED
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start ranks come first, since they take longest: at the end no core waits for one of them."""
+    starts_ranks = {path: "from launching import" in path.read_text() for path in {item.path for item in items}}
+    items.sort(key=lambda item: not starts_ranks[item.path])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(error: object) -> None:
+    """Where a worker of pytest-xdist dies, `--dist loadfile` waits for ever (pytest-xdist issue 784)."""
+    if error:
+        pytest.exit("a process that ran tests has died; what it had left was not run", returncode=3)
+
+
 def pytest_unconfigure() -> None:
     """A failed test's traceback keeps its loader's workers, which do not heed the signal that Python ends them with."""
     for child in multiprocessing.active_children():

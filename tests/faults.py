@@ -44,6 +44,7 @@ def options(output: Path, steps: int, async_save: bool = False) -> list[str]:
         "run.output_dir": output,
         "run.job_id": "run",
         "datasets.shapes_caption.num_images.train": 28,
+        "model.med_config_path": "tests/engine/dropout.json",
     }
     where = ["--cfg-path", "tests/shapes_tiny.yaml", "--ds-config", str(ds_config), "--resume", "auto"]
     return [*where, "--options", *(f"{key}={value}" for key, value in settings.items())]

@@ -37,9 +37,11 @@ echo "== pytest"
 if [ $# -gt 0 ]; then
     exec python -m pytest --durations=25 "$@"
 fi
-# Two files at a time: most of a launch is waiting. A test that fails beside another may have lacked a core, and tests
-# with deadlines do: what failed must pass alone.
-python -m pytest -n 2 --dist loadfile --durations=25 || {
+# Two files at a time, in the order of tests/conftest.py. A test that fails beside another may have lacked a core, and
+# tests with deadlines do: what failed must pass alone.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 || {
+    status=$?
+    [ $status = 1 ] || exit $status  # not that tests failed: there are tests that did not run
     echo "== pytest, what failed, alone"
     python -m pytest --last-failed --last-failed-no-failures none
 }

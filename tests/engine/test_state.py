@@ -17,7 +17,7 @@ STEPS, FIRST, SECOND = 6, 2, 4
 FP32 = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
 BF16 = {"bf16": {"enabled": True}, "fp16": {"enabled": False}}
 CPU = {"offload_optimizer": {"device": "cpu"}}
-DROPOUT = "model.med_config_path=configs/models/med_config_tiny.json"
+DROPOUT = "model.med_config_path=tests/engine/dropout.json"
 NO_DROPOUT = "model.med_config_path=tests/engine/no_dropout.json"
 # name -> DeepSpeed config, and whether there is dropout, which another number of ranks would draw otherwise
 KINDS = {
