@@ -12,14 +12,6 @@ torch.set_num_threads(1)  # small tensors: more threads only get in each other's
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with the marker `gpu` are skipped where there is none."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is false"))
-
-
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """`../shared` (photographs, oracle, reference scores). A clone without it skips; under CI=true it must be there."""
@@ -32,7 +24,14 @@ def shared() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start ranks come first, since they take longest: at the end no core waits for one of them."""
+    """Tests with the marker `gpu` are skipped where there is none.
+
+    Files that start ranks come first, since they take longest: at the end no core waits for one of them.
+    """
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is false"))
     starts_ranks = {path: "from launching import" in path.read_text() for path in {item.path for item in items}}
     items.sort(key=lambda item: not starts_ranks[item.path])
 

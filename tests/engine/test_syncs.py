@@ -20,7 +20,7 @@ def steps(tmp_path_factory):
     specs = [
         {
             "name": f"zero{stage} {held}",
-            "cfg": "run_configs/shapes_tiny.yaml",
+            "cfg": "tests/shapes_tiny.yaml",
             "options": options,
             "ds": {
                 "zero_optimization": {"stage": stage},

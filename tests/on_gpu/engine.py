@@ -90,7 +90,7 @@ class Bench:
 
 def rows(device: torch.device, folder: Path, dry: bool) -> Iterator[Row]:
     distributed.initialise()
-    path, name = ("run_configs/shapes_tiny.yaml", "tiny") if dry else ("run_configs/caption_coco_large.yaml", "large")
+    path, name = ("tests/shapes_tiny.yaml", "tiny") if dry else ("run_configs/caption_coco_large.yaml", "large")
     random = ["model.load_pretrained=false", "model.load_finetuned=false"]
     for checkpointing in (False, True):
         config, _ = load_run_config(Path(path), [*random, *(CHECKPOINTED if checkpointing else [])])

@@ -20,7 +20,7 @@ from benchmarks.measuring import Row
 from launching import command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CONFIG = "run_configs/shapes_tiny.yaml"
+CONFIG = "tests/shapes_tiny.yaml"
 ALLOWED = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 5e-3}
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
 
