@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from blipds import distributed
 from blipds.config.deepspeed import Section, offload_folders, uses_torch_adam, zero_stage
-from blipds.engine.arrival import arrive_by_layer
 from blipds.engine.diagnosis import first_non_finite
 from blipds.engine.state import TrainingState
 from blipds.models.parameters import Write, whole_shape
@@ -149,8 +148,6 @@ class Engine:
         join_deepspeed()
         with redirect_stdout(io.StringIO()):  # it prints one line a rank for each op
             self._deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
-        if isinstance(model, CaptioningModel) and model.compiled:
-            arrive_by_layer(self._deepspeed.optimizer, model.layers())
         self.state = TrainingState(self._deepspeed)
         if hasattr(self.state.scaler, "raise_error_at_min_scale"):  # fp16: run.max_bad_steps ends the run instead
             self.state.scaler.raise_error_at_min_scale = False
