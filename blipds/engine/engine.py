@@ -282,7 +282,7 @@ class Engine:
             whole = self.frozen.pop(name, parameter.detach().to("cpu", torch.float32, copy=True))
             whole.view(-1)[: tensor.numel()].copy_(tensor.view(-1))
             parameter.copy_(whole)
-            kept = distributed.is_main() and name in self.weight_shapes()
+            kept = distributed.is_main() and not self._is_elsewhere(name)
             if kept and not torch.equal(parameter.float().cpu(), whole):
                 self.frozen[name] = whole
 
@@ -311,9 +311,12 @@ class Engine:
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """What `weights` yields, in its order."""
-        left_out = self.model.elsewhere or "\n"  # which no name begins with
         parameters = self.model.named_parameters()
-        return {name: tuple(whole_shape(p)) for name, p in parameters if not name.startswith(left_out)}
+        return {name: tuple(whole_shape(p)) for name, p in parameters if not self._is_elsewhere(name)}
+
+    def _is_elsewhere(self, name: str) -> bool:
+        prefix: str | None = self.model.elsewhere
+        return prefix is not None and name.startswith(prefix)
 
     @property
     def checkpoint_bytes(self) -> int:
