@@ -2,8 +2,8 @@
 
 Parameter names are those of the original checkpoints. Shapes: I images, R rows of T tokens of text (R / I of them for
 each image), N image tokens, C width, h heads, d = C / h. In training a row holds all captions of its image, behind one
-prompt (`visibility`); in generation it is a beam. The rows of an image share its keys and values: cross-attention folds
-them into the query length, so nothing of the image is ever copied.
+prompt (`attention.visibility`); in generation it is a beam. The rows of an image share its keys and values:
+cross-attention folds them into the query length, so nothing of the image is ever copied.
 """
 
 import json
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blipds.errors import UserError
+from blipds.models.attention import visibility
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,6 @@ class TextConfig:
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
-MASK_ALIGNMENT = 8  # elements; torch/aten's transformers/attention.cpp, preprocess_mask
-
-
 class LayerCache:
     """Keys and values of one layer while captions are generated.
 
@@ -95,19 +93,6 @@ class LayerCache:
         """Keeps some images and their rows of text."""
         self.image_keys, self.image_values = self.image_keys[images], self.image_values[images]
         self.keys, self.values = self.keys[rows], self.values[rows]
-
-
-def visibility(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores of self-attention, (R, 1, T, T): 0 where a token sees another, else -inf.
-
-    segment_ids (R, T): a token sees what is in segment 0, the prompt, and in its own, up to itself. Rows of it start
-    at multiples of 8 elements, as CUDA's memory-efficient attention wants them: else each layer would copy it.
-    """
-    length = segment_ids.shape[-1]
-    own = segment_ids.unsqueeze(-1) == segment_ids.unsqueeze(-2)
-    seen = (own | (segment_ids == 0).unsqueeze(-2)).tril()
-    aligned = seen.new_zeros(*seen.shape[:-1], -(-length // MASK_ALIGNMENT) * MASK_ALIGNMENT, dtype=dtype)
-    return aligned[..., :length].masked_fill_(~seen, -torch.inf).unsqueeze(1)
 
 
 class Attention(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blipds.errors import UserError
 from blipds.models.blip2.checkpoints import to_lavis, to_transformers_name
-from blipds.models.export_folder import new_folder
+from blipds.models.exporting import check_file, misfits, model_card, new_folder, on_host, write_pth
 from blipds.models.protocol import Export
 
 IMAGE_TOKEN = "<image>"  # transformers' Blip2ForConditionalGeneration puts the queries in its places
@@ -20,15 +20,9 @@ IMAGE_TOKEN = "<image>"  # transformers' Blip2ForConditionalGeneration puts the 
 
 def export_lavis(path: Path, export: Export) -> None:
     """`launch/export.py --format blip`: what LAVIS's captioning checkpoints hold, all but the language model."""
-    if path.is_dir() or path.suffix != ".pth":
-        raise UserError(f"--output {path}: --format blip writes one file, FILE.pth")
-    if path.exists() and not export.overwrite:
-        raise UserError(f"{path} exists already; choose another output, or replace it with --force")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    model = {name: tensor.detach().cpu().contiguous() for name, tensor in to_lavis(export.tensors).items()}
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save({"model": model, "config": asdict(export.config) | export.model.constants(), "epoch": 0}, temporary)
-    temporary.replace(path)
+    check_file(path, export.overwrite)
+    model = {name: on_host(tensor) for name, tensor in to_lavis(export.tensors).items()}
+    write_pth(path, model, asdict(export.config) | export.model.constants())
 
 
 def export_transformers(folder: Path, export: Export) -> None:
@@ -46,7 +40,7 @@ def export_transformers(folder: Path, export: Export) -> None:
     end = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
     config = transformers_config(model, image_token, end)
     tensors = {
-        to_transformers_name(name): with_rows(name, tensor, image_token + 1).detach().cpu().contiguous()
+        to_transformers_name(name): on_host(with_rows(name, tensor, image_token + 1))
         for name, tensor in export.tensors.items()
         if name not in model.checkpoint_format().tied
     }
@@ -60,7 +54,8 @@ def export_transformers(folder: Path, export: Export) -> None:
             eos_token_id=end, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, **generation
         )
         settings.save_pretrained(temporary)
-        (temporary / "README.md").write_text(model_card(folder.name, export), "utf-8")
+        card = model_card(folder, export, "BLIP-2", usage(export))
+        (temporary / "README.md").write_text(card, "utf-8")
 
 
 def with_rows(name: str, tensor: Tensor, rows: int) -> Tensor:
@@ -103,34 +98,19 @@ def check_complete(tensors: Mapping[str, Tensor], config: Any) -> None:
 
     with torch.device("meta"):
         model = Blip2ForConditionalGeneration(copy.deepcopy(config))
-    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if wrong := sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name)):
-        shapes = ", ".join(f"{n} (is {given.get(n)}, should be {expected.get(n)})" for n in wrong[:5])
-        raise UserError(f"transformers' BLIP-2 cannot express this model: {shapes}; export with --format blip")
+    if wrong := misfits(tensors, dict(model.named_parameters())):
+        raise UserError(f"transformers' BLIP-2 cannot express this model: {wrong}; export with --format blip")
 
 
-def model_card(name: str, export: Export) -> str:
-    """README.md of the exported folder, with the call that captions as this project does."""
+def usage(export: Export) -> str:
+    """The call that captions as this project does."""
     arguments = ", ".join(f"{key}={value!r}" for key, value in export.generation.items() if key != "max_length")
-    return f"""---
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags:
-- image-captioning
-- blip-2
----
-# {name}
-
-A BLIP-2 image captioner, finetuned with blipds.
-
-## Captioning with transformers
-
+    return f"""
 ```python
 from PIL import Image
 from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
-folder = "{name}"
+folder = "{{name}}"
 processor = AutoProcessor.from_pretrained(folder)
 model = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
 
@@ -142,6 +122,4 @@ caption = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_
 - The prompt must be given: the model was trained to continue it.
 - Greedy search (`num_beams=1`) gives the captions of blipds. Beam search may choose another of its beams: transformers
   counts lengths otherwise than the code behind BLIP-2's published numbers.
-
-{export.card.strip()}
 """

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from blipds.errors import UserError
-from blipds.models.blip.text_decoder import visibility
+from blipds.models.attention import visibility
 
 
 def language_config(source: str) -> Any:

@@ -7,8 +7,9 @@ import torch
 
 from blipds.data.caption_rows import caption_rows
 from blipds.errors import UserError
+from blipds.models.attention import visibility
 from blipds.models.blip.config import read_text_config
-from blipds.models.blip.text_decoder import TextConfig, TextDecoder, visibility
+from blipds.models.blip.text_decoder import TextConfig, TextDecoder
 
 TINY = TextConfig(
     vocab_size=50,
