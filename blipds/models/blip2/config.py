@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from blipds.config.sections import ModelConfig, check
+from blipds.config.sections import ModelConfig, limited
 from blipds.errors import UserError
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -36,9 +36,9 @@ class Blip2Config(ModelConfig):
     vit_model: str = "eva_clip_g"
     vit_kwargs: dict[str, Any] = field(default_factory=dict)
     vit_pretrained: str | None = EVA_VIT_G
-    drop_path_rate: float = 0.0
+    drop_path_rate: float = limited(0.0, "0 or more, below 1")
     use_grad_checkpoint: bool = False
-    num_query_token: int = 32
+    num_query_token: int = limited(32, "1 or more")
     qformer_kwargs: dict[str, Any] = field(default_factory=dict)
     opt_model: str = "facebook/opt-2.7b"
     llm: str | None = None
@@ -84,5 +84,3 @@ class Blip2Config(ModelConfig):
         if self.prompt.strip():  # LAVIS writes it with and without the space
             self.prompt = self.prompt.rstrip() + " "
         super().__post_init__()
-        check("model.num_query_token", self.num_query_token, self.num_query_token >= 1, "1 or more")
-        check("model.drop_path_rate", self.drop_path_rate, 0 <= self.drop_path_rate < 1, "0 or more, below 1")
