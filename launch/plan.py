@@ -29,7 +29,6 @@ from blipds.files.paths import packaged
 from blipds.planning.planner import (
     CAPTIONS_PER_IMAGE,
     GB,
-    RESERVED,
     Cluster,
     Forecast,
     ParameterSizes,
@@ -113,7 +112,7 @@ def table(config: Config, found: Forecast) -> list[str]:
         row("optimizer states", states.optimizer),
         row("activations, the peak", found.activations),
         row("communication buffers and gathered parameters", states.buffers),
-        row("an allowance for CUDA, NCCL and the allocator", RESERVED),
+        row("an allowance for CUDA, NCCL and the allocator", found.allowance),
         row("= forward and backward", found.training),
         row("= update (no activations or buffers, but fp32 gradients)", found.updating),
         "on each node",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Proves and measures blipds on a GPU, in less than nine minutes.
+# Proves and measures blipds on a GPU, in less than ten minutes.
 #   bash tests/gpu.sh [SECTION ...] [--output FOLDER] [--dry]     --help explains them
 #   WHEELS=DIR bash tests/gpu.sh     on a machine with torch, timm and transformers, without a network: the wheels of DIR
 #                                    (../shared/gpu/wheels.sh packs them) go into a temporary folder, and nothing else

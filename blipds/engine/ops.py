@@ -2,10 +2,11 @@
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from blipds import distributed
@@ -58,9 +59,6 @@ def load_op(builder_name: str, say: Callable[[str], None]) -> str:
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension
 
-    path_before = os.environ["PATH"]
-    # ninja comes from pip and lies beside this python, which need not be on PATH
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path_before}"
     builder = get_accelerator().create_op_builder(builder_name)
     try:
         folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
@@ -75,15 +73,33 @@ def load_op(builder_name: str, say: Callable[[str], None]) -> str:
     # a real file: the check for libaio duplicates its descriptor, and finds no libaio where there is none
     with tempfile.TemporaryFile("w") as chatter:
         try:
-            with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
+            with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter), compiler_environment():
                 builder.load(verbose=False)
         except Exception as error:  # a missing compiler shows up as any of half a dozen types
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        finally:
-            os.environ["PATH"] = path_before
     if compiling:
         say(f"compiled in {time.monotonic() - start:.0f} s")
     return ""
+
+
+@contextlib.contextmanager
+def compiler_environment() -> Iterator[None]:
+    """What DeepSpeed's builders read, as they need it; afterwards as it was.
+
+    ninja comes from pip and lies beside this python, which need not be on PATH. Architectures are plain numbers to
+    them: Hopper's 9.0a, which CUDA images set in TORCH_CUDA_ARCH_LIST, would fail.
+    """
+    before = {name: os.environ.get(name) for name in ("PATH", "TORCH_CUDA_ARCH_LIST")}
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before['PATH']}"
+    if architectures := before["TORCH_CUDA_ARCH_LIST"]:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = re.sub(r"(\.\d+)[a-z]+", r"\1", architectures)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def clear_stale_lock(lock: Path) -> bool:

@@ -1,13 +1,16 @@
 """The real engine at the largest batch of each card: large at 384, bf16, ZeRO-2, five captions an image."""
 
+import cProfile
+import pstats
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from benchmarks.arithmetic import training_flops, training_linears
-from benchmarks.measuring import Row, alternate, matmul_rate, peak_memory, reset_peak_memory, wait_for
+from benchmarks.measuring import Row, Timing, alternate, matmul_rate, peak_memory
 from benchmarks.pair import PROMPT, our_inputs, random_captions, random_pixels
 
 from blipds import distributed
@@ -17,11 +20,10 @@ from blipds.config.sections import Config
 from blipds.engine import Engine
 from blipds.models.blip.geometry import geometry_of
 from blipds.monitor import NullMonitor
-from blipds.planning.planner import GB, RESERVED, ModelStates, ParameterSizes, Shape, activations, model_states
+from blipds.planning.planner import GB, RESERVED, SLACK, ModelStates, ParameterSizes, Shape, activations, model_states
 from blipds.training import building
 
 CARDS_GB = (24, 80, 40, 16)  # the most telling first
-CONTEXT = 0.6 * GB  # of CUDA itself, which the allocator's limit leaves out
 CAPTIONS, LENGTH = 5, 12
 CHECKPOINTED = ["model.vit_grad_ckpt=true", "model.text_grad_ckpt=true"]
 
@@ -46,7 +48,8 @@ class Plan:
         return max(training, self.states.held + self.states.update)
 
     def largest(self, memory: float) -> int:
-        return max(int((memory - RESERVED - self.tensors(0)) / self.per_image), 0)
+        left = memory - RESERVED - self.states.held - self.states.buffers
+        return max(int((left / (1 + SLACK) - self.fixed) / self.per_image), 0)
 
 
 class Bench:
@@ -71,15 +74,21 @@ class Bench:
         engine.backward(engine.loss(inputs) / len(inputs["labels"]))
         engine.step(1e-5, measure=False)
 
-    def fits(self, images: int) -> bool:
+    def timed(self, what: str, images: int, rounds: int) -> tuple[Timing, list[float]] | None:
+        """None: out of memory. Beside it the seconds until each step was launched, which a GPU does meanwhile."""
+        host: list[float] = []
+
+        def step() -> None:
+            begun = time.perf_counter()
+            self.step(images)
+            host.append(time.perf_counter() - begun)
+
         try:
-            for _ in range(2):  # the first makes Adam's moments
-                self.step(images)
-            wait_for(self.device)
-            return True
+            # the first step makes Adam's moments, the second finds the memory for its peak
+            return alternate({what: step}, rounds, self.device, warmup=2)[what], host[2:]
         except torch.OutOfMemoryError:
             self.close()
-            return False
+            return None
 
     def close(self) -> None:
         self.inputs = {}
@@ -112,27 +121,24 @@ def rows(device: torch.device, folder: Path, dry: bool) -> Iterator[Row]:
 
 
 def on_card(bench: Bench, plan: Plan, what: str, card: int, total: float, at_most: int | None) -> Row:
-    """The planner's answer first; then a twelfth more, or less until it fits."""
+    """The planner's answer first, less until it fits."""
     device, started = bench.device, time.perf_counter()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(min((card * GB - CONTEXT) / total, 1.0), device)
+        torch.cuda.set_per_process_memory_fraction(min((card * GB - RESERVED) / total, 1.0), device)
     planned = images = plan.largest(min(card * GB, total))
     if at_most is not None:
         planned = images = min(images, at_most)
-    while images > 0 and not bench.fits(images):
+    timed = None
+    while images > 0 and (timed := bench.timed(what, images, 1 if at_most else 4)) is None:
         images -= max(images // 12, 1)
-    more = images + max(images // 12, 1)
-    if images == planned and images > 0 and at_most is None and bench.fits(more):
-        images = more
-    if images == 0:
+    if timed is None:
         return Row("engine", what, "does not fit", f"{planned} images planned", None, None)
-    bench.step(images)
-    reset_peak_memory(device)
-    timing = alternate({what: lambda: bench.step(images)}, 1 if at_most else 4, device)[what]
+    timing, host = timed
     assert bench.engine is not None
     shape = (geometry_of(bench.engine.model), images, CAPTIONS, LENGTH, len(PROMPT))
     flops, speed = training_flops(*shape), images / timing.median
+    memory = cuda_memory(device) if device.type == "cuda" else {}
     rate = matmul_rate(training_linears(*shape), device, torch.bfloat16)
     measured, forecast = max(timing.peak_bytes, peak_memory(device)), plan.tensors(images)
     details = {
@@ -144,9 +150,37 @@ def on_card(bench: Bench, plan: Plan, what: str, card: int, total: float, at_mos
         "peak_gb": measured / GB,
         "planned_gb": forecast / GB,
         "planned_over_measured": forecast / measured,
+        "planned_states": asdict(plan.states),
+        "planned_per_image": plan.per_image,
         "seconds": timing.seconds,
-        "search_seconds": time.perf_counter() - started,
+        "host_seconds": host,
+        "host_profile": host_profile(lambda: bench.step(images)),
+        "seconds_in_all": time.perf_counter() - started,
+        **memory,
     }
     what += f", {images} x {CAPTIONS} captions ({planned} planned; {measured / GB:.1f} GB, {forecast / GB:.1f} planned)"
     against = f"{rate / 1e12:.1f} TFLOP/s of bare products"
     return Row("engine", what, f"{speed:.1f}", against, flops / timing.median / rate, 0.5, details)
+
+
+def host_profile(step: Callable[[], None]) -> list[tuple[str, int, float, float]]:
+    """Where Python's time goes in a step: (function, calls, seconds in it alone, with what it calls), by the third."""
+    with cProfile.Profile() as recorded:
+        step()
+    stats = cast(dict, pstats.Stats(recorded).stats)  # type: ignore[attr-defined]
+    rows = [
+        (f"{Path(file).name}:{line} {name}", calls, alone, whole)
+        for (file, line, name), (_, calls, alone, whole, _) in stats.items()
+    ]
+    return sorted(rows, key=lambda row: -row[2])[:40]
+
+
+def cuda_memory(device: torch.device) -> dict[str, float]:
+    """In GB: what is held between steps, the allocator's most, and what lies outside it (context, NCCL)."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    return {
+        "held_gb": torch.cuda.memory_allocated(device) / GB,
+        "reserved_peak_gb": torch.cuda.max_memory_reserved(device) / GB,
+        "outside_gb": (total - free - reserved) / GB,
+    }

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from benchmarks.generation import generation
 from benchmarks.loading import IMAGE_SIZE, make_photographs
-from benchmarks.measuring import Row, wait_for
+from benchmarks.measuring import Row, alternate, wait_for
 from benchmarks.pair import PROMPT, SEP, Size, build_ours, our_inputs, random_captions, random_pixels
 from benchmarks.training import compiled, our_step
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from blipds.data.annotations import ImageFile, Record, annotations_of
@@ -70,16 +71,21 @@ def profiles(geometry: str, side: int, images: int, folder: Path, device: torch.
 
 
 def costs(what: str, run: Callable[[], object], trace: Path, device: torch.device) -> Iterator[Row]:
-    run()
-    wait_for(device)
+    (seconds,) = alternate({what: run}, 1, device)[what].seconds
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=kinds) as recorded:
         run()
         wait_for(device)
     recorded.export_chrome_trace(str(trace))
     own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    found = sorted(recorded.key_averages(), key=lambda event: -getattr(event, own))
+    # operators alone: the time of a kernel is that of the operator which launched it, too
+    operators = [event for event in recorded.key_averages() if event.device_type == DeviceType.CPU]
+    found = sorted(operators, key=lambda event: -getattr(event, own))
     total = sum(getattr(event, own) for event in found) or 1.0
+    share = total / 1e6 / seconds
+    yield Row(
+        "profile", f"{what}: its operators", f"{total / 1e3:.1f} ms", f"{seconds * 1e3:.1f} ms in all", share, None
+    )
     for event in found[:COSTS]:
         spent = getattr(event, own)
         name = f"{what}: {event.key[:70]}, {event.count} times"

@@ -70,7 +70,8 @@ def compared(name: str, losses: list[float], expected: list[float], allowed: flo
 def rows(device: torch.device, folder: Path, dry: bool) -> Iterator[Row]:
     steps = 4 if dry else 20
     environment = dict(os.environ)
-    on_cpu = environment | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    # few threads: the other runs start meanwhile, and want the cores, too
+    on_cpu = environment | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "4"}
     cpu = start_grid(folder, "cpu", [spec("cpu", 0, "fp32", steps, torch_adam=True)], on_cpu)  # nothing to compile
     if not dry:  # minutes on busy cores
         yield compile_adam(environment)
@@ -85,22 +86,23 @@ def rows(device: torch.device, folder: Path, dry: bool) -> Iterator[Row]:
     ]
     if not dry or torch.ops.mkldnn._is_mkldnn_fp16_supported():
         specs.append(spec("overflow", 2, "fp16", steps + 20, scale_power=30, torch_adam=dry))
-    found = results(start_grid(folder, "grid", specs, environment), folder, "grid")
+    kinds_offloaded = [2] if dry else [2, 3]
+    offloaded = [
+        spec(f"zero{stage} bf16, offloaded", stage, "bf16", steps, zero=OFFLOAD, torch_adam=dry)
+        for stage in kinds_offloaded
+    ]
+    grid = start_grid(folder, "grid", specs, environment)  # all side by side: each leaves the device idle for long
+    offload = start_grid(folder, "offload", offloaded, environment)
+    yield from through_the_launcher(folder, environment, dry)
     expected = results(cpu, folder, "cpu")["cpu"]["losses"]
+    found = results(grid, folder, "grid")
     for stage, held in kinds:
         yield compared(f"zero{stage} {held}", found[f"zero{stage} {held}"]["losses"], expected, ALLOWED[held])
     resumed = found["resumed"]["losses"]
     yield compared("resumed, zero2 bf16", resumed, found["zero2 bf16"]["losses"][-len(resumed) :], 1e-4)
     if "overflow" in found:
         yield overflow(found["overflow"]["losses"])
-
-    yield from through_the_launcher(folder, environment, dry)
-    kinds = [2] if dry else [2, 3]
-    specs = [
-        spec(f"zero{stage} bf16, offloaded", stage, "bf16", steps, zero=OFFLOAD, torch_adam=dry) for stage in kinds
-    ]
-    found = results(start_grid(folder, "offload", specs, environment), folder, "offload")
-    for name, result in found.items():
+    for name, result in results(offload, folder, "offload").items():
         yield compared(name, result["losses"], expected, ALLOWED["bf16"])
 
 
@@ -147,10 +149,10 @@ def through_the_launcher(folder: Path, environment: dict[str, str], dry: bool) -
     metrics = run_dir / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and '"train"' in metrics.read_text()):
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the launcher and its ranks
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the launcher, which sends SIGTERM, and its ranks
     process.wait()
     said = (folder / "typed.log").read_text()
-    good = "stopped by SIGINT" in said and (run_dir / "checkpoints" / "latest").exists()
+    good = "stopped by SIG" in said and (run_dir / "checkpoints" / "latest").exists()
     yield Row(
         "training", "Ctrl-C ends with a checkpoint", str(good), "-", None, None, {"good": good, "said": said[-900:]}
     )
