@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from blipds import distributed
 from blipds.config.deepspeed import Section, offload_folders, uses_torch_adam, zero_stage
 from blipds.engine.diagnosis import first_non_finite
+from blipds.engine.multi_tensor import use_multi_tensor_calls
 from blipds.engine.state import TrainingState
 from blipds.models.parameters import Write, whole_shape
 from blipds.models.protocol import CaptioningModel
@@ -148,6 +149,7 @@ class Engine:
         join_deepspeed()
         with redirect_stdout(io.StringIO()):  # it prints one line a rank for each op
             self._deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+        use_multi_tensor_calls(self._deepspeed.optimizer)
         self.state = TrainingState(self._deepspeed)
         if hasattr(self.state.scaler, "raise_error_at_min_scale"):  # fp16: run.max_bad_steps ends the run instead
             self.state.scaler.raise_error_at_min_scale = False
