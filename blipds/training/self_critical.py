@@ -8,6 +8,7 @@ of the greedy caption. One encoding of an image serves the samples and the gradi
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
@@ -205,7 +206,7 @@ class SelfCritical(CrossEntropy):
                 {"caption": text, "reward": round(reward, 4)}
                 for text, reward in zip(found.texts, found.rewards, strict=True)
             ]
-            self.newest.append({"image": name, "samples": samples, "baseline": round(found.baselines[0], 4)})
+            self.newest.append({"image": name, "samples": samples, "baseline": round(mean(found.baselines), 4)})
 
     def metrics(self) -> dict[str, float]:
         """Means over the samples; `distinct_captions` of an image, `entropy` in nats a token: the mean of -log p."""
