@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from blipds.config.sections import RunConfig
+from blipds.config.sections import Config, RunConfig
 from blipds.errors import UserError
 from blipds.monitor import NullMonitor
 from blipds.signals import Stopped
+from blipds.training.objectives import Objective
 from blipds.training.run_state import RunState, StepPlan
 from blipds.training.trainer import StepSignals, Trainer
 
@@ -33,7 +34,7 @@ def batch(weight=1.0, loss=1.0, images=1, errors=()):
     return StubBatch(images, 2 * images, named, list(errors), weight, loss)
 
 
-class StubObjective:
+class StubObjective(Objective):
     def weight(self, batch):
         return batch.weight
 
@@ -152,7 +153,7 @@ def trainer(tmp_path, *windows, state=None, validation=None, **keys):
         run,
         tmp_path,
         StubEngine(),
-        StubObjective(),
+        StubObjective(Config(run=run)),
         StubLoader(*windows),
         schedule,
         StubValidation(log, state, **({"evaluators": ()} if validation is None else validation)),
