@@ -4,7 +4,7 @@ Stanford's tokenizer is a finite automaton that JFlex generated. Its tables are 
 that pycocoevalcap brings: they are read from there, and this file adds what version 3.4.1 does with each match. So all
 of its rules are covered: contractions, quotes, numbers, dates, fractions, phone numbers, abbreviations, ellipses,
 dashes, brackets, currency, addresses, tags, letters of all scripts. Compared with Java: 40,000 captions of Flickr8k,
-73,137 of COCO and nocaps, and 400,000 made of hard cases and random characters, without a difference.
+73,137 of COCO and nocaps, and 700,000 made of hard cases and random characters, without a difference.
 
 One thing depends on more than the caption in Java, which reads a file of captions as one text: a capital with a period
 at the end of a caption ("Nintendo Wii U.") loses the period where the next caption starts with a word like "The". Here

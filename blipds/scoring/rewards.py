@@ -32,7 +32,7 @@ class CaptionReward:
     Papineni et al. 2002, up to 1. The frequencies are counted once: a document is all references of an image.
 
     references: image key -> its captions. They are read and tokenized again at each use: 30 us a caption, where keeping
-    their vectors takes 6 KB. cache_root: keeps the frequencies in its folder `document_frequencies`, by a hash of the
+    their vectors takes 5 KB. cache_root: keeps the frequencies in its folder `document_frequencies`, by a hash of the
     captions. end_token: counts the end of a caption as a word, in references and samples alike; without it unfinished
     captions are rewarded (arXiv 2305.12254). counting: says how words are counted. Raises UserError for an image
     without a reference.
