@@ -125,9 +125,8 @@ def penalise_repetition(scores: Tensor, sequences: Tensor, penalty: float) -> Te
     return scores.scatter(-1, sequences, torch.where(present < 0, present * penalty, present / penalty))
 
 
-def indices_on(device: torch.device, numbers: list[int]) -> Tensor:
-    """Numbers on a device. The host does not wait: from pinned memory the copy takes its turn behind what is queued."""
-    on_host = torch.tensor(numbers)
+def moved_to(device: torch.device, on_host: Tensor) -> Tensor:
+    """On a device. The host does not wait: from pinned memory the copy takes its turn behind what is queued."""
     return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
 
 
@@ -230,7 +229,7 @@ def beam_search(
             break
 
         if len(running) < len(active):
-            rows = indices_on(top.device, running)
+            rows = moved_to(top.device, torch.tensor(running))
             decoder.keep(rows)
             top_scores, top, ranks, sequences = top_scores[rows], top[rows], ranks[rows], sequences[rows]
             active, said = [active[row] for row in running], [said[row] for row in running]
@@ -283,7 +282,7 @@ def single_search(
         if not running or length + 1 == config.max_len:
             return finished
         if len(running) < len(active):
-            rows = indices_on(tokens.device, running)
+            rows = moved_to(tokens.device, torch.tensor(running))
             decoder.keep(rows)
             sequences, tokens = sequences[rows], tokens[rows]
             uniform = None if uniform is None else uniform[rows]
@@ -342,7 +341,7 @@ def draw_samples(
         if not running:
             return
         if len(running) < len(active):
-            kept = indices_on(tokens.device, running)
+            kept = moved_to(tokens.device, torch.tensor(running))
             decoder.keep(kept)
             tokens, uniform = tokens[kept], uniform[kept]
             active = [active[row] for row in running]

@@ -23,7 +23,7 @@ from blipds.data.tokenizer import CaptionTokenizer
 from blipds.engine import Engine
 from blipds.errors import UserError
 from blipds.files.paths import user_path
-from blipds.models.generation import Drawn, SamplingConfig
+from blipds.models.generation import Drawn, SamplingConfig, moved_to
 from blipds.models.protocol import CaptioningModel
 from blipds.registry import OBJECTIVES
 from blipds.scoring.rewards import CaptionReward, RewardWeights
@@ -135,8 +135,8 @@ class SelfCritical(CrossEntropy):
             if names[image]:
                 found[image] = self.rewarding.submit(self.rewarded, names[image], samples)
 
-        prompt_ids = torch.tensor(self.tokenizer.prompt_ids, device=embeds.device)
-        uniform = self.uniform(names, step).to(embeds.device)
+        prompt_ids = moved_to(embeds.device, torch.tensor(self.tokenizer.prompt_ids))
+        uniform = moved_to(embeds.device, self.uniform(names, step))
         try:
             model.draw(embeds, prompt_ids, self.tokenizer.eos_token_id, self.sampling, uniform, take, any_rank)
         except NotImplementedError:
