@@ -75,6 +75,7 @@ class SelfCritical(CrossEntropy):
         self.rewarding = ThreadPoolExecutor(max_workers=1)  # beside the device, which draws for the other images
         self.sums = dict.fromkeys(SUMS, 0.0)  # since the last log line, on this rank
         self.newest: list[dict[str, Any]] = []
+        self.image_ids: dict[str, str] = {}
 
     def open(self, datasets: Sequence[CaptionDataset], tokenizer: CaptionTokenizer) -> list[str]:
         if not datasets:
@@ -83,9 +84,9 @@ class SelfCritical(CrossEntropy):
             )
         own, self.tokenizer = self.own, tokenizer
         references: dict[str, dict[str, None]] = {}  # an image of two datasets has the references of both
-        for dataset in datasets:
-            for record in dataset.records:
-                references.setdefault(str(record.image), {}).update(dict.fromkeys(record.captions))
+        for record in (record for dataset in datasets for record in dataset.records):
+            references.setdefault(str(record.image), {}).update(dict.fromkeys(record.captions))
+            self.image_ids[str(record.image)] = str(record.image_id)
         captions = {image: list(found) for image, found in references.items()}
         weights = RewardWeights(own.cider_weight, own.bleu_weight)
         self.reward = CaptionReward(captions, weights, user_path(self.config.env.cache_root))
@@ -206,7 +207,14 @@ class SelfCritical(CrossEntropy):
                 {"caption": text, "reward": round(reward, 4)}
                 for text, reward in zip(found.texts, found.rewards, strict=True)
             ]
-            self.newest.append({"image": name, "samples": samples, "baseline": round(mean(found.baselines), 4)})
+            self.newest.append(
+                {
+                    "image_id": self.image_ids[name],
+                    "references": list(self.reward.references[name]),
+                    "samples": samples,
+                    "baseline": round(mean(found.baselines), 4),
+                }
+            )
 
     def metrics(self) -> dict[str, float]:
         """Means over the samples; `distinct_captions` of an image, `entropy` in nats a token: the mean of -log p."""

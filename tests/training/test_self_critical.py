@@ -114,7 +114,10 @@ def objective_of(**keys):
     """Its reward here: a tenth of the sum of a caption's words, which are numbers, and one more for an end."""
     run = RunConfig(objective="self_critical", self_critical=SelfCriticalConfig(**keys), max_len=LONGEST, min_len=0)
     objective = OBJECTIVES["self_critical"](Config(run=run))
-    records = [SimpleNamespace(image=number, captions=["7", "8 9"][: 2 - number // 2]) for number in range(3)]
+    records = [
+        SimpleNamespace(image=number, image_id=10 + number, captions=["7", "8 9"][: 2 - number // 2])
+        for number in range(3)
+    ]
     objective.config.env.cache_root = "/nonexistent"
     objective.said = objective.open([SimpleNamespace(records=records)], Words())
     objective.reward.__class__ = Sums
@@ -286,6 +289,7 @@ def test_what_is_seen_of_it():
         "entropy": 1.5,
     }
     (example,) = objective.examples()
+    assert example["image_id"] == "10" and example["references"] == ["7", "8 9"]
     assert example["samples"] == [{"caption": "a dog with", "reward": 0.5}, {"caption": "dogs", "reward": 1.5}]
     assert objective.said == [
         "rewards from the references of 3 images: CIDEr-D, PTB tokens, end token counted; 1 images have one reference "
