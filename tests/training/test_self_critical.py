@@ -106,19 +106,18 @@ def batch_of(names, texts=None):
 
 
 class Sums(CaptionReward):
+    given = None
+
     def __call__(self, image, captions, ended):
-        return [sum(map(int, text.split())) / 10 + end for text, end in zip(captions, ended, strict=True)]
+        return self.given or [sum(map(int, text.split())) / 10 + end for text, end in zip(captions, ended, strict=True)]
 
 
 def objective_of(**keys):
     """Its reward here: a tenth of the sum of a caption's words, which are numbers, and one more for an end."""
     run = RunConfig(objective="self_critical", self_critical=SelfCriticalConfig(**keys), max_len=LONGEST, min_len=0)
     objective = OBJECTIVES["self_critical"](Config(run=run))
-    records = [
-        SimpleNamespace(image=number, image_id=10 + number, captions=["7", "8 9"][: 2 - number // 2])
-        for number in range(3)
-    ]
-    objective.config.env.cache_root = "/nonexistent"
+    records = [SimpleNamespace(image=n, image_id=10 + n, captions=["7", "8 9"][: 2 - n // 2]) for n in range(3)]
+    objective.config.env.cache_root = "/dev/null"  # keeps nothing
     objective.said = objective.open([SimpleNamespace(records=records)], Words())
     objective.reward.__class__ = Sums
     return objective
@@ -188,11 +187,11 @@ def test_advantages_worked_out_by_hand(model):
     """Rewards of 3, 2 and 1: the others' means are 1.5, 2 and 2.5. Greedy's is 2."""
     samples = [Drawn([*PROMPT, 7, SEP], [-1.0, -2.0], True), Drawn([*PROMPT, 8], [-3.0], False)]
     objective = objective_of(samples=3)
-    objective.reward = lambda image, captions, ended: [3.0, 2.0, 1.0]
+    objective.reward.given = [3.0, 2.0, 1.0]
     found = objective.rewarded("0", [*samples, samples[0]])
     assert [r - b for r, b in zip(found.rewards, found.baselines, strict=True)] == [1.5, 0.0, -1.5]
     objective = objective_of(samples=2, baseline="greedy")
-    objective.reward = lambda image, captions, ended: [3.0, 1.0, 2.0]
+    objective.reward.given = [3.0, 1.0, 2.0]
     found = objective.rewarded("0", [*samples, samples[0]])
     assert [r - b for r, b in zip(found.rewards, found.baselines, strict=True)] == [1.0, -1.0]
     assert len(found.samples) == len(found.texts) == 2
@@ -277,7 +276,7 @@ def test_what_is_seen_of_it():
     """Two samples: 'a dog with', cut, and 'dogs', whose rewards are 0.5 and 1.5."""
     objective = objective_of(samples=2)
     objective.tokenizer.decode = lambda ids: {8: "a dog with", 9: "dogs"}[ids[2]]
-    objective.reward = lambda image, captions, ended: [0.5, 1.5]
+    objective.reward.given = [0.5, 1.5]
     samples = [Drawn([*PROMPT, 8, 8, 8, 8], [-1.0] * 4, False), Drawn([*PROMPT, 9, SEP], [-2.0, -3.0], True)]
     objective.count("0", objective.rewarded("0", samples))
     assert objective.metrics() == {
