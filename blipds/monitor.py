@@ -88,6 +88,10 @@ class Monitor:
         """Logs a training step: `values` under `train/` in TensorBoard, and a line of kind "train"."""
         self._log("train", {"kind": "train", "step": step, "epoch": epoch}, values)
 
+    def examples(self, step: int, images: Sequence[Mapping[str, Any]]) -> None:
+        """Logs what a step learnt from a few images: a line of kind "examples"."""
+        self._log("examples", {"kind": "examples", "step": step}, {}, {"images": images})
+
     def evaluation(
         self,
         split: str,
@@ -199,7 +203,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None: ...
 class NullMonitor(Monitor):
     """What ranks other than 0 hold: every method of Monitor, doing nothing."""
 
-    __init__ = start_epoch = advance = start = train = evaluation = checkpoint = captions = _nothing
+    __init__ = start_epoch = advance = start = train = examples = evaluation = checkpoint = captions = _nothing
     say = say_where = flush = close = _nothing
 
 

@@ -12,10 +12,10 @@ T = TypeVar("T", bound=Callable[..., Any])
 class Registry:
     """Maps names to classes or functions; `kind` is what the error line calls them.
 
-    builtin: the module that registers this project's own entries, imported when a name is first looked up.
+    builtin: the modules that register this project's own entries, imported when a name is first looked up.
     """
 
-    def __init__(self, kind: str, builtin: str | None = None) -> None:
+    def __init__(self, kind: str, *builtin: str) -> None:
         self.kind = kind
         self.builtin = builtin
         self._entries: dict[str, Callable[..., Any]] = {}
@@ -37,8 +37,8 @@ class Registry:
         return self._entries[name]
 
     def names(self) -> list[str]:
-        if self.builtin is not None:
-            importlib.import_module(self.builtin)
+        for module in self.builtin:
+            importlib.import_module(module)
         return sorted(self._entries)
 
     def descriptions(self) -> dict[str, str]:
@@ -50,4 +50,4 @@ ARCHS = Registry("model.arch", "blipds.models")
 DATASETS = Registry("dataset", "blipds.data")
 PROCESSORS = Registry("processor", "blipds.data")
 SCHEDULES = Registry("run.lr_sched", "blipds.training.schedules")
-OBJECTIVES = Registry("run.objective", "blipds.training.objectives")
+OBJECTIVES = Registry("run.objective", "blipds.training.objectives", "blipds.training.self_critical")

@@ -223,6 +223,29 @@ class DatasetConfig:
 
 
 @dataclass
+class SelfCriticalConfig:
+    """`run.self_critical:`, the keys of `run.objective: self_critical`."""
+
+    samples: int = limited(5, "1 or more")
+    temperature: float = limited(1.0, "more than 0")
+    top_k: int | None = limited(None, "1 or more")
+    top_p: float | None = limited(None, "more than 0, at most 1")
+    baseline: str = "leave_one_out"
+    cider_weight: float = limited(1.0, "0 or more")
+    bleu_weight: float = limited(0.0, "0 or more")
+    cross_entropy_weight: float = limited(0.0, "0 or more")
+
+    def __post_init__(self) -> None:
+        place = "run.self_critical"
+        check_limits(place, self)
+        one_of(f"{place}.baseline", self.baseline, ["leave_one_out", "greedy"])
+        if self.samples == 1 and self.baseline == "leave_one_out":
+            raise UserError(f"{place}.samples is 1; allowed: 2 or more with baseline leave_one_out, 1 with greedy")
+        if not self.cider_weight + self.bleu_weight:
+            raise UserError(f"{place}: cider_weight and bleu_weight are 0, so that nothing is rewarded")
+
+
+@dataclass
 class RunConfig:
     """`run:`"""
 
@@ -231,6 +254,7 @@ class RunConfig:
 
     # optimisation
     objective: str = "cross_entropy"
+    self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)
     lr_sched: str = "cosine_step_lr"
     init_lr: float = limited(1e-5, "0 or more")
     min_lr: float = limited(0.0, "0 or more")

@@ -14,6 +14,7 @@ class CaptionRows(NamedTuple):
     at the padding. `position_ids` (I, L): a token's place in its caption, prompt included. `label_positions` (P,) are
     indices into the flattened I x L; the token after each is in `labels` (P,). The prompt's last position is there
     once for every caption; [SEP] is only a label, since nothing follows it. Prompt and padding have no label.
+    `label_weights` (P,): of the labels' log-probabilities, where an objective gives them.
     """
 
     input_ids: Tensor
@@ -21,10 +22,22 @@ class CaptionRows(NamedTuple):
     segment_ids: Tensor
     label_positions: Tensor
     labels: Tensor
+    label_weights: Tensor | None = None
 
     def to(self, device: torch.device) -> dict[str, Tensor]:
         """The arguments of `CaptioningModel.forward` that they are."""
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in self._asdict().items()}
+        found = {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in found.items()}
+
+    def captions(self, prompt_ids: Sequence[int]) -> list[list[list[int]]]:
+        """What `caption_rows` made them from."""
+        captions: list[list[list[int]]] = [[] for _ in self.input_ids]
+        for position, label in zip(self.label_positions.tolist(), self.labels.tolist(), strict=True):
+            image, place = divmod(position, self.input_ids.shape[1])
+            if place == len(prompt_ids) - 1:
+                captions[image].append([*prompt_ids])
+            captions[image][-1].append(label)
+        return captions
 
 
 def caption_rows(

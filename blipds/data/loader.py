@@ -21,14 +21,20 @@ from blipds.errors import UserError
 from blipds.signals import leave_signals_alone
 
 
-class Batch(NamedTuple):
-    """A micro-batch of one rank: images with their captions. `names`: of the images.
+class ModelInputs(Protocol):
+    """Images as the model takes them: pixels, features, or (in training/self_critical.py) what an encoder made."""
 
-    A filler, which completes the last global batch of an epoch, has no caption, and neither has an image that cannot
-    be read (`errors`). `num_images` and `num_captions` do not count them.
+    def model_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]: ...
+
+
+class Batch(NamedTuple):
+    """A micro-batch of one rank: images with their captions. `names`: of the images, in their order.
+
+    A filler, which completes the last global batch of an epoch, has no caption and "" for a name, and neither has an
+    image that cannot be read (`errors`). `num_images` and `num_captions` do not count them.
     """
 
-    images: Images | ImageEmbeds
+    images: ModelInputs
     captions: CaptionRows
     num_images: int
     num_captions: int
@@ -72,7 +78,7 @@ class Collator:
             captions=caption_rows(captions, self.tokenizer.prompt_ids, self.tokenizer.pad_token_id),
             num_images=sum(sample.image is not None for sample in samples),
             num_captions=sum(map(len, captions)),
-            names=[sample.name for sample in samples if sample.name],
+            names=["" if sample.image is None else sample.name for sample in samples],
             errors=[sample.error for sample in samples if sample.error is not None],
         )
 

@@ -1,4 +1,4 @@
-"""Beam search, greedy search and nucleus sampling over a decoder with caches.
+"""Beam search, greedy search, nucleus sampling and drawing samples to learn from, over a decoder with caches.
 
 Beam search is that of transformers 4.15 to 4.26, with which BLIP's published numbers were made; today's differs.
 A sequence holds the prompt and what follows, without the closing token; lengths count the prompt.
@@ -40,6 +40,34 @@ class GenerationConfig:
                 f"{self.num_captions} captions an image need as many beams (num_beams is {self.num_beams}) or nucleus "
                 "sampling"
             )
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How samples are drawn that a model learns from: by its own probabilities unless the last three say otherwise.
+
+    `samples` of each image, and with `greedy` one more that takes the likeliest token each time. max_len: tokens, the
+    prompt's included. top_k, top_p: only the likeliest tokens, so many or those that together reach `top_p`.
+    """
+
+    samples: int
+    max_len: int
+    greedy: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A caption of the model's own: ids from the prompt to the closing token, which is missing where it was cut.
+
+    log_p: of each token behind the prompt, under the distribution that it was drawn from.
+    """
+
+    ids: list[int]
+    log_p: list[float]
+    ended: bool
 
 
 class StepDecoder(Protocol):
@@ -97,9 +125,8 @@ def penalise_repetition(scores: Tensor, sequences: Tensor, penalty: float) -> Te
     return scores.scatter(-1, sequences, torch.where(present < 0, present * penalty, present / penalty))
 
 
-def indices_on(device: torch.device, numbers: list[int]) -> Tensor:
-    """Numbers on a device. The host does not wait: from pinned memory the copy takes its turn behind what is queued."""
-    on_host = torch.tensor(numbers)
+def moved_to(device: torch.device, on_host: Tensor) -> Tensor:
+    """On a device. The host does not wait: from pinned memory the copy takes its turn behind what is queued."""
     return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
 
 
@@ -202,7 +229,7 @@ def beam_search(
             break
 
         if len(running) < len(active):
-            rows = indices_on(top.device, running)
+            rows = moved_to(top.device, torch.tensor(running))
             decoder.keep(rows)
             top_scores, top, ranks, sequences = top_scores[rows], top[rows], ranks[rows], sequences[rows]
             active, said = [active[row] for row in running], [said[row] for row in running]
@@ -255,7 +282,7 @@ def single_search(
         if not running or length + 1 == config.max_len:
             return finished
         if len(running) < len(active):
-            rows = indices_on(tokens.device, running)
+            rows = moved_to(tokens.device, torch.tensor(running))
             decoder.keep(rows)
             sequences, tokens = sequences[rows], tokens[rows]
             uniform = None if uniform is None else uniform[rows]
@@ -277,3 +304,69 @@ def sample_nucleus(logits: Tensor, top_p: float, uniform: Tensor) -> Tensor:
     drawn = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * cumulative[:, -1:], right=True)
     drawn = drawn.clamp(max=(nucleus > 0).sum(-1, keepdim=True) - 1)
     return tokens.gather(-1, drawn).squeeze(-1)
+
+
+@torch.no_grad()
+def draw_samples(
+    decoder: StepDecoder,
+    prompt_ids: Tensor,
+    eos_token_id: int,
+    config: SamplingConfig,
+    uniform: Tensor,
+    take: Callable[[int, list[Drawn]], None],
+) -> None:
+    """Gives `take(image, samples)` the samples of an image as soon as the last of them has ended, greedy's at the end.
+
+    uniform (images, samples, max_len): the random numbers in [0, 1). The host reads the device once a token.
+    """
+    images, rows = len(uniform), config.samples + config.greedy
+    prompt = prompt_ids.tolist()
+    found = [[Drawn([*prompt], [], False) for _ in range(rows)] for _ in range(images)]
+    active = list(range(images))
+    logits = decoder.start(prompt_ids, rows).unsqueeze(1).expand(-1, rows, -1)
+
+    for length in range(len(prompt), config.max_len):
+        tokens, log_p = draw_tokens(logits.float(), uniform[:, :, length], config)
+        running = []
+        for row, steps in enumerate(torch.stack([tokens.double(), log_p.double()], dim=-1).tolist()):
+            image = found[active[row]]
+            for k, (token, log_probability) in enumerate(steps):
+                if not image[k].ended:
+                    ids, log_ps = [*image[k].ids, int(token)], [*image[k].log_p, log_probability]
+                    image[k] = Drawn(ids, log_ps, int(token) == eos_token_id)
+            if length + 1 < config.max_len and not all(sample.ended for sample in image):
+                running.append(row)
+            else:
+                take(active[row], image)
+        if not running:
+            return
+        if len(running) < len(active):
+            kept = moved_to(tokens.device, torch.tensor(running))
+            decoder.keep(kept)
+            tokens, uniform = tokens[kept], uniform[kept]
+            active = [active[row] for row in running]
+        logits = decoder.step(tokens)
+
+
+def draw_tokens(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """Tokens (J, K) from logits (J, K, V) with random numbers `uniform` (J, samples), and their log-probabilities.
+
+    One number decides a token, by where it falls among the summed probabilities: a caption does not depend on what is
+    drawn beside it.
+    """
+    scores = logits / config.temperature
+    if config.top_k is not None and config.top_k < scores.shape[-1]:
+        scores = scores.masked_fill(scores < scores.topk(config.top_k, dim=-1).values[..., -1:], -torch.inf)
+    probabilities = scores.softmax(-1)
+    if config.top_p is not None:
+        ordered, tokens = probabilities.sort(dim=-1, descending=True)
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > config.top_p, 0.0)
+        probabilities = torch.zeros_like(ordered).scatter(-1, tokens, ordered / ordered.sum(-1, keepdim=True))
+    summed = probabilities[:, : config.samples].cumsum(-1)
+    total = summed[..., -1:]
+    # below the total, also where the product rounds up to it: a token of probability 0 is never drawn
+    places = torch.minimum(uniform.unsqueeze(-1) * total, total.nextafter(torch.zeros_like(total)))
+    drawn = torch.searchsorted(summed, places, right=True).clamp(max=summed.shape[-1] - 1)  # clamped: NaN ends there
+    if config.greedy:
+        drawn = torch.cat([drawn, probabilities[:, config.samples :].argmax(-1, keepdim=True)], dim=1)
+    return drawn.squeeze(-1), probabilities.gather(-1, drawn).squeeze(-1).log()

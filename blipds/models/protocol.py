@@ -14,7 +14,7 @@ What is not abstract below suits an arch that reads and writes only its own chec
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +26,15 @@ from blipds.config.sections import ModelConfig
 from blipds.errors import UserError
 from blipds.models.checkpoint_files import StoredTensors
 from blipds.models.checkpoints import Checkpoint, CheckpointFormat
-from blipds.models.generation import GenerationConfig, Lockstep, StepDecoder, search
+from blipds.models.generation import (
+    Drawn,
+    GenerationConfig,
+    Lockstep,
+    SamplingConfig,
+    StepDecoder,
+    draw_samples,
+    search,
+)
 from blipds.models.initialisation import RandomWeight, default_random_weights
 
 # checkpoint_fn(function, *inputs) runs a layer, and may keep only its inputs for the backward pass (the engine's)
@@ -180,16 +188,44 @@ class CaptioningModel(nn.Module, ABC):
         `uniform` (I, max_len): the random numbers of nucleus sampling, unused otherwise. Under ZeRO-3 the parameters
         must be gathered around the call, or all ranks make it together and give `any_rank` (generation.Lockstep).
         """
+        with self.generating():
+            image_embeds = self.encode(pixel_values, image_embeds)
+            with self.stepping(image_embeds, config.max_len, any_rank) as decoder:
+                return search(decoder, prompt_ids, len(image_embeds), eos_token_id, config, uniform)
+
+    def draw(
+        self,
+        image_embeds: Tensor,
+        prompt_ids: Tensor,
+        eos_token_id: int,
+        config: SamplingConfig,
+        uniform: Tensor,
+        take: Callable[[int, list[Drawn]], None],
+        any_rank: Callable[[bool], bool] | None = None,
+    ) -> None:
+        """Draws `config.samples` captions of each image (generation.draw_samples). Under ZeRO-3 as `generate`."""
+        with self.generating(), self.stepping(image_embeds, config.max_len, any_rank) as decoder:
+            draw_samples(decoder, prompt_ids, eos_token_id, config, uniform, take)
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Without gradients, and without what `compile_layers` compiled."""
         eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         with torch.no_grad(), eager:
-            image_embeds = self.encode(pixel_values, image_embeds)
-            decoder = self.step_decoder(image_embeds, config.max_len)
-            if any_rank is None:
-                return search(decoder, prompt_ids, len(image_embeds), eos_token_id, config, uniform)
-            lockstep = Lockstep(decoder, any_rank)
-            sequences = search(lockstep, prompt_ids, len(image_embeds), eos_token_id, config, uniform)
-            lockstep.finish()
-            return sequences
+            yield
+
+    @contextmanager
+    def stepping(
+        self, image_embeds: Tensor, max_len: int, any_rank: Callable[[bool], bool] | None
+    ) -> Iterator[StepDecoder]:
+        """The step decoder, with `any_rank` in step with those of the other ranks; then it is collective."""
+        decoder = self.step_decoder(image_embeds, max_len)
+        if any_rank is None:
+            yield decoder
+            return
+        lockstep = Lockstep(decoder, any_rank)
+        yield lockstep
+        lockstep.finish()
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,12 @@ def training_rows(run_dir: Path, config: Config, start: Line, last: Line) -> Row
     warmup = f", {run.warmup_steps:,} steps of warm-up" if run.warmup_steps else ""
     rows = {
         "Progress": f"step {last['step']:,}{of_steps}, epoch {last['epoch'] + 1}{epochs}",
+        "Objective": run.objective,
         "Learning rate": f"{run.lr_sched} from {run.init_lr:g}{warmup}",
         "Weight decay": f"{run.weight_decay:g} on {run.weight_decay_on}",
     }
+    if "reward" in start:
+        rows["Reward"] = start["reward"]
     if (path := run_dir / "ds_config.json").exists():
         ds = json.loads(path.read_text(encoding="utf-8"))
         micro, accumulated, batch = run.batch_size_train, run.accum_grad_iters, ds["train_batch_size"]

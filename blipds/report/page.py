@@ -34,6 +34,10 @@ CURVES = (
     ("lr", "Learning rate", True),
     ("grad_norm", "Gradient norm", True),
     ("captions_per_s", "Captions a second", True),
+    ("reward", "Reward", False),
+    ("bad_endings", "Samples with a bad ending", True),
+    ("distinct_captions", "Distinct samples an image", True),
+    ("entropy", "Entropy, nats a token", True),
 )
 
 
@@ -89,6 +93,7 @@ def page(run_dir: Path, splits: Sequence[Shown], heat_maps: Mapping[str, Mapping
         weights=weights_of,
         tables=[table_of(split, rows) for split, rows in evaluations.items()],
         galleries=galleries,
+        examples=next(reversed(of_kind(lines, "examples")), None),
         facts=facts(run_dir, config, lines, splits),
         command=(of_kind(lines, "start") or [{}])[-1].get("command"),
         files=[(name, read_text(run_dir / name)) for name in ("config.yaml", "ds_config.json")],

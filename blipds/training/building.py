@@ -79,6 +79,7 @@ def build_trainer(
     fetch_annotations(config, [*run.train_splits, *run.valid_splits, *run.test_splits], monitor.say)
     captioner = Captioner.from_config(config)
     trained_on, loader = build_loader(config, captioner.tokenizer, monitor.say)
+    learnt_from = objective.open(trained_on, captioner.tokenizer)
     evaluators = build_evaluators(config, run.valid_splits, captioner)
     datasets = [*trained_on, *(evaluator.dataset for evaluator in evaluators)]
     if config.model.cache_image_embeds:
@@ -95,7 +96,7 @@ def build_trainer(
     if config.model.cache_image_embeds:
         cache_image_embeds(engine, config, datasets, monitor.say)
     sizes, samples = run_sizes(engine.model, plan, trained_on), sum(map(len, trained_on))
-    monitor.start(state.global_step, sizes | machine_facts(engine.device))
+    monitor.start(state.global_step, sizes | objective.facts() | machine_facts(engine.device))
     for line in start_block(config, ds_config, sizes, samples, plan, loader, run_dir):
         monitor.say(line)
     monitor.say_where()
@@ -103,7 +104,7 @@ def build_trainer(
         monitor.say(f"resumed    after step {state.global_step}")
     if notice := other_data(state, samples, loader.steps_per_epoch):
         monitor.say(f"data       {notice}")
-    for line in data_notices(trained_on, evaluators, captioner.tokenizer):
+    for line in [*learnt_from, *data_notices(trained_on, evaluators, captioner.tokenizer)]:
         monitor.say(f"data       {line}")
     checkpoints = CheckpointFolder(run_dir / "checkpoints", run.keep_last, background=run.async_save)
     shared = (checkpoints, monitor, plan, state)

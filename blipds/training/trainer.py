@@ -161,6 +161,7 @@ class Trainer:
         same step.
         """
         engine, objective = self.engine, self.objective
+        window = objective.prepare(engine, window, self.state.global_step)
         counts = [(objective.weight(b), b.num_images, b.num_captions, len(b.errors)) for b in window]
         self.bad_images += [error for batch in window for error in batch.errors]
         local = [*map(sum, zip(*counts, strict=True)), *self.local_signals()]
@@ -218,7 +219,7 @@ class Trainer:
         listing = self.run_dir / "bad_steps.jsonl"
         if ranks or self.engine.precision != "fp16":
             self.state.bad_steps += 1
-            names = distributed.gather([name for batch in window for name in batch.names])
+            names = distributed.gather([name for batch in window for name in batch.names if name])
             if distributed.is_main():
                 images = {rank: names[rank] for rank in ranks or range(len(names))}
                 self.write_bad_step(listing, images, learning_rate, losses)
@@ -275,13 +276,17 @@ class Trainer:
             values["device_memory_gb"] = engine.peak_memory() / 1e9
         if engine.loss_scale is not None:
             values |= {"loss_scale": engine.loss_scale, "skipped_steps": engine.skipped_steps}
+        values |= self.objective.metrics()
         self.monitor.train(step, self.plan.epoch_of(step), values)
+        if examples := self.objective.examples():
+            self.monitor.examples(step, examples)
         self.shown = {
             "loss": "-" if values["loss"] is None else f"{values['loss']:.4f}",
             "lr": f"{learning_rate:.2e}",
             "img/s": f"{values['images_per_s']:.1f}",
             "cap/s": f"{values['captions_per_s']:.1f}",
             "wait": f"{values['data_wait']:.0%}",
+            **{name: f"{values[name]:.3f}" for name in self.objective.shown},
         }
         self.sums = LogSums(engine.device)
         if sums.errors:

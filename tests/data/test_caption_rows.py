@@ -59,3 +59,8 @@ def test_labels_equal_the_oracles(shared):
     image, place = found.label_positions // found.input_ids.shape[1], found.label_positions % found.input_ids.shape[1]
     predicted[image, place + 1] = found.labels
     assert torch.equal(predicted, oracle["labels"])
+
+
+def test_rows_give_their_captions_back():
+    captions = [[[*PROMPT, A, DOG, SEP], [*PROMPT, SEP]], [], [[*PROMPT, CAT]]]  # the last was cut
+    assert rows(*captions).captions(PROMPT) == captions

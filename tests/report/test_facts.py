@@ -21,6 +21,7 @@ START = {
     "frozen_parameters": 22_000_000,
     "images": 6000,
     "captions": 30_000,
+    "reward": "CIDEr-D",
     "time": 1000.0,
 }
 
@@ -45,6 +46,7 @@ def test_a_run_in_its_third_epoch(tmp_path, config):
     said = rows(tmp_path, config, [START, *train], [val, Shown("test", [RECORD] * 7, None)])
     assert said["Parameters"] == "18,000,000 trainable, 22,000,000 frozen"
     assert said["Trained on"] == "6,000 images, 30,000 captions"
+    assert said["Objective"] == "cross_entropy" and said["Reward"] == "CIDEr-D"
     assert said["Split val"] == "1,000 images, 5,000 references"
     assert said["Split test"] == "7 images, no references"
     assert said["Progress"] == "step 500 of 1,880, epoch 3 of 10"

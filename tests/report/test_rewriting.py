@@ -42,3 +42,16 @@ def test_without_the_data_the_page_has_numbers_alone(run):
     assert "report.html shows no captions: no such annotation file" in said[0] and "missing.json" in said[0]
     page = (run / "report.html").read_text()
     assert "custom_caption_val" in page and "x.pth, fp32" in page and "Captions of" not in page
+
+
+def test_the_samples_of_the_newest_step_are_shown(run):
+    config = evaluated(run, "shapes_caption_test")
+    with (run / "metrics.jsonl").open("a") as lines:
+        for step in (10, 1020):
+            samples = [{"caption": f"a <b>dog</b> at {step}", "reward": 1.25}, {"caption": "", "reward": 0.0}]
+            image = {"image_id": "7", "references": ["one dog"], "samples": samples, "baseline": 0.625}
+            lines.write(json.dumps({"kind": "examples", "step": step, "images": [image]}) + "\n")
+    rewrite_report(config, run, [].append)
+    page = (run / "report.html").read_text()
+    assert "step 1,020" in page and "<dt>1.250</dt><dd>a &lt;b&gt;dog&lt;/b&gt; at 1020</dd>" in page
+    assert "<dt>0.000</dt><dd>(empty)</dd>" in page and "<dd>one dog</dd>" in page and "at 10<" not in page

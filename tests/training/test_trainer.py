@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from blipds.config.sections import RunConfig
+from blipds.config.sections import Config, RunConfig
 from blipds.errors import UserError
 from blipds.monitor import NullMonitor
 from blipds.signals import Stopped
+from blipds.training.objectives import Objective
 from blipds.training.run_state import RunState, StepPlan
 from blipds.training.trainer import StepSignals, Trainer
 
@@ -33,7 +34,7 @@ def batch(weight=1.0, loss=1.0, images=1, errors=()):
     return StubBatch(images, 2 * images, named, list(errors), weight, loss)
 
 
-class StubObjective:
+class StubObjective(Objective):
     def weight(self, batch):
         return batch.weight
 
@@ -152,7 +153,7 @@ def trainer(tmp_path, *windows, state=None, validation=None, **keys):
         run,
         tmp_path,
         StubEngine(),
-        StubObjective(),
+        StubObjective(Config(run=run)),
         StubLoader(*windows),
         schedule,
         StubValidation(log, state, **({"evaluators": ()} if validation is None else validation)),
@@ -175,6 +176,18 @@ def test_the_gradient_is_that_of_the_mean_over_the_window(tmp_path):
     run.train()
     assert run.engine.gradients == [1.5, 0.5]
     assert [line["loss"] for line in run.monitor.lines] == [2.0]
+
+
+def test_an_objective_may_prepare_the_window_and_add_to_the_log(tmp_path):
+    """It learns from what it prepared: losses of 4 + step over a weight of 2, in steps 0 and 1."""
+    run, examples = trainer(tmp_path, FULL, max_epoch=2), []
+    objective, run.monitor.examples = run.objective, lambda step, images: examples.append((step, images))
+    objective.prepare = lambda engine, window, step: [batch(weight=2.0, loss=4.0 + step) for _ in window]
+    objective.metrics, objective.examples, objective.shown = lambda: {"reward": 0.25}, lambda: ["a"], ("reward",)
+    run.train()
+    assert run.engine.gradients == [2.0, 2.5]
+    assert [line["reward"] for line in run.monitor.lines] == [0.25, 0.25]
+    assert examples == [(1, ["a"]), (2, ["a"])] and run.shown["reward"] == "0.250"
 
 
 def test_weights_below_one_are_divided_by_too(tmp_path):
