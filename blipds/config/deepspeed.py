@@ -238,16 +238,6 @@ def _faults(ds: Section, config: Config, world_size: int, device_type: str) -> I
     for key in ZERO:
         if key.startswith("zero_quantized_") and device_type == "cpu" and zero(key) is True:
             yield f"zero_optimization.{key}: DeepSpeed's quantizer is a CUDA kernel, and this is a CPU: set it to false"
-    # Gradients of different parameters would be added up (seen with DeepSpeed 0.19): ranks whose captions differ in
-    # length compile layers that bring their gradients in different orders. Stage 3 sorts them before it adds them up,
-    # stages 0 and 1 without overlap take them by parameter.
-    if config.run.compile and world_size > 1 and (stage == 2 or (stage == 1 and overlap)):
-        yield (
-            f"stage {stage}{' with overlap_comm' if stage == 1 else ''} adds up the gradients of {world_size} ranks in "
-            "the order in which they come, which run.compile makes another on each: take stage 0 or 3, or 1 with "
-            "zero_optimization.overlap_comm false"
-        )
-
     optimizer, param = (zero(f"{name}.device", "none") for name in ("offload_optimizer", "offload_param"))
     if optimizer != "none" and stage < 1:
         yield "zero_optimization.offload_optimizer needs stage 1 or more: stage 0 keeps the optimizer on the GPU"

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from blipds import distributed
 from blipds.config.deepspeed import Section, offload_folders, uses_torch_adam, zero_stage
 from blipds.engine.diagnosis import first_non_finite
+from blipds.engine.gradient_order import keep_gradients_in_order
 from blipds.engine.multi_tensor import use_multi_tensor_calls
 from blipds.engine.state import TrainingState
 from blipds.models.parameters import Write, whole_shape
@@ -117,6 +118,7 @@ class Engine:
     """Owns the model once it is built. `config` is a resolved DeepSpeed config (blipds.config.deepspeed).
 
     What NVMe offload writes is the engine's own: `close` removes the folders. `tf32`: training in fp32 may use TF32.
+    `compiled`: layers are, and may bring their gradients in another order on each rank.
     Building it is collective, and so is every method that says so.
     """
 
@@ -127,6 +129,7 @@ class Engine:
         groups: list[dict[str, Any]],
         precision: str,
         tf32: bool = False,
+        compiled: bool = False,
     ) -> None:
         import deepspeed
 
@@ -150,6 +153,8 @@ class Engine:
         with redirect_stdout(io.StringIO()):  # it prints one line a rank for each op
             self._deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
         use_multi_tensor_calls(self._deepspeed.optimizer)
+        if compiled:
+            keep_gradients_in_order(self._deepspeed.optimizer, model)
         self.state = TrainingState(self._deepspeed)
         if hasattr(self.state.scaler, "raise_error_at_min_scale"):  # fp16: run.max_bad_steps ends the run instead
             self.state.scaler.raise_error_at_min_scale = False

@@ -264,7 +264,7 @@ def build_engine(config: Config, ds_config: Section, run_dir: Path, resumed: Pat
     layers = {name: model.encoder_layer(name) for name, _ in model.named_parameters()}
     scales = lr_scales(layers, run.lr_scale, run.lr_layer_decay)
     groups = parameter_groups(model, run.weight_decay, run.weight_decay_on, scales)
-    engine = Engine(model, ds_config, groups, precision(ds_config), run.tf32)
+    engine = Engine(model, ds_config, groups, precision(ds_config), run.tf32, run.compile)
     with engine.filling() as write:  # after the engine is built: the model is rounded to its precision by then
         if resumed is None:
             load_initial_weights(model, config, monitor.say, write)

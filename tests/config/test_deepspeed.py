@@ -228,25 +228,6 @@ def test_quantised_communication_needs_cuda(key):
     assert f"zero_optimization.{key}: DeepSpeed's quantizer is a CUDA kernel" in error(resolve, ds, device_type="cpu")
 
 
-@pytest.mark.parametrize(
-    ("zero", "ranks", "works"),
-    [
-        ({"stage": 0}, 2, True),
-        ({"stage": 1}, 2, True),
-        ({"stage": 1, "overlap_comm": True}, 2, False),
-        ({"stage": 2}, 2, False),
-        ({"stage": 2}, 1, True),
-        ({"stage": 3}, 2, True),
-    ],
-)
-def test_compiled_layers_need_gradients_in_order(zero, ranks, works):
-    if works:
-        resolve({"zero_optimization": zero}, config(compile=True), world_size=ranks)
-    else:
-        said = error(resolve, {"zero_optimization": zero}, config(compile=True), world_size=ranks)
-        assert "run.compile" in said and "take stage 0 or 3" in said
-
-
 def test_folders_of_nvme_offload():
     ds = zero(stage=3, offload_optimizer={"device": "nvme", "nvme_path": "/a"}, offload_param={"device": "cpu"})
     assert offload_folders(ds) == {"/a"}

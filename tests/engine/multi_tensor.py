@@ -42,7 +42,7 @@ def compare(stage, folder, device):
 
 
 def main():
-    folder = Path(sys.argv[1])
+    folder = Path(sys.argv[-1])
     device = distributed.initialise()
     found = {f"zero{stage}": compare(stage, folder, device) for stage in (1, 2)}
     if distributed.is_main():
