@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from blipds.models.blip2.language_model import CachedLanguageModel, text_logits
+from blipds.models.blip2.causal import CachedLanguageModel, text_logits
 from blipds.models.generation import GenerationConfig, search
 
 SIZES = {
