@@ -68,7 +68,8 @@ def decode(
     """Logits (R, T, V) behind every token of input_ids (R, T), whose rows read context (R, N, C).
 
     bias (..., H, T, S) and mask (R, 1, T, S) are added to the scores of attention to the S places that the cache and
-    input_ids hold. It is transformers' T5Stack.forward with a bias of ours; layers are entered by calling them.
+    input_ids hold. It is transformers' T5Stack.forward with a bias of ours; layers are entered by calling them. Each
+    adds the two up anew: R x H x T x S numbers a layer, which captions of an image pay for sharing a row.
     """
     decoder = language_model.decoder
     hidden = decoder.dropout(decoder.embed_tokens(input_ids))
