@@ -84,7 +84,7 @@ def test_rotary_frequencies_stay_exact(theirs, build):
 
 
 def test_no_copy_in_another_precision(config, shared, tmp_path):
-    """A run in bf16 builds the language model in it and fills it from the mapped file: by the allocator's own record."""
+    """A run in bf16 builds the language model in it and fills it from the map: by the allocator's record."""
     sizes = {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024, "num_attention_heads": 4}
     OPTForCausalLM(OPTConfig(vocab_size=2000, **sizes)).bfloat16().save_pretrained(tmp_path)
     stored = open_weights(str(tmp_path), shared)  # the map: the file's own pages
