@@ -1,8 +1,10 @@
-"""The small BLIP-2 of ../shared/oracle_blip2 as a run config."""
+"""The small BLIP-2 of ../shared/oracle_blip2 as a run config, and one with a small T5 of random weights."""
 
 import json
 
+import torch
 from PIL import Image
+from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config, T5Tokenizer
 
 MODEL = """
 model:
@@ -48,6 +50,44 @@ run:
 
 def golden(shared):
     return json.loads((shared / "oracle_blip2" / "golden.json").read_text())
+
+
+T5_SIZES = {"d_model": 64, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+T5_KINDS = {
+    "t5": (T5Config, {"feed_forward_proj": "relu"}),
+    "flan-t5": (T5Config, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "mt5": (MT5Config, {}),
+}
+
+
+def write_t5(shared, folder, kind="flan-t5"):
+    """A T5 of random weights with a tokenizer of the oracle's words, as a transformers folder; the model of it."""
+    words = sorted({word for _, caption in golden(shared)["train"]["pairs"] for word in caption.lower().split()})
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = [("▁", -9.0), *((letter, -9.0) for letter in letters), *((f"▁{w}", -1.0) for w in ["photo", "of", *words])]
+    vocabulary = dict([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces])
+    tokenizer = T5Tokenizer(vocab=list(vocabulary.items()), extra_ids=0)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config, keys = T5_KINDS[kind]
+    stated = config(vocab_size=len(vocabulary) + 20, decoder_start_token_id=0, **T5_SIZES, **keys)
+    model = AutoModelForSeq2SeqLM.from_config(stated).eval()
+    if kind != "t5":  # words out of their own; transformers ties all T5s that it makes
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
+        model.all_tied_weights_keys.pop("lm_head.weight")
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=1.0 if "layer_norm" in name or "bias" in name else 0.15)
+    model.save_pretrained(folder)
+    return model
+
+
+def write_t5_config(shared, folder):
+    """The run config of `write_config` in `folder` with the T5 in `folder`/t5, and random weights but for that."""
+    text = (folder / "run.yaml").read_text().replace("blip2_opt", "blip2_t5").replace("opt2.7b", "flant5xl")
+    text = text.replace("  load_pretrained: false", "  load_pretrained: false\n  load_finetuned: false")
+    path = folder / "t5.yaml"
+    path.write_text(text.replace(f"opt_model: {shared}/oracle_blip2/opt", f"llm: {folder}/t5"))
+    return path
 
 
 def write_config(shared, folder):

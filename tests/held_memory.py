@@ -1,6 +1,7 @@
 """What memory really is used for, on a CPU: the allocator's own record, and DeepSpeed's own tensors."""
 
 from contextlib import ExitStack
+from itertools import accumulate
 from unittest.mock import patch
 
 import torch
@@ -44,12 +45,15 @@ def activations_on_cpu(config, shape, dtype):
         loss.backward()
     events = recorded.profiler.kineto_results.events()
     end = next(event.end_ns() for event in events if event.name() == "the forward pass")
-    live = kept = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-        kept = live if event.start_ns() <= end else kept
-    return kept, peak
+    live = live_bytes(recorded)
+    return [size for time, size in live if time <= end][-1], max(size for _, size in live)
+
+
+def live_bytes(recorded):
+    """(time, bytes that are allocated from then on) of a torch profile of the CPU with its memory."""
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return list(zip([e.start_ns() for e in events], accumulate(e.nbytes() for e in events), strict=True))
 
 
 def bytes_of(tensors):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +147,12 @@ class CaptionModel:
 
 @dataclass
 class CaptionRecipe:
-    """An opened checkpoint, and how its captioner is built."""
+    """An opened checkpoint, and how its captioner is built: `build(config.model, checkpoint_fn)`."""
 
     stored: StoredTensors
     config: Config
     image_processor: ImageProcessor
-    build: Callable[[CheckpointFn], CaptioningModel]
+    build: Callable[[Any, CheckpointFn], CaptioningModel]
 
     def with_decoding(self, **given: Any) -> "CaptionRecipe":
         """The same with values of `run` and `model` keys that are not None; UserError as in a run config."""
@@ -170,7 +169,7 @@ def load_caption_model(
 ) -> CaptionModel:
     """Builds what `recipe` describes and loads its checkpoint. `say(line)` tells what was loaded."""
     captioner = Captioner.from_config(recipe.config, num_captions)
-    model = recipe.build(keep_activations)
+    model = recipe.build(recipe.config.model, keep_activations)
     captioner.check_model(model)
     load_weights(model, recipe.stored, say)
     model.eval()
@@ -192,7 +191,7 @@ def caption_recipe(location: str, cfg_path: Path | None, options: Sequence[str])
         config, _ = load_run_config(cfg_path, options)
         fill_image_statistics(config)
         stored = open_weights(location, user_path(config.env.cache_root))
-        return CaptionRecipe(stored, config, image_processor_of(config), partial(build_model, config.model))
+        return CaptionRecipe(stored, config, image_processor_of(config), build_model)
     if options:
         raise UserError("--options change a run config, and there is none: give --cfg-path too")
     stored = open_weights(location, user_path(Config().env.cache_root))

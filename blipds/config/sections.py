@@ -54,7 +54,7 @@ class ModelConfig:
 
     # Values of keys that switch activation checkpointing on, those that recompute least first; the first: off.
     CHECKPOINTING: ClassVar[tuple[dict[str, Any], ...]] = ({},)
-    # How captions become tokens: "bert" ([DEC] prompt caption [SEP]) or "causal" (data/tokenizer.py)
+    # How captions become tokens: "bert" ([DEC] prompt caption [SEP]), "causal" or "seq2seq" (data/tokenizer.py)
     TEXT: ClassVar[str] = "bert"
     # LAVIS's keys that something else decides now, and the line that says so.
     REPLACED: ClassVar[dict[str, str]] = {}

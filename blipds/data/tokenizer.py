@@ -21,6 +21,7 @@ class CaptionTokenizer:
 
     closes_cut = True  # a caption that is cut still ends with the closing token
     counts_prompt = True  # `run.max_len` counts the prompt's tokens
+    continues_prompt = True  # the prompt stands before the caption
 
     def __init__(self, source: str | None = None, prompt: str = "a picture of ", max_txt_len: int = 40) -> None:
         if source is not None and source.endswith(".txt"):
@@ -34,7 +35,7 @@ class CaptionTokenizer:
         start, self.eos_token_id, self.pad_token_id = self.special_ids(source)
         self.prompt = prompt
         self.max_txt_len = max_txt_len
-        self.prompt_ids: list[int] = [*start, *self._ids(prompt.rstrip())]
+        self.prompt_ids: list[int] = [*start, *(self._ids(prompt.rstrip()) if self.continues_prompt else [])]
         if len(self.prompt_ids) + 2 > max_txt_len:  # a caption has a word and a closing token at least
             raise UserError(f"model.prompt '{prompt}' fills model.max_txt_len ({max_txt_len} tokens)")
 
@@ -111,7 +112,25 @@ class CausalTokenizer(CaptionTokenizer):
         return self.tokenizer.clean_up_tokenization(text).strip()
 
 
-TOKENIZERS = {"bert": CaptionTokenizer, "causal": CausalTokenizer}
+class Seq2SeqTokenizer(CausalTokenizer):
+    """Of an encoder and a decoder, as T5 has them: the encoder reads the prompt, the decoder begins with the padding
+    token, which `max_txt_len` does not count, and writes the caption and the tokenizer's end, cut or not.
+    """
+
+    closes_cut = True
+    continues_prompt = False
+
+    def __init__(self, source: str | None, prompt: str, max_txt_len: int) -> None:
+        super().__init__(source, prompt, max_txt_len + 1)
+
+    def special_ids(self, source: str | None) -> tuple[list[int], int, int]:
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        if pad is None or end is None:
+            raise UserError(f"model.tokenizer '{source}' has no padding token or none that ends a text, as T5's has")
+        return [pad], end, pad
+
+
+TOKENIZERS = {"bert": CaptionTokenizer, "causal": CausalTokenizer, "seq2seq": Seq2SeqTokenizer}
 
 
 def caption_tokenizer(config: ModelConfig) -> CaptionTokenizer:

@@ -232,12 +232,12 @@ class CaptioningModel(nn.Module, ABC):
 class Description:
     """What a checkpoint says of its model: how to build it, and what belongs to it in front and behind.
 
-    config: image size, tokenizer and prompt are right in it. mean, std: of the images, None: CLIP's. decoding: values
-    of `run` keys.
+    config: image size, tokenizer and prompt are right in it. build: as `Arch.build`, of such a config. mean, std: of
+    the images, None: CLIP's. decoding: values of `run` keys.
     """
 
     config: ModelConfig
-    build: Callable[[CheckpointFn], CaptioningModel]
+    build: Callable[[Any, CheckpointFn], CaptioningModel]
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     decoding: Mapping[str, Any] | None = None
@@ -267,6 +267,7 @@ class Export:
 class Arch(ABC):
     """What is registered in `ARCHS`."""
 
+    dtype = torch.float32  # of the run: frozen weights that only a file sets may be built in it
     config: ClassVar[type[ModelConfig]] = ModelConfig
     model_types: ClassVar[Mapping[str, Path]] = {}  # name -> packaged defaults, a YAML file
     exports: ClassVar[Mapping[str, Callable[[Path, Export], None]]] = {}  # --format -> what writes it

@@ -230,8 +230,8 @@ class Shape:
         """The largest that the run config allows: every caption as long as `model.max_txt_len`."""
         given = [dataset.captions_per_image for dataset in config.datasets.values()]
         captions = max(CAPTIONS_PER_IMAGE if isinstance(count, str) else count for count in given)
-        prompt_tokens = len(caption_tokenizer(config.model).prompt_ids)
-        return cls(config.run.batch_size_train, captions, config.model.max_txt_len, prompt_tokens)
+        tokenizer = caption_tokenizer(config.model)
+        return cls(config.run.batch_size_train, captions, tokenizer.max_txt_len, len(tokenizer.prompt_ids))
 
     def inputs(self, image_size: int, dtype: torch.dtype, device: str = "meta") -> dict[str, Tensor]:
         """Arguments of a captioner's `forward`; the values mean nothing."""

@@ -34,6 +34,7 @@ from blipds.data.preparation import fetch_annotations
 from blipds.data.streams import build_stream, stream_loader, streams_of
 from blipds.data.tokenizer import CaptionTokenizer
 from blipds.engine import (
+    DTYPES,
     Engine,
     checkpointed,
     checkpointed_on_host,
@@ -257,8 +258,9 @@ def build_engine(config: Config, ds_config: Section, run_dir: Path, resumed: Pat
         prepare_nvme(monitor.say)
     if not uses_torch_adam(ds_config) and not prepare_ops(offloads_optimizer(ds_config), monitor.say):
         ds_config = with_setting(ds_config, "optimizer.params.torch_adam", True)
+    checkpoint_fn = checkpointed_on_host if checkpoints_on_host(ds_config) else checkpointed
     with partitioned_init(ds_config):
-        model = build_model(config.model, checkpointed_on_host if checkpoints_on_host(ds_config) else checkpointed)
+        model = build_model(config.model, checkpoint_fn, DTYPES[precision(ds_config)])
     if run.compile:
         model.compile_layers()
     layers = {name: model.encoder_layer(name) for name, _ in model.named_parameters()}

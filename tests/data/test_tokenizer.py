@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from blipds.data.processors import CaptionProcessor
 from blipds.data.tokenizer import VOCABULARY, CaptionTokenizer, caption_tokenizer
 from blipds.errors import UserError
-from blipds.models.blip2.config import Blip2Config
+from blipds.models.blip2.config import OptConfig
 
 DEC, SEP = 30522, 102
 A, PICTURE, OF, DOG, DOGS = 1037, 3861, 1997, 3899, 6077
@@ -140,7 +140,7 @@ def test_errors(tmp_path):
 @pytest.fixture(scope="module")
 def causal(shared):
     source = str(shared / "oracle_blip2" / "opt")
-    return caption_tokenizer(Blip2Config(opt_model=source, prompt="a photo of"))
+    return caption_tokenizer(OptConfig(opt_model=source, prompt="a photo of"))
 
 
 def test_text_of_a_causal_language_model(causal, shared):
@@ -164,4 +164,4 @@ def test_a_causal_caption_that_is_cut_has_no_end(causal):
 
 def test_a_language_model_without_its_tokenizer(tmp_path):
     with pytest.raises(UserError, match=f"^model.tokenizer '{tmp_path}': "):
-        caption_tokenizer(Blip2Config(opt_model=str(tmp_path)))
+        caption_tokenizer(OptConfig(opt_model=str(tmp_path)))

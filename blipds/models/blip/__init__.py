@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from functools import partial
 from math import isqrt
 from pathlib import Path
 from typing import Any, ClassVar
@@ -74,7 +73,7 @@ class Blip(Arch):
                 return None
             return describe_section(stored)
         config = published(Checkpoint(stored, BlipFormat()).tensors)
-        return None if config is None else Description(config, partial(self.build, config))
+        return None if config is None else Description(config, self.build)
 
 
 def published(tensors: Mapping[str, Tensor]) -> BlipConfig | None:
@@ -98,7 +97,7 @@ def describe_section(stored: StoredTensors) -> Description:
         config = BlipConfig(**{key: value for key, value in stored.config.items() if key in names})
     except TypeError as error:
         raise UserError(f"{stored.location}: the config in it is none of a model ({error})") from error
-    return Description(config, partial(Blip().build, config))
+    return Description(config, Blip().build)
 
 
 def describe_transformers(stored: StoredTensors) -> Description:
@@ -120,7 +119,7 @@ def describe_transformers(stored: StoredTensors) -> Description:
     tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
     geometry = geometry_from_transformers_config(stored.config)
     config = BlipConfig(tokenizer=tokenizer, image_size=geometry.image_size)
-    return Description(config, lambda checkpoint_fn: build_from_geometry(geometry), **given)
+    return Description(config, lambda config, checkpoint_fn: build_from_geometry(geometry), **given)
 
 
 def build_from_geometry(geometry: BlipGeometry) -> BlipCaption:

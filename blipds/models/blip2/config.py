@@ -1,4 +1,4 @@
-"""`model:` of the arch blip2_opt, under LAVIS's names."""
+"""`model:` of the archs blip2_opt and blip2_t5, under LAVIS's names."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,24 +15,23 @@ EVA_VIT_G = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/m
 class Blip2Config(ModelConfig):
     """vit_kwargs: of timm, qformer_kwargs: of transformers' Blip2QFormerConfig, over the sizes of the paper.
 
-    vit_pretrained: encoder for files that hold none. llm: any causal language model of transformers, a folder or hub
-    name, in the place of opt_model. load_llm: false leaves the language model's weights random.
+    vit_pretrained: encoder for files that hold none. llm: any language model of transformers that the arch can read, a
+    folder or hub name, in the place of LAVIS's. load_llm: false leaves the language model's weights random.
     """
+
+    LANGUAGE: ClassVar[str]  # what LAVIS's names of the language model begin with, in configs and files
 
     CHECKPOINTING: ClassVar[tuple[dict[str, Any], ...]] = (
         {"use_grad_checkpoint": False},
         {"use_grad_checkpoint": True},
     )
-    TEXT: ClassVar[str] = "causal"
     REPLACED: ClassVar[dict[str, str]] = {
         "vit_precision": "precision is set in the DeepSpeed JSON (bf16, fp16), for all parts",
         "apply_lemmatizer": "it changes answers to questions; captions are never lemmatized",
     }
 
-    arch: str = "blip2_opt"
-    model_type: str | None = "caption_coco_opt2.7b"
     prompt: str = "a photo of "
-    max_txt_len: int = 32
+    max_txt_len: int = limited(32, "2 or more")
     vit_model: str = "eva_clip_g"
     vit_kwargs: dict[str, Any] = field(default_factory=dict)
     vit_pretrained: str | None = EVA_VIT_G
@@ -40,7 +39,6 @@ class Blip2Config(ModelConfig):
     use_grad_checkpoint: bool = False
     num_query_token: int = limited(32, "1 or more")
     qformer_kwargs: dict[str, Any] = field(default_factory=dict)
-    opt_model: str = "facebook/opt-2.7b"
     llm: str | None = None
     load_llm: bool = True
 
@@ -51,7 +49,7 @@ class Blip2Config(ModelConfig):
     @property
     def language_source(self) -> str:
         """The folder or hub name of the language model."""
-        return self.llm or self.opt_model
+        return self.llm or getattr(self, f"{self.LANGUAGE}_model")
 
     @property
     def hidden_size(self) -> int:
@@ -84,3 +82,31 @@ class Blip2Config(ModelConfig):
         if self.prompt.strip():  # LAVIS writes it with and without the space
             self.prompt = self.prompt.rstrip() + " "
         super().__post_init__()
+
+
+@dataclass
+class OptConfig(Blip2Config):
+    """`model:` of blip2_opt."""
+
+    LANGUAGE: ClassVar[str] = "opt"
+    TEXT: ClassVar[str] = "causal"
+
+    arch: str = "blip2_opt"
+    model_type: str | None = "caption_coco_opt2.7b"
+    opt_model: str = "facebook/opt-2.7b"
+
+
+@dataclass
+class T5Config(Blip2Config):
+    """`model:` of blip2_t5."""
+
+    LANGUAGE: ClassVar[str] = "t5"
+    TEXT: ClassVar[str] = "seq2seq"
+
+    arch: str = "blip2_t5"
+    model_type: str | None = "caption_coco_flant5xl"
+    t5_model: str = "google/flan-t5-xl"
+
+    def check_precision(self, precision: str) -> None:
+        if precision == "fp16":
+            raise UserError("fp16 in the DeepSpeed JSON: T5's numbers overflow in it (NaN); take bf16")

@@ -1,13 +1,11 @@
-"""The frozen language model: a causal one of transformers, behind the queries of an image."""
+"""The frozen language model: one of transformers, from a folder or the hub, without its weights."""
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from blipds.errors import UserError
-from blipds.models.attention import visibility
 
 
 def language_config(source: str) -> Any:
@@ -21,22 +19,27 @@ def language_config(source: str) -> Any:
     return getattr(config, "text_config", config)
 
 
-def build_language_model(source: str) -> Any:
-    """The language model of a folder or hub name, frozen, without its weights: every one of them must be written."""
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
+def build_language_model(auto_model: Any, config: Any, dtype: torch.dtype) -> Any:
+    """The language model of a config, frozen, without its weights: every one of them must be written.
 
-    config = language_config(source)
-    try:
-        with no_init_weights():  # it costs minutes, and indexes what ZeRO-3 has shared out
-            # fp32 as all parts, until the engine rounds them; the config says what the file has
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except ValueError as error:
-        raise UserError(f"the language model '{source}': not a causal language model ({str(error)[:200]})") from error
-    model.tie_weights()
+    auto_model: one of transformers' Auto classes. dtype: what the weights are held in from the start, since a whole
+    copy in fp32 would cost twice the memory. ValueError where the class has no model of such a config.
+    """
+    from transformers.initialization import no_init_weights, no_tie_weights
+
+    with no_init_weights(), no_tie_weights():  # to draw them costs minutes, and indexes what ZeRO-3 has shared out
+        model: Any = auto_model.from_config(config, dtype=dtype)
+    if has_own_head(config):
+        model.all_tied_weights_keys.pop("lm_head.weight", None)
+    model.tie_weights(recompute_mapping=False)
     for module in model.modules():
         keep_buffers(module)
     return model.requires_grad_(False)
+
+
+def has_own_head(config: Any) -> bool:
+    """Whether a T5's words out are not its words in: T5 1.1, Flan-T5 and mT5, of which transformers 5 ties all."""
+    return config.is_encoder_decoder and not getattr(config, "scale_decoder_outputs", False)
 
 
 def keep_buffers(module: nn.Module) -> None:
@@ -56,83 +59,29 @@ def keep_buffers(module: nn.Module) -> None:
         module.register_forward_pre_hook(restore)
 
 
-def run(
-    language_model: Any,
-    embeds: Tensor,
-    position_ids: Tensor,
-    mask: Tensor | None,
-    kept: int,
-    cache: Any = None,
-) -> Tensor:
-    """Next-token logits (R, kept, V) at the last `kept` positions, 0: all, of embeds (R, T, C).
+class CachedBeams:
+    """What decoders with a cache share: all beams of an image are one row of it (`generation.StepDecoder`).
 
-    position_ids (R, T); mask (R, 1, T, S): added to the scores of attention to the S positions that the cache and
-    embeds hold; None: each sees what is before it.
-    """
-    parameters = inspect.signature(language_model.forward).parameters
-    cached = {"cache" if "cache" in parameters else "past_key_values": cache}  # renamed in transformers 5.2x
-    return language_model(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        position_ids=position_ids,
-        use_cache=cache is not None,
-        logits_to_keep=kept,
-        **cached,
-    ).logits
-
-
-def text_logits(
-    language_model: Any,
-    queries: Tensor,
-    input_ids: Tensor,
-    position_ids: Tensor,
-    segment_ids: Tensor,
-) -> Tensor:
-    """Logits (I, L, V) behind every token of rows of captions (data/caption_rows.py) of images.
-
-    queries (I, Q, C) stand in front of the rows (I, L): every caption of a row sees them and the prompt, so that they
-    are computed once an image. The logits of padding and prompt are computed for nothing.
-    """
-    count = queries.shape[1]
-    places = torch.arange(count, device=input_ids.device).expand(len(queries), -1)
-    embeds = torch.cat([queries, language_model.get_input_embeddings()(input_ids)], dim=1)
-    segments = torch.cat([torch.zeros_like(places), segment_ids], dim=1)
-    positions = torch.cat([places, position_ids + count], dim=1)
-    return run(language_model, embeds, positions, visibility(segments, embeds.dtype), input_ids.shape[1])
-
-
-class CachedLanguageModel:
-    """The language model as generation sees it (`generation.StepDecoder`).
-
-    All beams of an image are one row of the cache: keys and values of queries and prompt are there once, and those of
-    every token that any beam has tried stay where they are. `seen` (J, K, S): which of the S places in the cache are of
-    beam k. To reorder beams costs a gather of booleans; to keep all tokens, K places a step beside the Q + P shared.
+    What stands before the captions is there once, and what every token that any beam has tried left in the cache stays
+    where it is. `seen` (J, K, S): which of the S places are of beam k. To reorder beams costs a gather of booleans; to
+    keep all tokens, K places a step.
     """
 
-    def __init__(self, language_model: Any, queries: Tensor) -> None:
-        from transformers import DynamicCache
+    seen: Tensor
 
-        self.language_model = language_model
-        self.queries = queries
-        self.cache = DynamicCache()
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
 
-    def start(self, prompt_ids: Tensor, beams: int) -> Tensor:
-        words = self.language_model.get_input_embeddings()(prompt_ids)
-        embeds = torch.cat([self.queries, words.expand(len(self.queries), -1, -1)], dim=1)
-        images, self.length, _ = embeds.shape
-        places = torch.arange(self.length, device=embeds.device).expand(images, -1)
-        self.seen = places.new_ones(images, beams, self.length, dtype=torch.bool)
-        return run(self.language_model, embeds, places, None, 1, self.cache)[:, -1]
+    def see(self, images: int, beams: int, length: int, device: torch.device) -> None:
+        """All beams see the `length` places that are in the cache."""
+        self.seen = torch.ones(images, beams, length, dtype=torch.bool, device=device)
 
-    def step(self, tokens: Tensor) -> Tensor:
-        images, beams = tokens.shape
-        itself = torch.eye(beams, dtype=torch.bool, device=tokens.device).expand(images, -1, -1)
+    def grow(self, dtype: torch.dtype) -> Tensor:
+        """A token more of every beam, which it alone sees; what is added to scores of attention, (J, 1, K, S)."""
+        images, beams, _ = self.seen.shape
+        itself = torch.eye(beams, dtype=torch.bool, device=self.seen.device).expand(images, -1, -1)
         self.seen = torch.cat([self.seen, itself], dim=-1)
-        embeds = self.language_model.get_input_embeddings()(tokens)
-        mask = torch.zeros_like(self.seen, dtype=embeds.dtype).masked_fill_(~self.seen, -torch.inf).unsqueeze(1)
-        places = torch.full_like(tokens, self.length)
-        self.length += 1
-        return run(self.language_model, embeds, places, mask, 0, self.cache)
+        return torch.zeros_like(self.seen, dtype=dtype).masked_fill_(~self.seen, -torch.inf).unsqueeze(1)
 
     def reorder(self, parents: Tensor) -> None:
         self.seen = self.seen.gather(1, parents.unsqueeze(-1).expand_as(self.seen))
@@ -140,3 +89,8 @@ class CachedLanguageModel:
     def keep(self, images: Tensor) -> None:
         self.cache.batch_select_indices(images)
         self.seen = self.seen[images]
+
+
+def cache_argument(parameters: Any, cache: Any) -> dict[str, Any]:
+    """The cache under its name among the `parameters` of a call: transformers 5.2x renamed it."""
+    return {"cache" if "cache" in parameters else "past_key_values": cache}

@@ -1,5 +1,6 @@
-"""BLIP-2's captioner (arXiv 2301.12597): image encoder, Q-Former, and a frozen language model that continues both."""
+"""BLIP-2's captioner (arXiv 2301.12597): image encoder, Q-Former, and a frozen language model behind both."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from blipds.errors import UserError
 from blipds.models.blip2.checkpoints import Blip2Format, completed
 from blipds.models.blip2.config import Blip2Config
-from blipds.models.blip2.language_model import CachedLanguageModel, text_logits
 from blipds.models.checkpoint_files import StoredTensors
 from blipds.models.checkpoints import Checkpoint
 from blipds.models.initialisation import RandomWeight, constant, normal, uniform_by_fan_in, zeros
@@ -41,7 +41,10 @@ class Bridge(nn.Module):
 
 
 class Blip2Caption(CaptioningModel):
-    """The language model is frozen; in training it drops out what its config says, as in LAVIS."""
+    """The language model is frozen; in training it drops out what its config says, as in LAVIS.
+
+    How it reads queries and writes captions is its own: `logits` and `step_decoder`.
+    """
 
     def __init__(
         self, visual_encoder: VisionTransformer, bridge: Bridge, language_model: nn.Module, config: Blip2Config
@@ -60,10 +63,6 @@ class Blip2Caption(CaptioningModel):
         return self.visual_encoder
 
     @property
-    def max_positions(self) -> int:  # type: ignore[override]
-        return self.language_model.config.max_position_embeddings - self.config.num_query_token
-
-    @property
     def vocab_size(self) -> int:  # type: ignore[override]
         return self.language_model.config.vocab_size
 
@@ -79,12 +78,13 @@ class Blip2Caption(CaptioningModel):
         label_weights: Tensor | None = None,
     ) -> Tensor:
         queries = self.bridge(self.encode(pixel_values, image_embeds))
-        logits = text_logits(self.language_model, queries, input_ids, position_ids, segment_ids)
+        logits = self.logits(queries, input_ids, position_ids, segment_ids)
         logits = logits.flatten(0, 1).index_select(0, label_positions)
         return smoothed_cross_entropy(logits, labels, 0.0, label_weights)
 
-    def step_decoder(self, image_embeds: Tensor, max_len: int) -> CachedLanguageModel:
-        return CachedLanguageModel(self.language_model, self.bridge(image_embeds))
+    @abstractmethod
+    def logits(self, queries: Tensor, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
+        """Logits (I, L, V) behind every token of rows of captions, given what an image's queries (I, Q, C) say."""
 
     def layers(self) -> Sequence[nn.Module]:
         return [*self.visual_encoder.blocks, *transformers_layers(self)]
@@ -119,11 +119,11 @@ class Blip2Caption(CaptioningModel):
         return found
 
     def load_parts(self, config: Blip2Config, load: Callable[..., None]) -> None:
-        """`vit_pretrained`: an `eva_vit_g.pth`; `opt_model`: the language model."""
+        """`vit_pretrained`: an `eva_vit_g.pth`; then the language model."""
         if config.load_finetuned or config.load_pretrained:
             return  # `completed` has taken from them what that checkpoint lacks
         if config.vit_pretrained:
-            load(config.vit_pretrained, "eva")
+            load(config.vit_pretrained, "image encoder")
         if config.load_llm:
             load(config.language_source, "language model")
 

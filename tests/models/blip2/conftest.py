@@ -31,6 +31,13 @@ def run_config(shared, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def t5_run_config(run_config, shared):
+    """A run config with the T5 in its folder."""
+    blip2_oracle.write_t5(shared, run_config.parent / "t5")
+    return blip2_oracle.write_t5_config(shared, run_config.parent)
+
+
+@pytest.fixture(scope="session")
 def config(run_config):
     return load_run_config(run_config)[0]
 

@@ -10,7 +10,7 @@ from blipds.data.datasets import build_dataset
 from blipds.data.loader import Collator, EvalLoader
 from blipds.data.tokenizer import caption_tokenizer
 from blipds.engine import parameter_groups
-from blipds.models.blip2.language_model import text_logits
+from blipds.models.blip2.causal import text_logits
 
 CPU = torch.device("cpu")
 SETTINGS = {

@@ -12,8 +12,8 @@ from blipds.captioning.captioner import Captioner, caption_recipe, load_caption_
 from blipds.data.processors import CLIP_MEAN, CLIP_STD
 from blipds.data.tokenizer import caption_tokenizer
 from blipds.errors import UserError
+from blipds.models.blip2.causal import text_logits
 from blipds.models.blip2.export import export_lavis, export_transformers
-from blipds.models.blip2.language_model import text_logits
 from blipds.models.protocol import Export
 from blipds.models.weights import load_weights, open_weights
 

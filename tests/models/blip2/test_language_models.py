@@ -1,11 +1,18 @@
 """Any causal language model of transformers (`model.llm`), held against transformers' own use of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from held_memory import live_bytes
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from blipds.models.blip2.language_model import CachedLanguageModel, text_logits
+from blipds.models import build_model
+from blipds.models.blip2.causal import CachedLanguageModel, text_logits
 from blipds.models.generation import GenerationConfig, search
+from blipds.models.protocol import keep_activations
+from blipds.models.weights import load_weights, open_weights
 
 SIZES = {
     "vocab_size": 2000,
@@ -74,3 +81,17 @@ def test_rotary_frequencies_stay_exact(theirs, build):
     ids, places = torch.tensor([[2, 68]]), torch.tensor([[0, 1]])
     text_logits(language_model, torch.zeros(1, 8, 64, dtype=torch.bfloat16), ids, places, places * 0)
     assert torch.equal(language_model.model.rotary_emb.inv_freq, exact)
+
+
+def test_no_copy_in_another_precision(config, shared, tmp_path):
+    """A run in bf16 builds the language model in it and fills it from the map: by the allocator's record."""
+    sizes = {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024, "num_attention_heads": 4}
+    OPTForCausalLM(OPTConfig(vocab_size=2000, **sizes)).bfloat16().save_pretrained(tmp_path)
+    stored = open_weights(str(tmp_path), shared)  # the map: the file's own pages
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        model = build_model(replace(config.model, llm=str(tmp_path)), keep_activations, torch.bfloat16)
+        load_weights(model, stored, lambda line: None, part="language model")
+    frozen = {id(parameter): parameter.nbytes for parameter in model.language_model.parameters()}
+    assert {(p.dtype, id(p) in frozen) for p in model.parameters()} == {(torch.bfloat16, True), (torch.float32, False)}
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    assert max(size for _, size in live_bytes(recorded)) < held + 0.25 * sum(frozen.values())
