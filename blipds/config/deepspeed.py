@@ -223,7 +223,7 @@ def _faults(ds: Section, config: Config, world_size: int, device_type: str) -> I
     def zero(key: str, default: Json = None) -> Json:
         return setting(ds, f"zero_optimization.{key}", default)
 
-    stage, overlap, group = zero_stage(ds), zero("overlap_comm") is True, zero("zero_hpz_partition_size", 1)
+    stage, group = zero_stage(ds), zero("zero_hpz_partition_size", 1)
     for key, nothing in _STAGE_3_KEYS.items():
         if stage < 3 and zero(key, nothing) != nothing:
             yield f"zero_optimization.{key} needs stage 3 (it is {stage}): remove it or raise the stage"
