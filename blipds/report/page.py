@@ -23,11 +23,13 @@ from blipds.report.run_files import (
     read_lines,
     seconds_spent,
 )
+from blipds.scoring.clip import clip_lines
 from blipds.scoring.metrics import score_captions
-from blipds.scoring.published import COLUMNS
+from blipds.scoring.published import CLIP_COLUMNS, COLUMNS
 
 REPORT = "report.html"
-METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE")
+METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE", *CLIP_COLUMNS)
+TITLES = COLUMNS | CLIP_COLUMNS
 MINOR_METRICS = ("Bleu_1", "Bleu_2", "Bleu_3")  # on wide screens
 CURVES = (
     ("loss", "Training loss", False),
@@ -137,7 +139,7 @@ def charts_of(lines: Sequence[Line], evaluations: Mapping[str, list[Line]]) -> l
     for key in METRICS:
         curves = {split: curve(rows, key) for split, rows in evaluations.items()}
         mark = None if best is None or best.get(key) is None else (best["step"], best[key])
-        drawn.append(chart(COLUMNS[key], curves, last_step, epoch_ends.items(), best=mark, dots=True))
+        drawn.append(chart(TITLES[key], curves, last_step, epoch_ends.items(), best=mark, dots=True))
     for key, title, from_zero in CURVES:
         curves = {title: curve(trained, key)}
         drawn.append(chart(title, curves, last_step, epoch_ends.items(), from_zero=from_zero))
@@ -153,11 +155,26 @@ def table_of(split: str, rows: list[Line]) -> dict[str, Any]:
     keys = [key for key in (*METRICS, *MINOR_METRICS) if any(row.get(key) is not None for row in rows)]
     return {
         "split": split,
-        "columns": [(key, COLUMNS[key], key in METRICS) for key in keys],
+        "columns": [(key, TITLES[key], key in METRICS) for key in keys],
         "rows": rows,
         "best": best_of(rows) if len(rows) > 1 else None,
         "missing": rows[-1].get("missing") or {},
+        "notes": notes_of(best_of(rows) or rows[-1]),
     }
+
+
+def notes_of(line: Line) -> list[str]:
+    """How varied the captions of an evaluation are, and how CLIPScore and PAC-S were computed."""
+    notes = clip_lines(line.get("settings") or {})
+    if line.get("vocabulary") is not None:
+        seen = line.get("seen_in_training")
+        known = "" if seen is None else f"; {seen:.1%} of the captions stand in the training captions"
+        notes.append(
+            f"Diversity of {when(line) or 'the captions'}: distinct-1 {line['distinct_1']:.3f}, distinct-2 "
+            f"{line['distinct_2']:.3f}, {line['vocabulary']:,} different words, {line['words_per_caption']:.1f} words "
+            f"a caption{known}."
+        )
+    return notes
 
 
 def weights_of(line: Line) -> str:
