@@ -1,8 +1,5 @@
 """Puts the report together and writes it."""
 
-import base64
-import hashlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +7,10 @@ from typing import Any
 
 from blipds.config.run import load_run_config
 from blipds.files.replacing import replace_text
-from blipds.report.charts import HEIGHT, WIDTH, Chart, chart
+from blipds.report.charts import Chart, chart
 from blipds.report.facts import duration, facts
 from blipds.report.gallery import BEST, IMAGES, RANDOM, WORST, HeatMap, Shown, cards, choose
+from blipds.report.rendering import render
 from blipds.report.run_files import (
     Evaluation,
     Line,
@@ -62,12 +60,7 @@ def write_report(
 
 
 def page(run_dir: Path, splits: Sequence[Shown], heat_maps: Mapping[str, Mapping[str, Sequence[HeatMap]]]) -> str:
-    """The report's HTML. All that comes from files is escaped by the template; script and style are known by hash."""
-    from jinja2 import StrictUndefined, Template
-
-    names = ("page.html", "page.css", "page.js")
-    html, style, script = (Path(__file__).with_name(name).read_text("utf-8") for name in names)
-    template = Template(html, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    """The report's HTML."""
     lines = read_lines(run_dir)
     config, _ = load_run_config(run_dir / "config.yaml")
     evaluations = by_split(of_kind(lines, "eval"))
@@ -76,18 +69,13 @@ def page(run_dir: Path, splits: Sequence[Shown], heat_maps: Mapping[str, Mapping
         for shown in splits
         if (evaluation := shown_evaluation(run_dir, shown, evaluations.get(shown.split)))
     ]
-    return template.render(
-        style=style,
-        script=script,
-        style_hash=csp(style),
-        script_hash=csp(script),
+    return render(
+        "page.html",
+        "page.js",
         name=run_dir.resolve().name,
         folder=str(run_dir.resolve()),
-        written=time.strftime("%Y-%m-%d %H:%M"),
         tiles=tiles(lines, evaluations),
         charts=charts_of(lines, evaluations),
-        width=WIDTH,
-        height=HEIGHT,
         weights=weights_of,
         tables=[table_of(split, rows) for split, rows in evaluations.items()],
         galleries=galleries,
@@ -95,11 +83,6 @@ def page(run_dir: Path, splits: Sequence[Shown], heat_maps: Mapping[str, Mapping
         command=(of_kind(lines, "start") or [{}])[-1].get("command"),
         files=[(name, read_text(run_dir / name)) for name in ("config.yaml", "ds_config.json")],
     )
-
-
-def csp(text: str) -> str:
-    """How a content security policy names the one script, or style, that a browser may take."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def read_text(path: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ Line = dict[str, Any]  # of metrics.jsonl
 class Evaluation:
     """A line of kind "eval", and by image id the captions that it is about, in the order of the dataset.
 
-    `cider`: of each image; None where it was not kept.
+    `cider`: of each image; None where it was not kept. `clip`: what CLIPs said of each.
     """
 
     line: Line
     captions: dict[str, str]
     cider: dict[str, float] | None
+    clip: ClipScores = field(default_factory=ClipScores)
 
 
 def read_lines(run_dir: Path) -> list[Line]:
@@ -72,7 +73,7 @@ def read_evaluation(run_dir: Path, line: Line) -> Evaluation | None:
         if results.exists():
             entries = json.loads(results.read_text(encoding="utf-8"))
             captions = {str(entry["image_id"]): str(entry["caption"]) for entry in entries}
-            return Evaluation(line, captions, read_cider(results))
+            return Evaluation(line, captions, read_cider(results), read_clip(results))
     return None
 
 

@@ -77,14 +77,11 @@ def score_captions(
     started = time.perf_counter()
     groups = ({image_id: [text] for image_id, text in candidates.items()}, references, corpus)
     try:
-        tokens = iter(_tokenize([text for group in groups for texts in group.values() for text in texts]))
+        tokenized, known, frequencies = tokenized_captions(*groups)
     except Exception as error:  # of any kind: the training run must survive it
         reason = f"PTB tokenization cannot run: {_one_line(error)}"
         scores.missing = dict.fromkeys(metrics, reason)
         return scores
-    tokenized, known, frequencies = (
-        {image_id: [next(tokens) for _ in texts] for image_id, texts in group.items()} for group in groups
-    )
     scores.seconds["tokenization"] = time.perf_counter() - started
 
     for name in metrics:
@@ -98,6 +95,12 @@ def score_captions(
     if {"CIDEr", "Bleu_4"} <= scores.values.keys():
         scores.values["agg_metrics"] = scores.values["CIDEr"] + scores.values["Bleu_4"]
     return scores
+
+
+def tokenized_captions(*groups: Mapping[str, Sequence[str]]) -> list[Captions]:
+    """PTB tokens of several {image id: captions}, by one Java run. Raises RuntimeError or OSError where it fails."""
+    tokens = iter(_tokenize([text for group in groups for texts in group.values() for text in texts]))
+    return [{image_id: [next(tokens) for _ in texts] for image_id, texts in group.items()} for group in groups]
 
 
 def score_held_out_reference(references: dict[str, list[str]], metrics: Sequence[str] = METRICS) -> Scores:
