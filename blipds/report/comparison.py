@@ -24,7 +24,7 @@ from blipds.scoring.bootstrap import RESAMPLES, Sums, image_parts, interval, par
 from blipds.scoring.clip import CLIP_METRICS, clip_lines
 
 COMPARISON = "comparison.html"
-IMAGES = 120  # on the page, all splits together: at most 4 MB
+IMAGES = 60  # on the page, all splits together: at most 2 MB
 DIVERSITY = {
     "distinct_1": ("Distinct-1", "{:.3f}"),
     "distinct_2": ("Distinct-2", "{:.3f}"),
@@ -204,12 +204,17 @@ def resampled(runs: Sequence[Parts]) -> list[dict[str, Sums]]:
 
 def cell(form: str, value: float, difference: float, ends: tuple[float, float] | None) -> dict[str, str]:
     """`verdict`: "better" or "worse" where the interval leaves out 0, else ""."""
-    signed = form.replace(":", ":+")
-    found = {"value": form.format(value), "difference": signed.format(difference), "interval": "", "verdict": ""}
+    found = {"value": form.format(value), "difference": signed(form, difference), "interval": "", "verdict": ""}
     if ends is not None:
-        found["interval"] = f"{signed.format(ends[0])} to {signed.format(ends[1])}"
+        found["interval"] = f"{signed(form, ends[0])} to {signed(form, ends[1])}"
         found["verdict"] = "better" if ends[0] > 0 else "worse" if ends[1] < 0 else ""
     return found
+
+
+def signed(form: str, number: float) -> str:
+    """+0.012; a 0 has no sign."""
+    text = form.replace(":", ":+").format(number)
+    return text if any(digit in text for digit in "123456789") else text[1:]
 
 
 def ranking_metric(compared: ComparedSplit) -> str | None:

@@ -128,7 +128,7 @@ def test_values_differences_and_intervals(runs, data):
         "interval": "+0.010 to +0.010",
         "verdict": "better",
     }
-    assert rows["METEOR"][1] == {"value": "0.200", "difference": "+0.000", "interval": "", "verdict": ""}
+    assert rows["METEOR"][1] == {"value": "0.200", "difference": "0.000", "interval": "", "verdict": ""}
     assert [cell["value"] for cell in rows["Different words"]] == ["1,210", "1,220"]
     assert rows["Different words"][1]["difference"] == "+10"
     assert table["uncertain"] == ["METEOR", "Distinct-1", "Distinct-2", "Different words", "Words a caption"]
