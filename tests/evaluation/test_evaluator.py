@@ -56,7 +56,7 @@ class StubClip:
     """Sees the red of an image; its score of a caption is that and the caption's length."""
 
     metric, source, factor, max_tokens = "CLIPScore", "folder", 2.5, 77
-    shrink = staticmethod(lambda width, height: 1)
+    shrink = staticmethod(lambda width, height: 3)
 
     def __init__(self):
         self.image_processor, self.devices = self, []
@@ -83,9 +83,13 @@ def test_a_clip_scores_the_captions_of_readable_images(dataset, tmp_path, with_r
     evaluator = Evaluator("val", dataset, StubCaptioner(), references, RUN, [clip])
     opened, read = [], ImageFile.open
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ImageFile, "open", lambda self, shrink: opened.append(self.path.name) or read(self, shrink))
+        patch.setattr(
+            ImageFile,
+            "open",
+            lambda self, shrink: opened.append((self.path.name, shrink(64, 80))) or read(self, shrink),
+        )
         evaluator.caption("a photo of", CPU, torch.float32, results)
-    assert opened == [f"{number}.png" for number in range(5)]  # once each
+    assert opened == [(f"{number}.png", 3) for number in range(5)]  # once each, as large as the CLIP wants it (not 4)
     assert clip.devices == ["cpu", "cpu"]  # to the device, and back to the host
     kept = json.loads((tmp_path / "scores" / "val.clip.json").read_text())
     assert kept["per_image"]["CLIPScore"] == {"10": 13, "12": 113, "13": 163}
