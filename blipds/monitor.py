@@ -102,16 +102,18 @@ class Monitor:
         note: str = "",
         seconds: Mapping[str, float] | None = None,
         unscored: str = "",
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Logs an evaluation: `values` under `{split}/`, a line of kind "eval", and a line for the terminal.
 
         `epoch` is None outside of training. `missing` says why a metric has no value, `unscored` why nothing was to be
         scored. `note`: which weights and precision were used. `seconds`: what "generation", "tokenization" and each
-        metric took.
+        metric took. `settings`: what to know of a metric's number.
         """
         head = {"kind": "eval", "split": split, "epoch": epoch, "step": step}
         costs = {name: round(value, 2) for name, value in (seconds or {}).items()}
-        self._log(split, head, values, {"missing": dict(missing), "note": note, "seconds": costs})
+        tail = {"missing": dict(missing), "note": note, "seconds": costs}
+        self._log(split, head, values, tail | ({"settings": settings} if settings else {}))
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
         when = "" if epoch is None else f" at step {step} (epoch {epoch + 1})"
         shown = shown or ", ".join(filter(None, ["captions only", unscored]))

@@ -23,9 +23,11 @@ from blipds import cli, distributed
 from blipds.config.deepspeed import load_ds_config, precision
 from blipds.config.sections import Config
 from blipds.engine import DTYPES
+from blipds.errors import UserError
 from blipds.evaluation.evaluator import evaluate_checkpoint, read_cider_corpus
 from blipds.models.weights import find_checkpoint, initial_weights
 from blipds.report.machine import machine_facts
+from blipds.scoring.clip import CLIP_METRICS
 from blipds.scoring.metrics import METRICS, Scores
 from blipds.scoring.published import published, table
 from blipds.training import building
@@ -41,11 +43,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--metrics",
         nargs="+",
-        default=METRICS,
-        choices=(*METRICS, "SPICE"),
+        choices=(*METRICS, "SPICE", *CLIP_METRICS),
         metavar="NAME",
-        help=f"which to compute: {' '.join(METRICS)} (the default), and SPICE, for which launch/prepare_data.py spice "
-        "fetches the models",
+        help=f"which to compute: {' '.join(METRICS)}, and CLIPScore and PAC-S where run.clip_score and run.pac_score "
+        "name a CLIP (all of these by default); SPICE, for which launch/prepare_data.py spice fetches the models",
     )
     parser.add_argument(
         "--cider-df",
@@ -71,6 +72,9 @@ def main() -> None:
         if distributed.is_main():
             print(cli.as_yaml(config), end="")
         return
+    for metric, (key, _) in CLIP_METRICS.items():
+        if metric in (args.metrics or ()) and getattr(config.run, key) is None:
+            raise UserError(f"--metrics {metric} needs a CLIP: --options run.{key}=FOLDER_OR_HUB_NAME")
     corpus = read_cider_corpus(args.cider_df) if args.cider_df else None
     device = distributed.initialise(config.run.collective_minutes)
     checkpoint = find_checkpoint(args.checkpoint, "best") if args.checkpoint else initial_weights(config.model)
@@ -81,7 +85,7 @@ def main() -> None:
         cli.keep_config(config, run_dir)
         monitor.start(0, machine_facts(device))
     precision = chosen_precision(args, config, device)
-    options = {"metrics": args.metrics, "cider_corpus": corpus}
+    options = {"metrics": args.metrics or (*METRICS, *CLIP_METRICS), "cider_corpus": corpus}
     evaluations = evaluate_checkpoint(config, checkpoint, splits, device, precision, run_dir, monitor, **options)
     for line in summary(evaluations, checkpoint):
         monitor.say(line)

@@ -302,6 +302,8 @@ class RunConfig:
     temperature: float = limited(1.0, "more than 0")
     report_metric: bool = True
     annotation_file: str | None = None
+    clip_score: str | None = None
+    pac_score: str | None = None
 
     # output
     output_dir: str = "output"

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -27,13 +28,22 @@ SHOWN = 3  # of them, in the error
 class Sample:
     """The image `name` with the captions that share its encoding; `error` says why it could not be read.
 
-    `image`: uint8 pixels (3, H, W), or features (tokens, width) where the dataset has them.
+    `image`: uint8 pixels (3, H, W), or features (tokens, width) where the dataset has them. `views`: the same image for
+    other models (`View`).
     """
 
     image: Tensor | None
     captions: list[str]
     error: str | None = None
     name: str = ""
+    views: tuple[Tensor, ...] = ()
+
+
+class View(Protocol):
+    """What another model than the captioner makes of an image that is opened for both."""
+
+    def shrink(self, width: int, height: int) -> int: ...
+    def __call__(self, image: Image.Image) -> Tensor: ...
 
 
 class CaptionDataset(Dataset[Sample]):
@@ -82,11 +92,11 @@ class CaptionDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         return self.sample(index, seed=0)
 
-    def image(self, number: int, seed: int = 0, captions: Sequence[int] = ()) -> Sample:
-        """The image of a record, or a line that says why it cannot be read; with some of its captions."""
+    def image(self, number: int, seed: int = 0, captions: Sequence[int] = (), views: Sequence[View] = ()) -> Sample:
+        """The image of a record, or a line that says why it cannot be read; with some of its captions, and views."""
         features, record = self.features, self.records[number]
         read = None if features is None else partial(features.read, number)
-        return read_sample(record, captions, self.image_processor, self.text_processor, seed, read)
+        return read_sample(record, captions, self.image_processor, self.text_processor, seed, read, views)
 
 
 def caption_groups(record: Record, captions_per_image: int | str) -> list[tuple[int, ...]]:
@@ -103,15 +113,22 @@ def read_sample(
     clean: Callable[[str], str],
     seed: int,
     read: Callable[[], Tensor] | None = None,
+    views: Sequence[View] = (),
 ) -> Sample:
-    """A record's image, its pixels or what `read` gives, under a random state that `seed` alone decides."""
+    """A record's image, its pixels or what `read` gives, under a random state that `seed` alone decides.
+
+    The file is opened once, as large as the most demanding of processor and `views` wants it.
+    """
+    takers = [*views] if read is not None else [processor, *views]
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every backend: 0.1 ms
-            image = processor(record.image.open(processor.shrink)) if read is None else read()
+            images = [record.image.open(lambda *size: min(taker.shrink(*size) for taker in takers))] if takers else []
+            image = processor(images[0]) if read is None else read()
+            seen = tuple(view(images[0]) for view in views)
     except OSError as error:
         return Sample(None, [], f"{record.image}: {error}", str(record.image))
-    return Sample(image, [clean(record.captions[k]) for k in captions], None, str(record.image))
+    return Sample(image, [clean(record.captions[k]) for k in captions], None, str(record.image), seen)
 
 
 def build_dataset(name: str, config: Config, split: str, training: bool) -> CaptionDataset:

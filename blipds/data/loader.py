@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from blipds.data.caption_rows import CaptionRows, caption_rows
-from blipds.data.datasets import CaptionDataset, Sample
+from blipds.data.datasets import CaptionDataset, Sample, View
 from blipds.data.images import EmbedStore, ImageEmbeds, Images, stack
 from blipds.data.processors import ImageProcessor
 from blipds.data.tokenizer import CaptionTokenizer
@@ -47,11 +47,15 @@ class Batch(NamedTuple):
 
 
 class EvalBatch(NamedTuple):
-    """Images to caption and their indices in the dataset; unreadable ones are only in `errors`."""
+    """Images to caption and their indices in the dataset; unreadable ones are only in `errors`.
+
+    `views`: of each view that the loader was asked for, what it makes of these images, stacked.
+    """
 
     images: Images | ImageEmbeds
     indices: list[int]
     errors: list[str]
+    views: tuple[Tensor, ...] = ()
 
 
 class SampleSource(Protocol):
@@ -288,12 +292,20 @@ def epoch_loader(
 
 
 class EvalLoader:
-    """Some images of a dataset, by their record, in batches."""
+    """Some images of a dataset, by their record, in batches; each file is opened once, for all `views`, too."""
 
-    def __init__(self, dataset: CaptionDataset, records: Sequence[int], *, batch_size: int, num_workers: int) -> None:
+    def __init__(
+        self,
+        dataset: CaptionDataset,
+        records: Sequence[int],
+        *,
+        batch_size: int,
+        num_workers: int,
+        views: Sequence[View] = (),
+    ) -> None:
         self.dataset = dataset
         self.loader = DataLoader(
-            IndexedImages(dataset),
+            IndexedImages(dataset, views),
             batch_sampler=[list(records[i : i + batch_size]) for i in range(0, len(records), batch_size)],
             collate_fn=Shared(self.collate),
             num_workers=num_workers,
@@ -303,11 +315,12 @@ class EvalLoader:
         )
 
     def collate(self, found: Sequence[tuple[int, Sample]]) -> EvalBatch:
-        readable = [(index, sample.image) for index, sample in found if sample.image is not None]
-        given: list[Tensor | None] = [image for _, image in readable]
+        readable = [(index, sample) for index, sample in found if sample.image is not None]
+        given: list[Tensor | None] = [sample.image for _, sample in readable]
         images = stack(given or [None], self.dataset.image_processor, self.dataset.features)
         errors = [sample.error for _, sample in found if sample.error is not None]
-        return EvalBatch(images, [index for index, _ in readable], errors)
+        views = tuple(map(torch.stack, zip(*(sample.views for _, sample in readable), strict=True)))
+        return EvalBatch(images, [index for index, _ in readable], errors, views)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -317,8 +330,9 @@ class EvalLoader:
 
 
 class IndexedImages(Dataset[tuple[int, Sample]]):
-    def __init__(self, dataset: CaptionDataset) -> None:
+    def __init__(self, dataset: CaptionDataset, views: Sequence[View]) -> None:
         self.dataset = dataset
+        self.views = views
 
     def __getitem__(self, index: int) -> tuple[int, Sample]:
-        return index, self.dataset.image(index)
+        return index, self.dataset.image(index, views=self.views)

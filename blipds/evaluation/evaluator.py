@@ -21,6 +21,7 @@ from blipds.data.loader import EvalBatch, EvalLoader
 from blipds.data.preparation import fetch_annotations
 from blipds.engine import DTYPES
 from blipds.errors import UserError
+from blipds.evaluation.diversity import TrainingCaptions, diversity
 from blipds.files.paths import user_path
 from blipds.files.replacing import replace_text
 from blipds.models import build_model
@@ -30,7 +31,8 @@ from blipds.models.protocol import CaptioningModel, keep_activations
 from blipds.models.weights import load_weights, open_weights
 from blipds.monitor import Monitor
 from blipds.report.gallery import Shown
-from blipds.report.run_files import write_cider
+from blipds.report.run_files import read_clip, write_cider, write_clip
+from blipds.scoring.clip import CLIP_METRICS, ClipScorer, ClipScores, ImageScore, clip_lines
 from blipds.scoring.metrics import METRICS, Captions, Scores
 from blipds.scoring.process import Scoring, ScoringTask
 
@@ -55,20 +57,29 @@ class References:
 
 
 class Evaluator:
-    """Captions one split of a dataset. Without references its captions are not scored.
+    """Captions one split of a dataset. Without references its captions are scored by `clips` alone, if there are any.
 
     Raises UserError where an image has no reference.
     """
 
     def __init__(
-        self, split: str, dataset: CaptionDataset, captioner: Captioner, references: References | None, run: RunConfig
+        self,
+        split: str,
+        dataset: CaptionDataset,
+        captioner: Captioner,
+        references: References | None,
+        run: RunConfig,
+        clips: Sequence[ClipScorer] = (),
+        trained_on: TrainingCaptions | None = None,
     ) -> None:
         self.split = split
+        self.clips = clips
+        self.trained_on = trained_on
         self.dataset = dataset
         self.captioner = captioner
         self.references = references
         self.unscored = ""  # why its captions are not scored
-        if references is None:
+        if references is None and not clips:
             self.unscored = "no references" if run.report_metric else "run.report_metric is false"
         if references is not None:
             ids = [str(record.image_id) for record in dataset.records]
@@ -76,12 +87,14 @@ class Evaluator:
                 raise UserError(f"{split}: no reference for {len(unknown)} images; the first is {unknown[0]}")
         # each image once, without fillers: the shares of the ranks may differ by one
         mine = range(distributed.rank(), len(dataset.records), distributed.world_size())
-        self.loader = EvalLoader(dataset, mine, batch_size=run.batch_size_eval, num_workers=run.num_workers)
+        views = [clip.image_processor for clip in clips]
+        workers = run.num_workers
+        self.loader = EvalLoader(dataset, mine, batch_size=run.batch_size_eval, num_workers=workers, views=views)
 
     def caption(
         self, model: CaptioningModel, device: torch.device, dtype: torch.dtype, results: Path, lockstep: bool = False
     ) -> GeneratedCaptions:
-        """Captions every image; rank 0 writes [{image_id, caption}] to `results`. Collective.
+        """Captions every image; rank 0 writes [{image_id, caption}] to `results`, and what CLIPs say. Collective.
 
         Ranks may do different amounts of work: nothing here is collective until all captions are there. With `lockstep`
         (a model whose parameters are partitioned) they step together, and ranks with fewer images caption fillers.
@@ -89,7 +102,10 @@ class Evaluator:
         """
         started = time.perf_counter()
         mine: dict[int, str] = {}
+        judged: list[dict[int, ImageScore]] = [{} for _ in self.clips]
         errors: list[str] = []
+        for clip in self.clips:
+            clip.to(device)
         shown = {"desc": f"caption {self.split}", "disable": None if distributed.is_main() else True}
         for batch in tqdm(self.batches(lockstep), total=len(self.loader), unit="batch", leave=False, **shown):
             errors += batch.errors
@@ -98,17 +114,41 @@ class Evaluator:
                 images = batch.images.model_inputs(device, dtype)
                 texts = self.captioner.caption(model, images, names, lockstep)
                 mine.update(zip(batch.indices, texts, strict=bool(batch.indices)))
+            if batch.indices:
+                self.judge(batch, [mine[index] for index in batch.indices], judged)
+        for clip in self.clips:
+            clip.to(torch.device("cpu"))  # its share of the GPU is the training's again
         shares = distributed.gather((mine, errors))
         captions = dict(sorted(item for share, _ in shares for item in share.items()))
         errors = sorted(error for _, share in shares for error in share)
+        clip_scores = self.gather_clip_scores(judged)
         if not captions:
             raise UserError(f"{self.split}: none of {len(errors)} images can be read; {'; '.join(errors[:3])}")
         if distributed.is_main():
             records = self.dataset.records
             entries = [{"image_id": records[index].image_id, "caption": text} for index, text in captions.items()]
             results.parent.mkdir(parents=True, exist_ok=True)
+            if self.clips:
+                write_clip(results, clip_scores)
             replace_text(results, json.dumps(entries, ensure_ascii=False, indent=0))
         return GeneratedCaptions(captions, errors, time.perf_counter() - started)
+
+    def judge(self, batch: EvalBatch, captions: list[str], judged: list[dict[int, ImageScore]]) -> None:
+        """Adds to `judged` what each CLIP says of the captions of a batch."""
+        known = None if self.references is None else self.references.captions
+        records = [self.dataset.records[index] for index in batch.indices]
+        references = None if known is None else [known[str(record.image_id)] for record in records]
+        for clip, pixel_values, found in zip(self.clips, batch.views, judged, strict=True):
+            found.update(zip(batch.indices, clip.scores(pixel_values, captions, references), strict=True))
+
+    def gather_clip_scores(self, judged: list[dict[int, ImageScore]]) -> ClipScores:
+        """What the CLIPs of all ranks said. Collective."""
+        whole = ClipScores()
+        shares = distributed.gather(judged) if self.clips else []
+        for place, clip in enumerate(self.clips):
+            found = {index: score for share in shares for index, score in share[place].items()}
+            whole.add(clip, {str(self.dataset.records[index].image_id): found[index] for index in sorted(found)})
+        return whole
 
     def batches(self, lockstep: bool) -> Iterator[EvalBatch]:
         """This rank's batches; with `lockstep` as many as any rank has, and then it is collective."""
@@ -123,23 +163,36 @@ class Evaluator:
 
         A domain is scored like a set of its own. Raises OSError or ValueError where `results` cannot be read.
         """
-        if self.references is None:
+        if self.unscored:
             return {}
+        references = self.references or References({})
+        clip_scores = read_clip(results) if self.clips else ClipScores()
         candidates = {str(line["image_id"]): line["caption"] for line in json.loads(results.read_text("utf-8"))}
         parts = {self.split: list(candidates)}
         for image_id in candidates:
-            if domain := self.references.domains.get(image_id):
+            if domain := references.domains.get(image_id):
                 parts.setdefault(f"{self.split}_{domain}", []).append(image_id)
         return {
             name: ScoringTask(
                 {image_id: candidates[image_id] for image_id in ids},
-                {image_id: self.references.captions[image_id] for image_id in ids},
-                metrics,
+                {image_id: references.captions[image_id] for image_id in ids if self.references},
+                metrics if self.references else (),
                 cider_corpus or {},
+                self.known_scores([candidates[image_id] for image_id in ids], clip_scores, ids),
             )
             for name, ids in parts.items()
             if ids
         }
+
+    def known_scores(self, captions: list[str], clip_scores: ClipScores, ids: Sequence[str]) -> Scores:
+        """Diversity of the captions of images, and the means of what CLIPs said."""
+        scores = Scores(clip_scores.means(ids) | diversity(captions), settings=clip_scores.settings)
+        if self.trained_on is not None:
+            try:
+                scores.values["seen_in_training"] = self.trained_on.share(captions)
+            except UserError as error:
+                scores.missing["seen_in_training"] = f"the training captions are not at hand: {error}"
+        return scores
 
     def shown(self) -> Shown:
         """What the report needs of this split."""
@@ -199,9 +252,18 @@ def read_cider_corpus(path: Path) -> Captions:
     return corpus
 
 
-def build_evaluators(config: Config, splits: Sequence[str], captioner: Captioner) -> list[Evaluator]:
+def load_clips(run: RunConfig, metrics: Sequence[str] = tuple(CLIP_METRICS)) -> list[ClipScorer]:
+    """The CLIPs that the run config names for `metrics`, on the host: 0.6 GB each (ViT-B/32) on every rank."""
+    named = {metric: getattr(run, CLIP_METRICS[metric].key) for metric in metrics if metric in CLIP_METRICS}
+    return [ClipScorer(metric, source) for metric, source in named.items() if source and run.report_metric]
+
+
+def build_evaluators(
+    config: Config, splits: Sequence[str], captioner: Captioner, clips: Sequence[ClipScorer] = ()
+) -> list[Evaluator]:
     """One evaluator for each split of each dataset that has it; a split that none has is an error."""
     evaluators = []
+    trained_on = TrainingCaptions(config)
     given = config.run.annotation_file
     references = read_references(user_path(given)) if given else None
     for split in splits:
@@ -210,7 +272,7 @@ def build_evaluators(config: Config, splits: Sequence[str], captioner: Captioner
             dataset = build_dataset(name, config, split, training=False)
             scored = (references or dataset_references(dataset)) if config.run.report_metric else None
             label = split if len(config.datasets) == 1 else f"{name}_{split}"
-            evaluators.append(Evaluator(label, dataset, captioner, scored, config.run))
+            evaluators.append(Evaluator(label, dataset, captioner, scored, config.run, clips, trained_on))
     return evaluators
 
 
@@ -242,7 +304,7 @@ def evaluate_checkpoint(
     monitor: Monitor,
     step: int = 0,
     epoch: int | None = None,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] = (*METRICS, *CLIP_METRICS),
     cider_corpus: Captions | None = None,
 ) -> list[tuple[str, dict[str, Scores]]]:
     """Builds the model on every rank, loads a checkpoint (None: random weights) and evaluates splits. Collective.
@@ -251,22 +313,25 @@ def evaluate_checkpoint(
     """
     fetch_annotations(config, splits, monitor.say)
     captioner = Captioner.from_config(config)
-    evaluators = build_evaluators(config, splits, captioner)  # fails fast on what a user can mend
+    clips = load_clips(config.run, metrics)
+    evaluators = build_evaluators(config, splits, captioner, clips)  # fails fast on what a user can mend
     model = load_model(config, checkpoint, captioner, device, DTYPES[precision], monitor.say)
     evaluations = []
     for evaluator in evaluators:
         name = evaluator.split if epoch is None else f"{evaluator.split}_epoch{epoch}"
         results = run_dir / "results" / f"{name}.json"
         generated = evaluator.caption(model, device, DTYPES[precision], results)
-        tasks = evaluator.scoring_tasks(results, metrics, cider_corpus) if distributed.is_main() else {}
+        scored = [metric for metric in metrics if metric not in CLIP_METRICS]
+        tasks = evaluator.scoring_tasks(results, scored, cider_corpus) if distributed.is_main() else {}
         scores = score_together(tasks) or {evaluator.split: Scores()}
         if distributed.is_main() and (cider := scores[evaluator.split].per_image_cider):
             write_cider(results, cider)
         note = f"{checkpoint or 'random weights'}, {precision}"
         for name, found in scores.items():
             seconds = {"generation": generated.seconds, **found.seconds}
-            monitor.evaluation(name, epoch, step, found.values, found.missing, note, seconds, evaluator.unscored)
-            for line in found.warnings:
+            numbers = (found.values, found.missing)
+            monitor.evaluation(name, epoch, step, *numbers, note, seconds, evaluator.unscored, found.settings)
+            for line in [*found.warnings, *clip_lines(found.settings)]:
                 monitor.say(f"  {line}")
         for error in generated.errors[:10]:
             monitor.say(f"  skipped: {error}")

@@ -1,8 +1,5 @@
 """Puts the report together and writes it."""
 
-import base64
-import hashlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +7,10 @@ from typing import Any
 
 from blipds.config.run import load_run_config
 from blipds.files.replacing import replace_text
-from blipds.report.charts import HEIGHT, WIDTH, Chart, chart
+from blipds.report.charts import Chart, chart
 from blipds.report.facts import duration, facts
 from blipds.report.gallery import BEST, IMAGES, RANDOM, WORST, HeatMap, Shown, cards, choose
+from blipds.report.rendering import render
 from blipds.report.run_files import (
     Evaluation,
     Line,
@@ -23,11 +21,13 @@ from blipds.report.run_files import (
     read_lines,
     seconds_spent,
 )
+from blipds.scoring.clip import clip_lines
 from blipds.scoring.metrics import score_captions
-from blipds.scoring.published import COLUMNS
+from blipds.scoring.published import CLIP_COLUMNS, COLUMNS
 
 REPORT = "report.html"
-METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE")
+METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE", *CLIP_COLUMNS)
+TITLES = COLUMNS | CLIP_COLUMNS
 MINOR_METRICS = ("Bleu_1", "Bleu_2", "Bleu_3")  # on wide screens
 CURVES = (
     ("loss", "Training loss", False),
@@ -64,12 +64,7 @@ def write_report(
 
 
 def page(run_dir: Path, splits: Sequence[Shown], heat_maps: Mapping[str, Mapping[str, Sequence[HeatMap]]]) -> str:
-    """The report's HTML. All that comes from files is escaped by the template; script and style are known by hash."""
-    from jinja2 import StrictUndefined, Template
-
-    names = ("page.html", "page.css", "page.js")
-    html, style, script = (Path(__file__).with_name(name).read_text("utf-8") for name in names)
-    template = Template(html, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    """The report's HTML."""
     lines = read_lines(run_dir)
     config, _ = load_run_config(run_dir / "config.yaml")
     evaluations = by_split(of_kind(lines, "eval"))
@@ -78,18 +73,13 @@ def page(run_dir: Path, splits: Sequence[Shown], heat_maps: Mapping[str, Mapping
         for shown in splits
         if (evaluation := shown_evaluation(run_dir, shown, evaluations.get(shown.split)))
     ]
-    return template.render(
-        style=style,
-        script=script,
-        style_hash=csp(style),
-        script_hash=csp(script),
+    return render(
+        "page.html",
+        "page.js",
         name=run_dir.resolve().name,
         folder=str(run_dir.resolve()),
-        written=time.strftime("%Y-%m-%d %H:%M"),
         tiles=tiles(lines, evaluations),
         charts=charts_of(lines, evaluations),
-        width=WIDTH,
-        height=HEIGHT,
         weights=weights_of,
         tables=[table_of(split, rows) for split, rows in evaluations.items()],
         galleries=galleries,
@@ -98,11 +88,6 @@ def page(run_dir: Path, splits: Sequence[Shown], heat_maps: Mapping[str, Mapping
         command=(of_kind(lines, "start") or [{}])[-1].get("command"),
         files=[(name, read_text(run_dir / name)) for name in ("config.yaml", "ds_config.json")],
     )
-
-
-def csp(text: str) -> str:
-    """How a content security policy names the one script, or style, that a browser may take."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def read_text(path: Path) -> str | None:
@@ -142,7 +127,7 @@ def charts_of(lines: Sequence[Line], evaluations: Mapping[str, list[Line]]) -> l
     for key in METRICS:
         curves = {split: curve(rows, key) for split, rows in evaluations.items()}
         mark = None if best is None or best.get(key) is None else (best["step"], best[key])
-        drawn.append(chart(COLUMNS[key], curves, last_step, epoch_ends.items(), best=mark, dots=True))
+        drawn.append(chart(TITLES[key], curves, last_step, epoch_ends.items(), best=mark, dots=True))
     for key, title, from_zero in CURVES:
         curves = {title: curve(trained, key)}
         drawn.append(chart(title, curves, last_step, epoch_ends.items(), from_zero=from_zero))
@@ -158,11 +143,26 @@ def table_of(split: str, rows: list[Line]) -> dict[str, Any]:
     keys = [key for key in (*METRICS, *MINOR_METRICS) if any(row.get(key) is not None for row in rows)]
     return {
         "split": split,
-        "columns": [(key, COLUMNS[key], key in METRICS) for key in keys],
+        "columns": [(key, TITLES[key], key in METRICS) for key in keys],
         "rows": rows,
         "best": best_of(rows) if len(rows) > 1 else None,
         "missing": rows[-1].get("missing") or {},
+        "notes": notes_of(best_of(rows) or rows[-1]),
     }
+
+
+def notes_of(line: Line) -> list[str]:
+    """How varied the captions of an evaluation are, and how CLIPScore and PAC-S were computed."""
+    notes = clip_lines(line.get("settings") or {})
+    if line.get("vocabulary") is not None:
+        seen = line.get("seen_in_training")
+        known = "" if seen is None else f"; {seen:.1%} of the captions stand in the training captions"
+        notes.append(
+            f"Diversity of {when(line) or 'the captions'}: distinct-1 {line['distinct_1']:.3f}, distinct-2 "
+            f"{line['distinct_2']:.3f}, {line['vocabulary']:,} different words, {line['words_per_caption']:.1f} words "
+            f"a caption{known}."
+        )
+    return notes
 
 
 def weights_of(line: Line) -> str:

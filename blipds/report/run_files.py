@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from blipds.files.replacing import replace_text
+from blipds.scoring.clip import ClipScores
 
 Line = dict[str, Any]  # of metrics.jsonl
 
@@ -16,12 +17,13 @@ Line = dict[str, Any]  # of metrics.jsonl
 class Evaluation:
     """A line of kind "eval", and by image id the captions that it is about, in the order of the dataset.
 
-    `cider`: of each image; None where it was not kept.
+    `cider`: of each image; None where it was not kept. `clip`: what CLIPs said of each.
     """
 
     line: Line
     captions: dict[str, str]
     cider: dict[str, float] | None
+    clip: ClipScores = field(default_factory=ClipScores)
 
 
 def read_lines(run_dir: Path) -> list[Line]:
@@ -71,7 +73,7 @@ def read_evaluation(run_dir: Path, line: Line) -> Evaluation | None:
         if results.exists():
             entries = json.loads(results.read_text(encoding="utf-8"))
             captions = {str(entry["image_id"]): str(entry["caption"]) for entry in entries}
-            return Evaluation(line, captions, read_cider(results))
+            return Evaluation(line, captions, read_cider(results), read_clip(results))
     return None
 
 
@@ -93,3 +95,21 @@ def read_cider(results: Path) -> dict[str, float] | None:
     if not path.exists():
         return None
     return {str(entry["image_id"]): float(entry["CIDEr"]) for entry in json.loads(path.read_text(encoding="utf-8"))}
+
+
+def clip_path(results: Path) -> Path:
+    """<run>/results/val_epoch0.json -> <run>/scores/val_epoch0.clip.json"""
+    return cider_path(results).with_suffix(".clip.json")
+
+
+def write_clip(results: Path, scores: ClipScores) -> None:
+    """Keeps CLIPScore and PAC-S of each image, and their settings, beside the captions in `results`."""
+    path = clip_path(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(asdict(scores), ensure_ascii=False, indent=0))
+
+
+def read_clip(results: Path) -> ClipScores:
+    """Empty ones where none were kept."""
+    path = clip_path(results)
+    return ClipScores(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ClipScores()

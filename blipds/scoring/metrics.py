@@ -8,11 +8,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import IO
+from typing import IO, Any
 
 from blipds.errors import UserError
 from blipds.registry import Registry
@@ -30,7 +30,8 @@ class Scores:
 
     values: Bleu_1..Bleu_4, METEOR, ROUGE_L, CIDEr, SPICE as fractions (CIDEr up to 10), and agg_metrics =
     CIDEr + Bleu_4, by which LAVIS picks the best checkpoint. missing: metric -> why it has no value, in one line.
-    seconds: "tokenization" and each metric -> its time. images: how many were scored.
+    seconds: "tokenization" and each metric -> its time. images: how many were scored. settings: metric -> what to know
+    of its number (those of a CLIP).
     """
 
     values: dict[str, float] = field(default_factory=dict)
@@ -39,6 +40,14 @@ class Scores:
     per_image_cider: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
     images: int = 0
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __or__(self, other: "Scores") -> "Scores":
+        """These, with the values of `other`, what it misses, and its settings."""
+        values, missing, settings = (
+            getattr(self, name) | getattr(other, name) for name in ("values", "missing", "settings")
+        )
+        return replace(self, values=values, missing=missing, settings=settings)
 
 
 def score_captions(
@@ -54,8 +63,10 @@ def score_captions(
     `cider_corpus`: captions by image from which CIDEr takes its document frequencies, in place of those of the
     references. Raises UserError where candidates and references are not about the same images.
     """
-    _check(candidates, references, metrics)
     scores = Scores(images=len(candidates))
+    if not metrics:
+        return scores
+    _check(candidates, references, metrics)
     corpus = cider_corpus or {}
     if "CIDEr" in metrics and not corpus and len(candidates) < FEW_IMAGES:
         always_0 = ", and over one image it is always 0" if len(candidates) == 1 else ""
@@ -66,14 +77,11 @@ def score_captions(
     started = time.perf_counter()
     groups = ({image_id: [text] for image_id, text in candidates.items()}, references, corpus)
     try:
-        tokens = iter(_tokenize([text for group in groups for texts in group.values() for text in texts]))
+        tokenized, known, frequencies = tokenized_captions(*groups)
     except Exception as error:  # of any kind: the training run must survive it
         reason = f"PTB tokenization cannot run: {_one_line(error)}"
         scores.missing = dict.fromkeys(metrics, reason)
         return scores
-    tokenized, known, frequencies = (
-        {image_id: [next(tokens) for _ in texts] for image_id, texts in group.items()} for group in groups
-    )
     scores.seconds["tokenization"] = time.perf_counter() - started
 
     for name in metrics:
@@ -87,6 +95,12 @@ def score_captions(
     if {"CIDEr", "Bleu_4"} <= scores.values.keys():
         scores.values["agg_metrics"] = scores.values["CIDEr"] + scores.values["Bleu_4"]
     return scores
+
+
+def tokenized_captions(*groups: Mapping[str, Sequence[str]]) -> list[Captions]:
+    """PTB tokens of several {image id: captions}, by one Java run. Raises RuntimeError or OSError where it fails."""
+    tokens = iter(_tokenize([text for group in groups for texts in group.values() for text in texts]))
+    return [{image_id: [next(tokens) for _ in texts] for image_id, texts in group.items()} for group in groups]
 
 
 def score_held_out_reference(references: dict[str, list[str]], metrics: Sequence[str] = METRICS) -> Scores:

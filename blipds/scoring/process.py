@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from blipds.scoring.metrics import METRICS, Scores, score_captions
 from blipds.signals import leave_signals_alone
@@ -23,12 +24,16 @@ NICENESS = 10  # training goes first
 
 @dataclass
 class ScoringTask:
-    """Arguments of `metrics.score_captions`."""
+    """Arguments of `metrics.score_captions`. `known`: scores that need no such process, added to what it finds."""
 
     candidates: dict[str, str]
     references: dict[str, list[str]]
     metrics: Sequence[str] = METRICS
     cider_corpus: Mapping[str, list[str]] = field(default_factory=dict)
+    known: Scores = field(default_factory=Scores)
+
+    def arguments(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "known"}
 
 
 class Scoring:
@@ -41,7 +46,7 @@ class Scoring:
         self.tasks = tasks
         self._answers, self._complaints = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         with tempfile.TemporaryFile("w+") as questions:
-            json.dump([asdict(task) for task in tasks], questions)
+            json.dump([task.arguments() for task in tasks], questions)
             questions.seek(0)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "blipds.scoring.process", str(os.getpid())],
@@ -62,8 +67,9 @@ class Scoring:
         if status:
             last = (self._complaints.read().decode(errors="replace").strip().splitlines() or [""])[-1]
             reason = f"the scoring process ended with status {status}{last and ': '}{last}"
-            return [Scores(missing=dict.fromkeys(task.metrics, reason)) for task in self.tasks]
-        return [Scores(**answer) for answer in json.load(self._answers)]
+            return [Scores(missing=dict.fromkeys(task.metrics, reason)) | task.known for task in self.tasks]
+        answers = json.load(self._answers)
+        return [Scores(**answer) | task.known for answer, task in zip(answers, self.tasks, strict=True)]
 
 
 def _end_with(parent: int) -> None:

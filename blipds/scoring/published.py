@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from blipds.scoring.clip import CLIP_METRICS
+
 
 @dataclass(frozen=True)
 class Published:
@@ -61,13 +63,17 @@ COLUMNS = {
     **{f"Bleu_{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)},
     **{"METEOR": "METEOR", "ROUGE_L": "ROUGE-L", "CIDEr": "CIDEr", "SPICE": "SPICE"},
 }
+CLIP_COLUMNS = {name: name for metric in CLIP_METRICS for name in (metric, f"Ref{metric}")}
 
 
 def table(rows: Iterable[tuple[str, int, Mapping[str, float]]]) -> list[str]:
     """Lines for a terminal; of each row its name, the number of images, and metrics times 100."""
-    lines = [("", "images", *COLUMNS.values())]
+    rows = list(rows)
+    scored = {metric for _, _, values in rows for metric in values}
+    columns = COLUMNS | {metric: title for metric, title in CLIP_COLUMNS.items() if metric in scored}
+    lines = [("", "images", *columns.values())]
     for name, images, values in rows:
-        numbers = (f"{values[metric]:.2f}" if metric in values else "-" for metric in COLUMNS)
+        numbers = (f"{values[metric]:.2f}" if metric in values else "-" for metric in columns)
         lines.append((name, f"{images:,}", *numbers))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [

@@ -46,7 +46,7 @@ from blipds.engine import (
 )
 from blipds.engine.checkpoints import CheckpointFolder, load_engine, read_state
 from blipds.errors import UserError, short_of_memory
-from blipds.evaluation.evaluator import Evaluator, build_evaluators
+from blipds.evaluation.evaluator import Evaluator, build_evaluators, load_clips
 from blipds.files.paths import user_path
 from blipds.models import build_model
 from blipds.models.lr_scales import lr_scales
@@ -81,7 +81,7 @@ def build_trainer(
     captioner = Captioner.from_config(config)
     trained_on, loader = build_loader(config, captioner.tokenizer, monitor.say)
     learnt_from = objective.open(trained_on, captioner.tokenizer)
-    evaluators = build_evaluators(config, run.valid_splits, captioner)
+    evaluators = build_evaluators(config, run.valid_splits, captioner, load_clips(run))
     datasets = [*trained_on, *(evaluator.dataset for evaluator in evaluators)]
     if config.model.cache_image_embeds:
         refuse_random_processors(datasets)

@@ -13,6 +13,7 @@ from blipds.evaluation.evaluator import Evaluator
 from blipds.monitor import Monitor
 from blipds.report.page import write_report
 from blipds.report.run_files import write_cider
+from blipds.scoring.clip import clip_lines
 from blipds.scoring.metrics import METRICS, Scores
 from blipds.scoring.process import Scoring, ScoringTask
 from blipds.training.run_state import RunState, StepPlan
@@ -37,7 +38,7 @@ class Validation:
     state: RunState
 
     def __post_init__(self) -> None:
-        self.has_references = any(evaluator.references is not None for evaluator in self.evaluators)
+        self.has_scores = any(not evaluator.unscored for evaluator in self.evaluators)
         self.generation_seconds: dict[str, float] = {}  # of the newest captions, by split
         self.scoring: Scoring | None = None  # of state.awaited_step; rank 0 only, as are its tasks
         self.tasks: dict[str, ScoringTask] = {}
@@ -79,14 +80,14 @@ class Validation:
         return self.run_dir / "results" / f"{evaluator.split}_{when}.json"
 
     def start_scoring(self) -> None:
-        """Has the captions of the awaited step scored by a process beside this one; without references all is done."""
+        """Has the captions of the awaited step scored by a process beside this one; with none to score all is done."""
         step = self.state.awaited_step
         assert step is not None
         self.checkpoints.candidate = step
         for evaluator in self.evaluators:
-            if evaluator.references is None:
+            if evaluator.unscored:
                 self.log(evaluator.split, step, Scores())
-        if not self.has_references:
+        if not self.has_scores:
             self.state.awaited_step = self.checkpoints.candidate = None
             self.report()
         elif distributed.is_main():
@@ -138,9 +139,10 @@ class Validation:
         note = f"training weights, {self.engine.precision}"
         epoch = self.plan.epoch_of(step)
         unscored = next((evaluator.unscored for evaluator in self.evaluators if evaluator.split == split), "")
-        self.monitor.evaluation(split, epoch, step, scores.values, scores.missing, note, seconds, unscored)
-        for warning in scores.warnings:
-            self.monitor.say(f"  {warning}")
+        found = (scores.values, scores.missing)
+        self.monitor.evaluation(split, epoch, step, *found, note, seconds, unscored, scores.settings)
+        for line in [*scores.warnings, *clip_lines(scores.settings)]:
+            self.monitor.say(f"  {line}")
 
     def report(self) -> None:
         if distributed.is_main():

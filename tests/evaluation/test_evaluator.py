@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from blipds.evaluation.evaluator import (
     read_cider_corpus,
     read_references,
 )
+from blipds.scoring.clip import ImageScore
+from blipds.scoring.process import Scoring
 
 RUN = RunConfig(batch_size_eval=2, num_workers=0)
 CPU = torch.device("cpu")
@@ -47,6 +50,69 @@ def dataset(tmp_path):
 
 def make(dataset, references=None):
     return Evaluator("val", dataset, StubCaptioner(), references, RUN)
+
+
+class StubClip:
+    """Sees the red of an image; its score of a caption is that and the caption's length."""
+
+    metric, source, factor, max_tokens = "CLIPScore", "folder", 2.5, 77
+    shrink = staticmethod(lambda width, height: 3)
+
+    def __init__(self):
+        self.image_processor, self.devices = self, []
+
+    def __call__(self, image):
+        return torch.tensor(image.getpixel((0, 0))[0])
+
+    def to(self, device):
+        self.devices.append(device.type)
+
+    def scores(self, reds, captions, references):
+        known = references or [None] * len(captions)
+        return [
+            ImageScore(red + len(caption), group and len(group[0]), 1, 0)
+            for red, caption, group in zip(reds.tolist(), captions, known, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("with_references", [True, False])
+def test_a_clip_scores_the_captions_of_readable_images(dataset, tmp_path, with_references):
+    """Images 0, 2 and 3 have the reds 0, 100 and 150; "a photo of 10" has 13 characters, "number 0" eight."""
+    references = dataset_references(dataset) if with_references else None
+    clip, results = StubClip(), tmp_path / "results" / "val.json"
+    evaluator = Evaluator("val", dataset, StubCaptioner(), references, RUN, [clip])
+    opened, read = [], ImageFile.open
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            ImageFile,
+            "open",
+            lambda self, shrink: opened.append((self.path.name, shrink(64, 80))) or read(self, shrink),
+        )
+        evaluator.caption("a photo of", CPU, torch.float32, results)
+    assert opened == [(f"{number}.png", 3) for number in range(5)]  # once each, as large as the CLIP wants it (not 4)
+    assert clip.devices == ["cpu", "cpu"]  # to the device, and back to the host
+    kept = json.loads((tmp_path / "scores" / "val.clip.json").read_text())
+    assert kept["per_image"]["CLIPScore"] == {"10": 13, "12": 113, "13": 163}
+    assert kept["per_image"].get("RefCLIPScore") == ({"10": 8, "12": 8, "13": 8} if with_references else None)
+    assert kept["settings"]["CLIPScore"]["cut_captions"] == 3
+
+    (task,) = evaluator.scoring_tasks(results, ["ROUGE_L"]).values()
+    assert evaluator.unscored == "" and task.metrics == (["ROUGE_L"] if with_references else ())
+    (scores,) = Scoring([task]).scores()
+    assert scores.values["CLIPScore"] == pytest.approx((13 + 113 + 163) / 3)
+    assert ("ROUGE_L" in scores.values) == ("RefCLIPScore" in scores.values) == with_references
+    assert scores.settings == kept["settings"] and scores.missing == {} and scores.images == 3
+
+
+def test_diversity_beside_the_scores(dataset, tmp_path):
+    references = References({str(n): ["a"] for n in range(10, 15)}, {"10": "near"})
+    results = tmp_path / "val.json"
+    results.write_text(json.dumps([{"image_id": 10, "caption": "A dog."}, {"image_id": 12, "caption": "a cat"}]))
+    known = SimpleNamespace(share=lambda captions: 0.5)
+    evaluator = Evaluator("val", dataset, StubCaptioner(), references, RUN, trained_on=known)
+    tasks = evaluator.scoring_tasks(results, ["CIDEr"])
+    expected = {"distinct_1": 0.75, "distinct_2": 1, "vocabulary": 3, "words_per_caption": 2, "seen_in_training": 0.5}
+    assert tasks["val"].known.values == expected and tasks["val_near"].known.values["vocabulary"] == 2
 
 
 def on_rank(monkeypatch, rank, world_size):

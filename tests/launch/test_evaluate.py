@@ -5,9 +5,12 @@ import re
 import shutil
 
 import pytest
+import torch
 from launching import launch, launch_as_typed
 from PIL import Image
+from small_clip import save_clip
 
+from blipds.scoring.clip import ClipScorer
 from blipds.scoring.metrics import score_captions
 
 TINY = ["model.vit_kwargs={embed_dim: 96, depth: 4, num_heads: 4}", "model.image_size=96"]
@@ -50,11 +53,17 @@ def test_nocaps_by_domain_on_two_ranks(tiny, tmp_path):
     (tmp_path / "references.json").write_text(json.dumps(own | {"annotations": annotations}))
 
     tiny += [f"run.annotation_file={tmp_path}/references.json", "datasets.nocaps.build_info.annotations.val=val.json"]
-    process = evaluate(2, tmp_path, "nocaps", "val", ["--metrics", *QUICK], tiny)
+    tiny += [f"run.clip_score={save_clip(tmp_path / 'clip')}", "run.batch_size_eval=2"]
+    process = evaluate(2, tmp_path, "nocaps", "val", ["--metrics", *QUICK, "CLIPScore"], tiny)
     assert process.returncode == 0, process.stdout[-4000:]
     submission = json.loads((tmp_path / "run" / "results" / "val.json").read_text())
     assert [sorted(entry) for entry in submission] == [["caption", "image_id"]] * len(DOMAINS)
     assert [entry["image_id"] for entry in submission] == list(range(len(DOMAINS)))
+
+    clip = ClipScorer("CLIPScore", str(tmp_path / "clip"))
+    photographs = [Image.open(tmp_path / "images" / f"{number}.jpg") for number in range(len(DOMAINS))]
+    pixels = torch.stack([clip.image_processor(photograph) for photograph in photographs])
+    judged = clip.scores(pixels, [entry["caption"] for entry in submission], list(references.values()))
 
     lines = evaluations(tmp_path / "run")
     assert {line["split"] for line in lines} == {"val", *(f"val_{domain}" for domain in DOMAINS)}
@@ -65,6 +74,12 @@ def test_nocaps_by_domain_on_two_ranks(tiny, tmp_path):
         expected = score_captions({i: captions[i] for i in ids}, {i: references[i] for i in ids}, QUICK)
         assert {name: line[name] for name in expected.values} == expected.values
         assert {"generation", "tokenization", *QUICK} == set(line["seconds"])
+        own = [judged[int(image_id)] for image_id in ids]
+        assert line["CLIPScore"] == pytest.approx(sum(score.value for score in own) / len(own), abs=1e-6)
+        assert line["RefCLIPScore"] == pytest.approx(sum(score.with_references for score in own) / len(own), abs=1e-6)
+        assert line["settings"]["CLIPScore"]["model"] == str(tmp_path / "clip")
+        assert "no annotation file for split 'train'" in line["missing"]["seen_in_training"]
+    assert "CLIPScore: 2.5 x max(cos, 0) by" in process.stdout and "RefCLIPScore" in process.stdout
     assert re.search(r"^val_near-domain +2 +\d", process.stdout, re.MULTILINE)
     assert "val: the published scores are over 4,500 images, so not shown" in process.stdout
 
@@ -95,6 +110,9 @@ def test_cider_by_the_frequencies_of_another_collection(tiny, tmp_path):
     process = evaluate(1, tmp_path, "coco_caption", "test", ["--cider-df", "coco-val-df.p"], tiny)
     assert process.returncode == 1
     assert re.search(r"^error: --cider-df coco-val-df.p: pickles are not read", process.stdout, re.MULTILINE)
+    process = evaluate(1, tmp_path, "coco_caption", "test", ["--metrics", "PAC-S"], tiny)
+    assert process.returncode == 1
+    assert process.stdout.endswith("error: --metrics PAC-S needs a CLIP: --options run.pac_score=FOLDER_OR_HUB_NAME\n")
 
 
 def test_a_transformers_folder_gives_the_captions_of_the_file_that_it_was_made_from(tiny, tmp_path):

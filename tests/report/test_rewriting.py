@@ -55,3 +55,20 @@ def test_the_samples_of_the_newest_step_are_shown(run):
     page = (run / "report.html").read_text()
     assert "step 1,020" in page and "<dt>1.250</dt><dd>a &lt;b&gt;dog&lt;/b&gt; at 1020</dd>" in page
     assert "<dt>0.000</dt><dd>(empty)</dd>" in page and "<dd>one dog</dd>" in page and "at 10<" not in page
+
+
+def test_diversity_and_the_clip_are_told_below_the_table(run):
+    config = evaluated(run, "custom_caption_val")
+    line = json.loads((run / "metrics.jsonl").read_text())
+    clip = {"model": "a/clip", "prefix": "A photo depicts ", "factor": 2.5, "max_tokens": 77}
+    clip |= {"cut_captions": 1, "cut_references": 2}
+    line |= {"CLIPScore": 0.7512, "settings": {"CLIPScore": clip}, "seen_in_training": 0.25}
+    line |= {"distinct_1": 0.125, "distinct_2": 0.5, "vocabulary": 1234, "words_per_caption": 9.46}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    rewrite_report(config, run, lambda said: None)
+    page = (run / "report.html").read_text()
+    assert ">CLIPScore</th>" in page and "<td >0.751</td>" in page
+    assert "CLIPScore: 2.5 x max(cos, 0) by a/clip" in page and "77 tokens: 1 captions, 2 references" in page
+    assert (
+        "distinct-1 0.125, distinct-2 0.500, 1,234 different words, 9.5 words a caption; 25.0% of the captions" in page
+    )

@@ -48,7 +48,7 @@ class Log(NullMonitor):
     def __init__(self):
         self.evaluations, self.said = [], []
 
-    def evaluation(self, split, epoch, step, values, missing, note="", seconds=None, unscored=""):
+    def evaluation(self, split, epoch, step, values, missing, note="", seconds=None, unscored="", settings=None):
         self.evaluations.append((split, epoch, step, dict(values), dict(seconds)))
 
     def say(self, line):
