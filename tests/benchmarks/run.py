@@ -18,6 +18,7 @@ scoring      an evaluation's tokenization and metrics, 1,000 captions, against p
 startup      launch to the first step, through the launcher
 quality      time to the validation CIDEr at which the one-caption recipe ends (only when named)
 compile      run.compile on the training step (only when named)
+self_critical  a self-critical step: samples that share an encoding against an encoding each (only when named)
 
 `bash tests/gpu.sh` is for GPUs: what is right there, and how fast.
 """
@@ -40,6 +41,7 @@ from benchmarks.measuring import Row, line_of, machine
 from benchmarks.pair import GEOMETRIES, Size
 from benchmarks.quality import quality
 from benchmarks.scoring import scoring
+from benchmarks.self_critical import self_critical
 from benchmarks.startup import startup
 from benchmarks.training import activation_memory, compiled, training
 
@@ -48,7 +50,7 @@ UNASKED = ("training", "memory", "generation", "loading", "startup")
 
 
 def parse_arguments() -> argparse.Namespace:
-    names = [*UNASKED, "scoring", "quality", "compile"]
+    names = [*UNASKED, "scoring", "quality", "compile", "self_critical"]
     parser = argparse.ArgumentParser(
         prog="run.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,6 +108,7 @@ def chosen(args: argparse.Namespace, device: torch.device) -> dict[str, Callable
         "scoring": lambda: scoring(min(args.rounds, 3), args.data.resolve(), args.results),
         "quality": lambda: quality(args.ranks, args.data.resolve(), args.photographs, args.start),
         "compile": lambda: compiled(*shape, args.rounds, device),
+        "self_critical": lambda: self_critical(*shape, args.rounds, device),
     }
     names = args.benchmarks or UNASKED
     return {name: benchmarks[name] for name in names}
