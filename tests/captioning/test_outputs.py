@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from blipds.captioning.confidence import Caption
 from blipds.captioning.inputs import NamedImage
 from blipds.captioning.outputs import CaptionFile, CaptionLines, Sidecars
 from blipds.errors import UserError
@@ -18,7 +19,9 @@ def write(path: Path, names: list[str], num_captions: int = 1) -> list[str]:
     """Captions what the file has not; returns those names."""
     output = CaptionFile(path, SETTINGS, num_captions)
     needed = [name for name in names if output.needs(NamedImage(name))]
-    output.write((NamedImage(name), [f"caption {k}, of {len(name)}" for k in range(num_captions)]) for name in needed)
+    output.write(
+        (NamedImage(name), [Caption(f"caption {k}, of {len(name)}") for k in range(num_captions)]) for name in needed
+    )
     output.file.close()
     return needed
 
@@ -86,11 +89,11 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     output.file.close()
     output.file = open("/dev/full", "wb")  # noqa: PTH123, SIM115
     with pytest.raises(UserError, match=r"the captions cannot be written: .*No space left on device"):
-        output.write([(NamedImage("a.jpg"), ["a"])])
+        output.write([(NamedImage("a.jpg"), [Caption("a")])])
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb", buffering=0) as nobody_reads, pytest.raises(BrokenPipeError):  # `| head`: cli.run ends
-        CaptionLines(nobody_reads).write([(NamedImage("a.jpg"), ["a"])])
+        CaptionLines(nobody_reads).write([(NamedImage("a.jpg"), [Caption("a")])])
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"the captions cannot be written: .*/file"):
         CaptionFile(tmp_path / "file" / "captions.jsonl", SETTINGS, 1)

@@ -182,12 +182,12 @@ def test_the_bound_divides_by_the_length_before_the_new_token():
 def test_the_best_hypotheses_are_kept():
     hypotheses = Hypotheses(size=2, length_penalty=1.0)
     for sequence, log_probability in (([0, 1], -2.0), ([0, 2, 3], -6.0), ([0, 3], -3.0), ([0, 4], -5.0)):
-        hypotheses.add(sequence, log_probability)
-    assert sorted(hypotheses.finished) == [(-1.5, [0, 3]), (-1.0, [0, 1])]
+        hypotheses.add(sequence, log_probability, [log_probability])
+    assert sorted(hypotheses.finished) == [(-1.5, [0, 3], [-3.0]), (-1.0, [0, 1], [-2.0])]
     # of equal scores the later, as the original's stable sort gives
-    hypotheses.add([0, 5], -2.0)
-    assert hypotheses.best(1) == [[0, 5]]
-    assert hypotheses.best(2) == [[0, 5], [0, 1]]
+    hypotheses.add([0, 5], -2.0, [])
+    assert hypotheses.best(1) == [([0, 5], [])]
+    assert hypotheses.best(2) == [([0, 5], []), ([0, 1], [-2.0])]
 
 
 # --- repetition ---

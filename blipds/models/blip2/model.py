@@ -43,6 +43,8 @@ class Bridge(nn.Module):
 class Blip2Caption(CaptioningModel):
     """The language model is frozen; in training it drops out what its config says, as in LAVIS."""
 
+    reads_rows = True
+
     def __init__(
         self, visual_encoder: VisionTransformer, bridge: Bridge, language_model: nn.Module, config: Blip2Config
     ) -> None:
