@@ -44,8 +44,7 @@ def confidence_in(tokenizer: CaptionTokenizer, ids: Sequence[int], log_probs: Se
     the closing token."""
     words, places = tokenizer.words(ids)
     sums = [0.0] * len(words)
-    if words:
-        for place, log_prob in zip(places, log_probs, strict=False):
-            sums[place] += log_prob
+    for place, log_prob in zip(places, log_probs, strict=False):
+        sums[place] += log_prob
     total = sum(log_probs)
     return Confidence(total, total / len(log_probs), tuple(zip(words, sums, strict=True)))

@@ -83,6 +83,7 @@ class CaptionTokenizer:
 
         A token belongs to the last word of what is written up to it: "skate", "##board" to one, the comma that
         decoding moves to the word before it to that one. A token that writes nothing goes with the word before it.
+        Without a word there are no places.
         """
         start, words = len(self.prompt_ids), self.decode(ids).split()
         if len(words) == len(ids) - start:  # one each, as no token writes two; most captions end here, 20 times faster
@@ -91,7 +92,7 @@ class CaptionTokenizer:
         for end in range(len(ids), start, -1):
             last = min(last, len(self.decode(ids[:end]).split()))  # a later token may join words: "don", "'", "t"
             places.append(max(last - 1, 0))
-        return words, places[::-1]
+        return words, places[::-1] if words else []
 
     def longest(self, max_len: int) -> int:
         """The most tokens of a generated sequence, its prompt included, where `run.max_len` is `max_len`."""

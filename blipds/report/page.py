@@ -11,6 +11,7 @@ from typing import Any
 from blipds.config.run import load_run_config
 from blipds.files.replacing import replace_text
 from blipds.report.charts import HEIGHT, WIDTH, Chart, chart
+from blipds.report.confidence import LEGEND, against_cider
 from blipds.report.facts import duration, facts
 from blipds.report.gallery import BEST, IMAGES, RANDOM, WORST, HeatMap, Shown, cards, choose
 from blipds.report.run_files import (
@@ -87,6 +88,7 @@ def page(run_dir: Path, splits: Sequence[Shown], heat_maps: Mapping[str, Mapping
         width=WIDTH,
         height=HEIGHT,
         weights=weights_of,
+        legend=LEGEND,
         tables=[table_of(split, rows) for split, rows in evaluations.items()],
         galleries=galleries,
         facts=facts(run_dir, config, lines, splits),
@@ -180,6 +182,8 @@ def gallery_of(
         "choice": choice(list(chosen.values()), len(evaluation.captions)),
         "cards": cards(evaluation, chosen, shown, heat_maps),
         "scored": evaluation.cider is not None,
+        "sure": bool(evaluation.confidence),
+        "against_cider": against_cider(evaluation),
     }
 
 
