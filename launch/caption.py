@@ -111,7 +111,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error("--rank takes at most one folder, where the image names in its file start")
         decoding_given = [name for name in DECODING if name != "prompt" and getattr(args, name) is not None]
         if args.num_captions > 1 or decoding_given:
-            parser.error(f"--rank generates nothing: leave out --{(decoding_given or ['num-captions'])[0]}")
+            name = (decoding_given or ["num_captions"])[0].replace("_", "-")
+            parser.error(f"--rank generates nothing: leave out --{name}")
     if args.use_nucleus_sampling and args.num_beams is None:
         args.num_beams = 1
     if args.prompt and not args.prompt.endswith(" "):

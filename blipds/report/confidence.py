@@ -51,7 +51,7 @@ def against_cider(evaluation: Evaluation) -> tuple[Chart, str] | None:
     sure = [evaluation.confidence[image_id].mean_log_prob for image_id in ids]
     scores = [cider[image_id] for image_id in ids]
     found = spearman(sure, scores)
-    said = "cannot be said: all images are equal" if found is None else f"{found:.2f}"
+    said = "none, since all are equal in one of them" if found is None else f"{found:.2f}"
     sentence = f"Spearman's rank correlation of confidence with CIDEr over {len(ids):,} images: {said}."
     points = list(zip(sure, scores, ids, strict=True))
     return scatter("Confidence and CIDEr", sentence, points, "mean log-probability of a token", "CIDEr"), sentence

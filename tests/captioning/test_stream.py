@@ -1,7 +1,6 @@
 """launch/caption.py: the oracle's words, whatever the images come from and wherever the captions go."""
 
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -22,10 +21,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from launching import REPOSITORY, kill, launch_as_typed, start_ranks
+from launching import REPOSITORY, kill, launch_as_typed, load_script, start_ranks
 from PIL import Image
 
-from blipds import distributed
 from blipds.captioning.captioner import caption_recipe
 from blipds.captioning.confidence import Caption
 from blipds.captioning.inputs import Names, named_images
@@ -40,59 +38,6 @@ from blipds.models.protocol import keep_activations
 
 Command = Callable[..., str]
 PHOTOGRAPHS = 16
-
-
-def load_script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "launch" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
-@pytest.fixture
-def caption(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """caption(image, ..., "--output", ...) runs the command in this process; returns what it printed, stdout first."""
-    script = load_script("caption")
-    monkeypatch.setattr(distributed, "initialise", lambda: torch.device("cpu"))
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["caption.py", *map(str, arguments), "--num-workers", "0"])
-        script.main(script.parse_arguments())
-        return "".join(capfd.readouterr())
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def golden(shared: Path) -> dict[str, Any]:
-    return json.loads((shared / "oracle" / "golden.json").read_text())["generate"]
-
-
-@pytest.fixture(scope="session")
-def photographs(shared: Path, golden: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Links to the oracle's photographs, half of them one folder further down."""
-    folder = tmp_path_factory.mktemp("photographs")
-    (folder / "below").mkdir()
-    for number, name in enumerate(golden["images"][:PHOTOGRAPHS]):
-        (folder / ("below" if number % 2 else "") / name).symlink_to(shared / "data" / "flickr8k" / "images" / name)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def oracle(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """The arguments that name the oracle's checkpoint and its geometry."""
-    config = {
-        "model": {
-            "vit_kwargs": {"embed_dim": 96, "depth": 4, "num_heads": 4},
-            "image_size": 96,
-            "med_config_path": str(shared / "oracle" / "med_config.json"),
-        },
-        "datasets": {"flickr8k_caption": {}},
-    }
-    path = tmp_path_factory.mktemp("oracle") / "oracle.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return ["--checkpoint", shared / "oracle" / "tiny_blip.pth", "--cfg-path", path]
 
 
 def words(golden: dict[str, Any], setting: str = "beam3_max20_min5") -> dict[str, str]:
