@@ -128,12 +128,13 @@ def main(args: argparse.Namespace) -> None:
     from blipds.captioning.stream import caption_images
     from blipds.data.sources import passed_over, unread_suffix
     from blipds.errors import UserError
+    from blipds.files.paths import user_path
     from blipds.models.weights import find_checkpoint
 
-    candidates = None if args.rank is None else read_candidates(args.rank, args.images, say)
     check_named(args.images)
     cli.import_plugins(args.plugin)
     device = distributed.initialise()
+    candidates = None if args.rank is None else read_candidates(user_path(args.rank), args.images, say)
     recipe = caption_recipe(find_checkpoint(args.checkpoint, "best"), args.cfg_path, args.options)
     recipe = recipe.with_decoding(**{name: getattr(args, name) for name in DECODING})
     model = load_caption_model(recipe, args.num_captions, device, args.precision, say, args.scores)
