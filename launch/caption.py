@@ -5,6 +5,7 @@
     python launch/caption.py folder --checkpoint model_base_caption_capfilt_large.pth --output captions.jsonl
     find . -name '*.jpg' | python launch/caption.py - --checkpoint FOLDER --sidecar
     deepspeed launch/caption.py folder --checkpoint output/RUN --output captions.jsonl      all GPUs share the work
+    python launch/caption.py --rank candidates.jsonl --checkpoint output/RUN                which caption is likeliest?
 
 A folder stands for all images in it and below. The captions go to standard output as JSON Lines; with --output, to one
 file in the order of the images (the same command continues it, on any number of GPUs); with --sidecar, to a .txt for
@@ -33,9 +34,17 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "images",
-        nargs="+",
+        nargs="*",
         metavar="IMAGE",
-        help="file, folder, http(s) address, or - for one of them on each line of stdin",
+        help="file, folder, http(s) address, or - for one of them on each line of stdin; with --rank, the folder where "
+        "the image names in FILE start",
+    )
+    parser.add_argument(
+        "--rank",
+        type=Path,
+        metavar="FILE",
+        help="generate nothing: score the captions that FILE has of each image (any layout that custom_caption reads) "
+        "and write them likeliest token for token first, with --scores",
     )
     parser.add_argument(
         "--checkpoint", required=True, metavar="PATH", help="run directory, file, folder, URL, hub name"
@@ -52,6 +61,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FOLDER",
         help="a .txt beside each image, or below FOLDER; existing ones are kept. Give it behind the images, before "
         "another option, or as --sidecar=FOLDER",
+    )
+    parser.add_argument(
+        "--scores",
+        action="store_true",
+        help="with each caption its log-probability, the mean of a token's, and each word's",
     )
     parser.add_argument("--force", action="store_true", help="overwrite --output; the captions in it are lost")
 
@@ -88,6 +102,17 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("num_captions", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is 1 or more")
+    if args.rank is None and not args.images:
+        parser.error("give images to caption")
+    if (args.scores or args.rank) and args.sidecar is not None:
+        parser.error("--sidecar has no place for scores; give --output")
+    if args.rank is not None:
+        if len(args.images) > 1 or not all(map(os.path.isdir, args.images)):
+            parser.error("--rank takes at most one folder, where the image names in its file start")
+        decoding_given = [name for name in DECODING if name != "prompt" and getattr(args, name) is not None]
+        if args.num_captions > 1 or decoding_given:
+            name = (decoding_given or ["num_captions"])[0].replace("_", "-")
+            parser.error(f"--rank generates nothing: leave out --{name}")
     if args.use_nucleus_sampling and args.num_beams is None:
         args.num_beams = 1
     if args.prompt and not args.prompt.endswith(" "):
@@ -98,34 +123,44 @@ def parse_arguments() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from blipds import cli, distributed
     from blipds.captioning.captioner import caption_recipe, load_caption_model
-    from blipds.captioning.inputs import check_named, named_images
+    from blipds.captioning.inputs import NamedImage, check_named, named_images
+    from blipds.captioning.ranking import Ranker, read_candidates
     from blipds.captioning.stream import caption_images
     from blipds.data.sources import passed_over, unread_suffix
     from blipds.errors import UserError
+    from blipds.files.paths import user_path
     from blipds.models.weights import find_checkpoint
 
     check_named(args.images)
     cli.import_plugins(args.plugin)
     device = distributed.initialise()
+    candidates = None if args.rank is None else read_candidates(user_path(args.rank), args.images, say)
     recipe = caption_recipe(find_checkpoint(args.checkpoint, "best"), args.cfg_path, args.options)
     recipe = recipe.with_decoding(**{name: getattr(args, name) for name in DECODING})
-    model = load_caption_model(recipe, args.num_captions, device, args.precision, say)
+    model = load_caption_model(recipe, args.num_captions, device, args.precision, say, args.scores)
     shows_progress = distributed.is_main() and sys.stderr.isatty() and "-" not in args.images
     other_files: Counter[str] = Counter()
+    if candidates is not None:
+        model = Ranker.of(model, candidates, say)
+        images, total = map(NamedImage, candidates), len(candidates)
+    else:
+        images = named_images(args.images, other_files)
+        total = sum(1 for _ in named_images(args.images, Counter())) if shows_progress else None
     counts = caption_images(
         model,
-        named_images(args.images, other_files),
-        open_output(args, model.settings()) if distributed.is_main() else None,
+        images,
+        open_output(args, model) if distributed.is_main() else None,
         batch_size=args.batch_size,
         num_workers=workers(args.num_workers),
-        total=sum(1 for _ in named_images(args.images, Counter())) if shows_progress else None,
+        total=total,
+        verb="captioned" if candidates is None else "ranked",
     )
     unread = {suffix: other_files.pop(suffix) for suffix in list(other_files) if unread_suffix(f"image{suffix}")}
     others = f"; not read, by suffix: {most_common(other_files)}" if other_files else ""
     others += "".join(f"; {line}" for line in passed_over(unread))
     empty_stdin = args.images == ["-"] and not (counts.unreadable or others)
     if distributed.is_main() and not (counts.captioned or counts.already or empty_stdin):
-        raise UserError(f"no image was captioned ({counts.unreadable:,} cannot be read{others})")
+        raise UserError(f"no image was {counts.verb} ({counts.unreadable:,} cannot be read{others})")
     say(f"{counts}{others}")
 
 
@@ -134,15 +169,15 @@ def most_common(suffixes: Counter[str]) -> str:
     return ", ".join([*shown, "..."] if len(suffixes) > 5 else shown)
 
 
-def open_output(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
+def open_output(args: argparse.Namespace, model: Any) -> Any:
     from blipds.captioning.outputs import CaptionFile, CaptionLines, Sidecars
     from blipds.files.paths import user_path
 
     if args.output is not None:
-        return CaptionFile(user_path(args.output), settings, args.num_captions, args.force)
+        return CaptionFile(user_path(args.output), model.settings(), model.num_captions, args.force, model.scores)
     if args.sidecar is not None:
-        return Sidecars(user_path(args.sidecar) if args.sidecar else None, settings)
-    return CaptionLines()
+        return Sidecars(user_path(args.sidecar) if args.sidecar else None, model.settings())
+    return CaptionLines(None, False, model.num_captions, model.scores)
 
 
 def workers(given: int | None) -> int:

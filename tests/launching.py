@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib.util
 import multiprocessing
 import os
 import runpy
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from blipds.distributed import free_port
@@ -155,3 +157,12 @@ def kill(processes: Sequence[BaseProcess]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()  # it may not lead a group yet
         process.join()
+
+
+def load_script(name: str) -> Any:
+    """A command line of launch/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "launch" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script

@@ -1,7 +1,9 @@
 """A captioner: model, tokenizer, image processor and decoding together, and what a checkpoint says about them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from blipds import distributed
+from blipds.captioning.confidence import Caption, confidence_in
 from blipds.config.run import load_run_config
 from blipds.config.sections import Config, RunConfig
 from blipds.data.datasets import build_image_processor
@@ -64,55 +67,80 @@ class Captioner:
 
     def caption(
         self, model: CaptioningModel, images: dict[str, Tensor], names: Sequence[object], lockstep: bool = False
-    ) -> list[str]:
-        """The best caption of each image. `images`: {"pixel_values": (I, 3, H, W)} or {"image_embeds": (I, N, width)}.
-
-        `names` seed nucleus sampling, image by image. `lockstep`: all ranks call it together, since the model's
-        parameters are partitioned; then it is collective.
-        """
-        return [captions[0] for captions in self.captions(model, images, names, lockstep)]
+    ) -> list[Caption]:
+        """The best caption of each image, with the model's confidence. Arguments as `captions`; collective as that."""
+        return [captions[0] for captions in self.captions(model, images, names, lockstep, scores=True)]
 
     def captions(
-        self, model: CaptioningModel, images: dict[str, Tensor], names: Sequence[object], lockstep: bool = False
-    ) -> list[list[str]]:
-        """`generation.num_captions` captions of each image, best first where they are beams. Arguments as `caption`.
+        self,
+        model: CaptioningModel,
+        images: dict[str, Tensor],
+        names: Sequence[object],
+        lockstep: bool = False,
+        scores: bool = False,
+    ) -> list[list[Caption]]:
+        """`generation.num_captions` captions of each image, best first where they are beams.
+
+        `images`: {"pixel_values": (I, 3, H, W)} or {"image_embeds": (I, N, width)}. `names` seed nucleus sampling,
+        image by image. `lockstep`: all ranks call it together, since the model's parameters are partitioned; then it is
+        collective. `scores`: with the model's confidence in each.
 
         UserError where a GPU has too little memory.
         """
-        try:
-            return self._captions(model, images, names, lockstep)
-        except torch.OutOfMemoryError as error:
-            smaller = "run.batch_size_eval, or --batch-size of launch/caption.py"
-            raise UserError(
-                f"{short_of_memory(error)}: {len(names)} images at once are too many; lower {smaller}"
-            ) from error
+        with few_images(len(names)):
+            return self._captions(model, images, names, lockstep, scores)
 
     @torch.no_grad()
     def _captions(
-        self, model: CaptioningModel, images: dict[str, Tensor], names: Sequence[object], lockstep: bool
-    ) -> list[list[str]]:
+        self,
+        model: CaptioningModel,
+        images: dict[str, Tensor],
+        names: Sequence[object],
+        lockstep: bool,
+        scores: bool,
+    ) -> list[list[Caption]]:
         device = next(iter(images.values())).device
         prompt_ids = torch.tensor(self.tokenizer.prompt_ids, device=device)
         any_rank = distributed.any_rank if lockstep else None
-        eos_token_id, count = self.tokenizer.eos_token_id, self.generation.num_captions
-        if not self.generation.use_nucleus_sampling:
-            sequences = model.generate(prompt_ids, eos_token_id, self.generation, **images, any_rank=any_rank)
+        count = self.generation.num_captions
+
+        def generate(images: dict[str, Tensor], uniform: Tensor | None = None) -> list[Caption]:
+            log_probs: list[list[float]] | None = [] if scores else None
+            options: dict[str, Any] = {**images, "any_rank": any_rank, "log_probs": log_probs}
+            end = self.tokenizer.eos_token_id
+            sequences = model.generate(prompt_ids, end, self.generation, uniform, **options)
             texts = [self.tokenizer.decode(sequence) for sequence in sequences]
-            return [texts[first : first + count] for first in range(0, len(texts), count)]
+            if log_probs is None:
+                return [Caption(text) for text in texts]
+            found = map(partial(confidence_in, self.tokenizer), sequences, log_probs)
+            return [Caption(*pair) for pair in zip(texts, found, strict=True)]
+
+        if not self.generation.use_nucleus_sampling:
+            captions = generate(images)
+            return [captions[first : first + count] for first in range(0, len(captions), count)]
         if "pixel_values" in images:
             images = {"image_embeds": model.image_encoder(images["pixel_values"])}  # once for all draws
         draws = []
         for draw in range(count):
-            uniform = self.uniform(names if draw == 0 else [(name, draw) for name in names]).to(device)
-            sequences = model.generate(prompt_ids, eos_token_id, self.generation, uniform, **images, any_rank=any_rank)
-            draws.append([self.tokenizer.decode(sequence) for sequence in sequences])
-        return [list(texts) for texts in zip(*draws, strict=True)]
+            uniform = self.uniform(names if draw == 0 else [(name, draw) for name in names])
+            draws.append(generate(images, uniform.to(device)))
+        return [list(captions) for captions in zip(*draws, strict=True)]
 
     def uniform(self, names: Sequence[object]) -> Tensor:
         """Random numbers (I, max_len) that depend on seed and image only, not on batch or rank."""
         seeds = (derive_seed(self.seed, "sample", name) for name in names)
         generators = (torch.Generator().manual_seed(seed) for seed in seeds)
         return torch.stack([torch.rand(self.generation.max_len, generator=generator) for generator in generators])
+
+
+@contextmanager
+def few_images(count: int) -> Iterator[None]:
+    """UserError where a GPU's memory does not take a batch of `count` images."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        smaller = "run.batch_size_eval, or --batch-size of launch/caption.py"
+        raise UserError(f"{short_of_memory(error)}: {count} images at once are too many; lower {smaller}") from error
 
 
 # --- what captions images without a dataset -------------------------------------------------------------------------
@@ -128,9 +156,17 @@ class CaptionModel:
     device: torch.device
     dtype: torch.dtype
     weights: str  # a hash of them: two checkpoints with the same one give the same captions
+    scores: bool = False  # whether captions come with the model's confidence in them
 
-    def captions(self, images: Images, names: Sequence[object]) -> list[list[str]]:
-        return self.captioner.captions(self.model, images.model_inputs(self.device, self.dtype), names)
+    @property
+    def num_captions(self) -> int:
+        """Of an image, at most."""
+        return self.captioner.generation.num_captions
+
+    @torch.inference_mode()
+    def captions(self, images: Images, names: Sequence[str]) -> list[list[Caption]]:
+        inputs = images.model_inputs(self.device, self.dtype)
+        return self.captioner.captions(self.model, inputs, names, scores=self.scores)
 
     def settings(self) -> dict[str, Any]:
         """All that captions depend on beside the images, as JSON."""
@@ -141,6 +177,7 @@ class CaptionModel:
             "prompt": self.captioner.tokenizer.prompt,
             **asdict(decoding),
             **({"seed": self.captioner.seed} if decoding.use_nucleus_sampling else {}),
+            **({"scores": True} if self.scores else {}),
             "images": repr(self.image_processor),
         }
 
@@ -165,17 +202,22 @@ class CaptionRecipe:
 
 
 def load_caption_model(
-    recipe: CaptionRecipe, num_captions: int, device: torch.device, precision: str, say: Callable[[str], None]
+    recipe: CaptionRecipe,
+    num_captions: int,
+    device: torch.device,
+    precision: str,
+    say: Callable[[str], None],
+    scores: bool = False,
 ) -> CaptionModel:
     """Builds what `recipe` describes and loads its checkpoint. `say(line)` tells what was loaded."""
     captioner = Captioner.from_config(recipe.config, num_captions)
     model = recipe.build(recipe.config.model, keep_activations)
     captioner.check_model(model)
     load_weights(model, recipe.stored, say)
-    model.eval()
+    model.eval().requires_grad_(False)
     weights = fingerprint(model, model.identity(), model.constants())
     dtype = DTYPES[precision]
-    return CaptionModel(model.to(device, dtype), captioner, recipe.image_processor, device, dtype, weights)
+    return CaptionModel(model.to(device, dtype), captioner, recipe.image_processor, device, dtype, weights, scores)
 
 
 def caption_recipe(location: str, cfg_path: Path | None, options: Sequence[str]) -> CaptionRecipe:

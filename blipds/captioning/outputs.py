@@ -6,11 +6,12 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from blipds.captioning.confidence import Caption, Confidence
 from blipds.captioning.inputs import NamedImage, Names, is_address
 from blipds.errors import UserError
 from blipds.files.download import cache_name
@@ -29,10 +30,16 @@ def naming_errors() -> Iterator[None]:
 
 
 class CaptionLines:
-    """A line for each image, once: JSON on standard output."""
+    """A line for each image, once: JSON on standard output.
 
-    def __init__(self, file: BinaryIO | None = None, is_csv: bool = False) -> None:
+    With at most `num_captions` captions an image; with `scores` also the model's confidence in each.
+    """
+
+    def __init__(
+        self, file: BinaryIO | None = None, is_csv: bool = False, num_captions: int = 1, scores: bool = False
+    ) -> None:
         self.file, self.is_csv = file or sys.stdout.buffer, is_csv
+        self.num_captions, self.scores = num_captions, scores
         self.names = Names()
 
     def needs(self, image: NamedImage) -> bool:
@@ -40,21 +47,48 @@ class CaptionLines:
         return self.names.add(image.name)
 
     @naming_errors()
-    def write(self, captions: Iterable[tuple[NamedImage, list[str]]]) -> None:
+    def write(self, captions: Iterable[tuple[NamedImage, list[Caption]]]) -> None:
         """What is written survives a SIGKILL. UserError for a full disk."""
-        self.file.writelines(self.line(image.name, texts) for image, texts in captions)
+        self.file.writelines(self.line(image.name, found) for image, found in captions)
         self.file.flush()
 
-    def line(self, name: str, texts: list[str]) -> bytes:
+    def line(self, name: str, captions: Sequence[Caption]) -> bytes:
+        values = self.values(captions)
         if self.is_csv:
-            text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerow([name, *texts])
-            return os.fsencode(text.getvalue())
-        value = {"image": name, "caption": texts[0]} if len(texts) == 1 else {"image": name, "captions": texts}
+            gaps = [""] * (self.num_captions - len(captions))
+            return csv_line([name, *(cell for column in values.values() for cell in [*map(csv_cell, column), *gaps])])
+        if self.num_captions == 1:
+            line: dict[str, Any] = {"image": name, **{key: found[0] for key, found in values.items()}}
+        else:
+            line = {"image": name, "captions": values.pop("caption"), **values}
         try:
-            return f"{json.dumps(value, ensure_ascii=False)}\n".encode()
+            return f"{json.dumps(line, ensure_ascii=False)}\n".encode()
         except UnicodeEncodeError:  # a file name that is not UTF-8
-            return f"{json.dumps(value)}\n".encode()
+            return f"{json.dumps(line)}\n".encode()
+
+    def header(self) -> bytes:
+        """The names of a CSV's columns."""
+        numbers = [f"_{k + 1}" for k in range(self.num_captions)] if self.num_captions > 1 else [""]
+        return csv_line(["image", *(f"{key}{number}" for key in self.values([]) for number in numbers)])
+
+    def values(self, captions: Sequence[Caption]) -> dict[str, list[Any]]:
+        """What is written of captions, by key."""
+        found: dict[str, list[Any]] = {"caption": [caption.text for caption in captions]}
+        if self.scores:
+            fields = [{} if caption.confidence is None else caption.confidence.fields() for caption in captions]
+            found |= {key: [one.get(key) for one in fields] for key in Confidence.KEYS}
+        return found
+
+
+def csv_line(cells: Sequence[Any]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return os.fsencode(text.getvalue())
+
+
+def csv_cell(value: Any) -> Any:
+    """Lists as JSON; csv writes nothing for None."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
 
 
 class CaptionFile(CaptionLines):
@@ -65,13 +99,15 @@ class CaptionFile(CaptionLines):
     """
 
     @naming_errors()
-    def __init__(self, path: Path, settings: Mapping[str, Any], num_captions: int, force: bool = False) -> None:
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], num_captions: int, force: bool = False, scores: bool = False
+    ) -> None:
         suffix = path.suffix.lower()
         if suffix not in (".csv", ".jsonl"):
             raise UserError(f"--output {path}: captions are written as .jsonl or .csv")
         kept = path.with_name(path.name + ".settings.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        super().__init__(path.open("a+b"), is_csv=suffix == ".csv")
+        super().__init__(path.open("a+b"), suffix == ".csv", num_captions, scores)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -84,8 +120,7 @@ class CaptionFile(CaptionLines):
         keep_settings(kept, settings, path)
         self._continue(path)
         if self.is_csv and self.file.tell() == 0:
-            texts = [f"caption_{k + 1}" for k in range(num_captions)] if num_captions > 1 else ["caption"]
-            self.file.write(self.line("image", texts))
+            self.file.write(self.header())
 
     def _continue(self, path: Path) -> None:
         """Notes the images that the file names, cuts off an incomplete last line and goes to the end."""
@@ -139,11 +174,11 @@ class Sidecars:
         return (self.folder / os.path.relpath(image.name, image.folder or Path(image.name).parent)).with_suffix(".txt")
 
     @naming_errors()
-    def write(self, captions: Iterable[tuple[NamedImage, list[str]]]) -> None:
-        for image, texts in captions:
+    def write(self, captions: Iterable[tuple[NamedImage, list[Caption]]]) -> None:
+        for image, found in captions:
             path = self.path(image)
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(path, "".join(f"{text}\n" for text in texts))
+            replace_text(path, "".join(f"{caption.text}\n" for caption in found))
 
 
 CaptionOutput = CaptionLines | Sidecars

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -20,6 +19,7 @@ from blipds.signals import leave_signals_alone
 
 @dataclass
 class Counts:
+    verb: str = "captioned"
     captioned: int = 0
     unreadable: int = 0
     already: int = 0  # captioned by an earlier command, or named twice
@@ -27,8 +27,9 @@ class Counts:
 
     def __str__(self) -> str:
         return (
-            f"{self.captioned:,} images captioned, {self.unreadable:,} skipped (they cannot be read), {self.already:,} "
-            f"already captioned; {self.seconds:.0f} s, {self.captioned / max(self.seconds, 1e-3):.1f} images/s"
+            f"{self.captioned:,} images {self.verb}, {self.unreadable:,} skipped (they cannot be read), "
+            f"{self.already:,} already {self.verb}; {self.seconds:.0f} s, "
+            f"{self.captioned / max(self.seconds, 1e-3):.1f} images/s"
         )
 
 
@@ -40,14 +41,15 @@ def caption_images(
     batch_size: int,
     num_workers: int,
     total: int | None = None,
+    verb: str = "captioned",
 ) -> Counts:
     """Captions `images` into rank 0's `output`, which is None elsewhere. Only rank 0 counts. Collective.
 
     A batch of all ranks is written when all of its captions are there: the output is in the order of the images at any
     moment, so that it can be continued on any number of ranks. Unreadable images are named on stderr. `total` is for
-    the progress bar.
+    the progress bar, `verb` for the counts.
     """
-    counts, started = Counts(), time.monotonic()
+    counts, started = Counts(verb), time.monotonic()
     wanted = iter(()) if output is None else images_to_caption(images, output, counts)
     reader = ImageReader(model.image_processor)
     loader = DataLoader(
@@ -62,8 +64,7 @@ def caption_images(
     hidden = None if distributed.is_main() else True  # None: where stderr is no terminal
     with tqdm(total=total, unit="image", desc="caption", disable=hidden) as bar:
         for pixels, named, errors in received(loader):
-            with torch.inference_mode():
-                captions = model.captions(pixels, [image.name for image in named]) if named else []
+            captions = model.captions(pixels, [image.name for image in named]) if named else []
             for captioned, unreadable in distributed.gather((list(zip(named, captions, strict=True)), errors)):
                 if output is None:
                     continue

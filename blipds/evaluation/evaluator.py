@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from blipds import distributed
 from blipds.captioning.captioner import Captioner
+from blipds.captioning.confidence import Caption
 from blipds.config.sections import Config, RunConfig
 from blipds.data.annotations import read_splits
 from blipds.data.datasets import CaptionDataset, build_dataset, splits_of
@@ -31,7 +32,7 @@ from blipds.models.protocol import CaptioningModel, keep_activations
 from blipds.models.weights import load_weights, open_weights
 from blipds.monitor import Monitor
 from blipds.report.gallery import Shown
-from blipds.report.run_files import read_clip, write_cider, write_clip
+from blipds.report.run_files import read_clip, write_cider, write_clip, write_confidence
 from blipds.scoring.clip import CLIP_METRICS, ClipScorer, ClipScores, ImageScore, clip_lines
 from blipds.scoring.metrics import METRICS, Captions, Scores
 from blipds.scoring.process import Scoring, ScoringTask
@@ -94,14 +95,15 @@ class Evaluator:
     def caption(
         self, model: CaptioningModel, device: torch.device, dtype: torch.dtype, results: Path, lockstep: bool = False
     ) -> GeneratedCaptions:
-        """Captions every image; rank 0 writes [{image_id, caption}] to `results`, and what CLIPs say. Collective.
+        """Captions every image; rank 0 writes [{image_id, caption}] to `results`, and beside it the model's confidence
+        in each caption and what CLIPs say (report/run_files.py). Collective.
 
         Ranks may do different amounts of work: nothing here is collective until all captions are there. With `lockstep`
         (a model whose parameters are partitioned) they step together, and ranks with fewer images caption fillers.
         Raises UserError, on every rank, where no image can be read.
         """
         started = time.perf_counter()
-        mine: dict[int, str] = {}
+        mine: dict[int, Caption] = {}
         judged: list[dict[int, ImageScore]] = [{} for _ in self.clips]
         errors: list[str] = []
         for clip in self.clips:
@@ -112,10 +114,10 @@ class Evaluator:
             if batch.indices or lockstep:
                 names = [self.dataset.records[index].image_id for index in batch.indices] or ["filler"]
                 images = batch.images.model_inputs(device, dtype)
-                texts = self.captioner.caption(model, images, names, lockstep)
-                mine.update(zip(batch.indices, texts, strict=bool(batch.indices)))
+                found = self.captioner.caption(model, images, names, lockstep)
+                mine.update(zip(batch.indices, found, strict=bool(batch.indices)))
             if batch.indices:
-                self.judge(batch, [mine[index] for index in batch.indices], judged)
+                self.judge(batch, [mine[index].text for index in batch.indices], judged)
         for clip in self.clips:
             clip.to(torch.device("cpu"))  # its share of the GPU is the training's again
         shares = distributed.gather((mine, errors))
@@ -125,13 +127,15 @@ class Evaluator:
         if not captions:
             raise UserError(f"{self.split}: none of {len(errors)} images can be read; {'; '.join(errors[:3])}")
         if distributed.is_main():
-            records = self.dataset.records
-            entries = [{"image_id": records[index].image_id, "caption": text} for index, text in captions.items()]
+            ids = {index: self.dataset.records[index].image_id for index in captions}
+            write_confidence(results, {ids[index]: caption for index, caption in captions.items()})
+            entries = [{"image_id": ids[index], "caption": caption.text} for index, caption in captions.items()]
             results.parent.mkdir(parents=True, exist_ok=True)
             if self.clips:
                 write_clip(results, clip_scores)
             replace_text(results, json.dumps(entries, ensure_ascii=False, indent=0))
-        return GeneratedCaptions(captions, errors, time.perf_counter() - started)
+        texts = {index: caption.text for index, caption in captions.items()}
+        return GeneratedCaptions(texts, errors, time.perf_counter() - started)
 
     def judge(self, batch: EvalBatch, captions: list[str], judged: list[dict[int, ImageScore]]) -> None:
         """Adds to `judged` what each CLIP says of the captions of a batch."""

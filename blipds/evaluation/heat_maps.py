@@ -12,8 +12,6 @@ from blipds.evaluation.evaluator import Evaluator
 from blipds.models.protocol import CaptioningModel
 from blipds.report.gallery import HeatMap
 
-PIECE = "##"  # before a wordpiece that continues a word
-
 
 def heat_maps(
     model: CaptioningModel, evaluator: Evaluator, captions: Mapping[str, str], device: torch.device
@@ -31,22 +29,19 @@ def heat_maps(
 
 
 def word_maps(model: CaptioningModel, tokenizer: CaptionTokenizer, pixel_values: Tensor, caption: str) -> list[HeatMap]:
-    """A map for each word of a caption of one image, pixel_values (1, 3, H, W): the mean of its wordpieces.
+    """A map for each word of a caption of one image, pixel_values (1, 3, H, W): the mean of its tokens.
 
-    A piece's map is what the decoder looked at from the position before, where the piece was chosen. Each word is
+    A token's map is what the decoder looked at from the position before, where the token was chosen. Each word is
     scaled to 0 to 1 by itself: what differs between its patches shows, not how much the image counts in all.
     """
     ids = tokenizer.encode(tokenizer.prompt + caption)[:-1]  # without the closing token
     maps = model.cross_attention(pixel_values, torch.tensor(ids, device=pixel_values.device))
-    words: list[tuple[str, list[Tensor]]] = []
-    for position in range(len(tokenizer.prompt_ids), len(ids)):
-        piece = tokenizer.tokenizer.convert_ids_to_tokens(ids[position])
-        if piece.startswith(PIECE) and words:
-            word, parts = words.pop()
-            words.append((word + piece.removeprefix(PIECE), [*parts, maps[position - 1]]))
-        else:
-            words.append((piece, [maps[position - 1]]))
-    return [HeatMap(word, scaled(torch.stack(parts).mean(dim=0))) for word, parts in words]
+    words, places = tokenizer.words(ids)
+    parts: list[list[Tensor]] = [[] for _ in words]
+    for position, place in enumerate(places, start=len(tokenizer.prompt_ids)):
+        parts[place].append(maps[position - 1])
+    pairs = zip(words, parts, strict=True)
+    return [HeatMap(word, scaled(torch.stack(found).mean(dim=0))) for word, found in pairs]
 
 
 def scaled(weights: Tensor) -> Sequence[Sequence[float]]:

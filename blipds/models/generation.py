@@ -2,6 +2,11 @@
 
 Beam search is that of transformers 4.15 to 4.26, with which BLIP's published numbers were made; today's differs.
 A sequence holds the prompt and what follows, without the closing token; lengths count the prompt.
+
+Log-probabilities are those of the model: the natural log-softmax of its logits in fp32, before repetition penalty,
+minimum length, temperature, top-k and top-p. A sequence has one for each token behind the prompt, and one for the
+closing token if that ended it. So without a repetition penalty their sum over length ** length_penalty is the score by
+which beam search ranks.
 """
 
 from collections.abc import Callable
@@ -131,34 +136,34 @@ def moved_to(device: torch.device, on_host: Tensor) -> Tensor:
 
 
 class Hypotheses:
-    """The best finished sequences of one image."""
+    """The best finished sequences of one image, with their score and the log-probabilities of their tokens."""
 
     def __init__(self, size: int, length_penalty: float) -> None:
         self.size = size
         self.length_penalty = length_penalty
-        self.finished: list[tuple[float, list[int]]] = []
+        self.finished: list[tuple[float, list[int], list[float]]] = []
 
-    def add(self, sequence: list[int], log_probability: float) -> None:
+    def add(self, sequence: list[int], log_probability: float, log_probs: list[float]) -> None:
         score = log_probability / len(sequence) ** self.length_penalty
         if len(self.finished) == self.size:
             worst = min(self.finished, key=lambda hypothesis: hypothesis[0])
             if score <= worst[0]:
                 return
             self.finished.remove(worst)
-        self.finished.append((score, sequence))
+        self.finished.append((score, sequence, log_probs))
 
     def done(self, best_log_probability: float, length: int) -> bool:
         """Whether nothing unfinished can become better than the worst that is kept."""
         if len(self.finished) < self.size:
             return False
-        worst = min(score for score, _ in self.finished)
+        worst = min(score for score, *_ in self.finished)
         return worst >= best_log_probability / length**self.length_penalty
 
-    def best(self, count: int) -> list[list[int]]:
-        """The `count` best, best first."""
+    def best(self, count: int) -> list[tuple[list[int], list[float]]]:
+        """The `count` best with the log-probabilities of their tokens, best first."""
         # of equal scores the later one, as a stable sort followed by pop() gives in the original
         ranked = sorted(enumerate(self.finished), key=lambda entry: (entry[1][0], entry[0]), reverse=True)
-        return [sequence for _, (_, sequence) in ranked[:count]]
+        return [(sequence, log_probs) for _, (_, sequence, log_probs) in ranked[:count]]
 
 
 def search(
@@ -168,21 +173,30 @@ def search(
     eos_token_id: int,
     config: GenerationConfig,
     uniform: Tensor | None = None,
+    log_probs: list[list[float]] | None = None,
 ) -> list[list[int]]:
-    """The search that `config` asks for; `uniform` (images, max_len): the random numbers of nucleus sampling."""
+    """The search that `config` asks for; `uniform` (images, max_len): the random numbers of nucleus sampling.
+
+    `log_probs`, where given, is told those of each returned sequence (see above). It costs no further device sync.
+    """
     if config.use_nucleus_sampling:
         assert uniform is not None
-        return single_search(decoder, prompt_ids, images, eos_token_id, config, uniform)
+        return single_search(decoder, prompt_ids, images, eos_token_id, config, uniform, log_probs)
     if config.num_beams == 1:
-        return single_search(decoder, prompt_ids, images, eos_token_id, config)
-    return beam_search(decoder, prompt_ids, images, eos_token_id, config)
+        return single_search(decoder, prompt_ids, images, eos_token_id, config, None, log_probs)
+    return beam_search(decoder, prompt_ids, images, eos_token_id, config, log_probs)
 
 
 @torch.no_grad()
 def beam_search(
-    decoder: StepDecoder, prompt_ids: Tensor, images: int, eos_token_id: int, config: GenerationConfig
+    decoder: StepDecoder,
+    prompt_ids: Tensor,
+    images: int,
+    eos_token_id: int,
+    config: GenerationConfig,
+    log_probs: list[list[float]] | None = None,
 ) -> list[list[int]]:
-    """Returns the `num_captions` best sequences of each image, one image after the other.
+    """Returns the `num_captions` best sequences of each image, one image after the other. Arguments as `search`.
 
     The hypotheses are kept on the host, which reads the device once a token and writes to it when an image is done.
     """
@@ -191,6 +205,7 @@ def beam_search(
     hypotheses = [Hypotheses(beams, config.length_penalty) for _ in range(images)]
     active = list(range(images))  # images that still run; row j of every tensor below is image active[j]
     said = [[prompt_ids.tolist()] * beams] * images  # `sequences` on the host
+    sure: list[list[list[float]]] = [[[]] * beams] * images  # and the log-probabilities of their tokens, if asked for
 
     logits = decoder.start(prompt_ids, beams).unsqueeze(1).expand(-1, beams, -1)
     sequences = prompt_ids.expand(images, beams, -1)
@@ -198,7 +213,8 @@ def beam_search(
     beam_scores[:, 0] = 0.0  # all beams are equal at first: only one may branch
 
     while True:
-        scores = penalise_repetition(logits.float().log_softmax(-1), sequences, config.repetition_penalty)
+        raw = logits.float().log_softmax(-1)
+        scores = penalise_repetition(raw, sequences, config.repetition_penalty)
         if length < config.min_len:
             scores[..., eos_token_id] = -torch.inf
         vocabulary = scores.shape[-1]
@@ -208,22 +224,24 @@ def beam_search(
         ranks = (top % vocabulary == eos_token_id).byte().argsort(dim=1, stable=True)[:, :beams]
 
         running = []
-        candidates = torch.stack([top_scores.double(), top.double()], dim=-1).tolist()
+        columns = [top_scores, top] if log_probs is None else [top_scores, top, raw.flatten(1).gather(1, top)]
+        candidates = torch.stack([column.double() for column in columns], dim=-1).tolist()
         for row, row_candidates in enumerate(candidates):
             image, grown = hypotheses[active[row]], []
-            for rank, (score, place) in enumerate(row_candidates):
+            for rank, (score, place, *chosen) in enumerate(row_candidates):
                 beam, token = divmod(int(place), vocabulary)
                 if token != eos_token_id:
-                    grown.append((score, [*said[row][beam], token]))
+                    grown.append((score, [*said[row][beam], token], [*sure[row][beam], *chosen]))
                 elif rank < beams:
-                    image.add(said[row][beam], score)
-            said[row] = [sequence for _, sequence in grown[:beams]]
+                    image.add(said[row][beam], score, [*sure[row][beam], *chosen])
+            said[row] = [sequence for _, sequence, _ in grown[:beams]]
+            sure[row] = [chosen for _, _, chosen in grown[:beams]]
             if image.done(row_candidates[0][0], length):
                 continue
             running.append(row)
             if length + 1 == config.max_len:
-                for score, sequence in grown[:beams]:
-                    image.add(sequence, score)
+                for score, sequence, chosen in grown[:beams]:
+                    image.add(sequence, score, chosen)
         length += 1
         if not running or length == config.max_len:
             break
@@ -233,6 +251,7 @@ def beam_search(
             decoder.keep(rows)
             top_scores, top, ranks, sequences = top_scores[rows], top[rows], ranks[rows], sequences[rows]
             active, said = [active[row] for row in running], [said[row] for row in running]
+            sure = [sure[row] for row in running]
         beam_scores, chosen = top_scores.gather(1, ranks), top.gather(1, ranks)
         parents, tokens = chosen // vocabulary, chosen % vocabulary
         sequences = sequences.gather(1, parents.unsqueeze(-1).expand(-1, -1, length - 1))
@@ -240,7 +259,10 @@ def beam_search(
         decoder.reorder(parents)
         logits = decoder.step(tokens)
 
-    return [sequence for hypothesis in hypotheses for sequence in hypothesis.best(config.num_captions)]
+    best = [found for hypothesis in hypotheses for found in hypothesis.best(config.num_captions)]
+    if log_probs is not None:
+        log_probs += [chosen for _, chosen in best]
+    return [sequence for sequence, _ in best]
 
 
 @torch.no_grad()
@@ -251,13 +273,15 @@ def single_search(
     eos_token_id: int,
     config: GenerationConfig,
     uniform: Tensor | None = None,
+    log_probs: list[list[float]] | None = None,
 ) -> list[list[int]]:
     """Greedy search, or nucleus sampling with the random numbers `uniform` (images, max_len) in [0, 1).
 
-    The host reads the device once a token.
+    Arguments as `search`. The host reads the device once a token.
     """
     penalty = config.repetition_penalty if uniform is None else NUCLEUS_REPETITION_PENALTY
     finished: list[list[int]] = [[] for _ in range(images)]
+    sure: list[list[float]] = [[] for _ in range(images)]
     active = list(range(images))
     said = [prompt_ids.tolist()] * images  # `sequences` on the host
     sequences = prompt_ids.expand(images, -1)
@@ -265,6 +289,7 @@ def single_search(
 
     while True:
         length = sequences.shape[1]
+        raw = None if log_probs is None else logits.float().log_softmax(-1)
         scores = penalise_repetition(logits.float(), sequences, penalty)
         if length < config.min_len:
             scores[:, eos_token_id] = -torch.inf
@@ -274,13 +299,17 @@ def single_search(
             tokens = sample_nucleus(scores / config.temperature, config.top_p, uniform[:, length])
 
         running = []
-        for row, token in enumerate(tokens.tolist()):
+        read = tokens.unsqueeze(-1)
+        if raw is not None:
+            read = torch.cat([read.double(), raw.gather(-1, read).double()], dim=-1)
+        for row, (token, *chosen) in enumerate(read.tolist()):
             if token != eos_token_id:
                 running.append(row)
-                said[row] = [*said[row], token]
+                said[row] = [*said[row], int(token)]
             finished[active[row]] = said[row]
+            sure[active[row]] += chosen
         if not running or length + 1 == config.max_len:
-            return finished
+            break
         if len(running) < len(active):
             rows = moved_to(tokens.device, torch.tensor(running))
             decoder.keep(rows)
@@ -289,6 +318,10 @@ def single_search(
             active, said = [active[row] for row in running], [said[row] for row in running]
         sequences = torch.cat([sequences, tokens.unsqueeze(-1)], dim=-1)
         logits = decoder.step(tokens.unsqueeze(-1)).squeeze(1)
+
+    if log_probs is not None:
+        log_probs += sure
+    return finished
 
 
 def sample_nucleus(logits: Tensor, top_p: float, uniform: Tensor) -> Tensor:

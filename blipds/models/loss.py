@@ -18,7 +18,7 @@ def smoothed_cross_entropy(
 ) -> Tensor:
     """Sum over P tokens of (1 - s) * -log p(label) + s * mean over the vocabulary of -log p, a scalar in fp32.
 
-    With `weights` (P,), of either sign: sum of weight * -log p(label), without smoothing.
+    With `weights` (P,), of either sign: sum of weight * -log p(label), without smoothing; their gradient is -log p.
     logits (P, V) of any floating type, labels (P,). Equal to F.cross_entropy(logits.float(), ..., reduction="sum"),
     but the gradient takes the place of the logits while they are in the cache: with 30,524 words the logits are the
     largest activation of a caption, and fp32 copies of them would be most of a small model's step. So the logits must
@@ -35,10 +35,12 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
         chunk = CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK
         scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
         gradient = logits.detach()
+        label_log_p = torch.empty_like(labels, dtype=torch.float32)
         for start in range(0, len(labels), chunk):
             rows, targets = gradient[start : start + chunk], labels[start : start + chunk].unsqueeze(-1)
             log_p = rows.log_softmax(-1, dtype=torch.float32)
             picked = log_p.gather(-1, targets)
+            label_log_p[start : start + chunk] = picked.squeeze(-1)
             if weights is None:
                 loss -= (1 - label_smoothing) * picked.sum() + uniform * log_p.sum()
             else:
@@ -46,17 +48,20 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
             p = log_p.exp_().sub_(uniform)
             p.scatter_add_(-1, targets, torch.full_like(picked, label_smoothing - 1))
             rows.copy_(p if scale == 1 else p.mul_(scale))
-        ctx.save_for_backward(gradient, weights)
+        ctx.save_for_backward(gradient, weights, label_log_p)
         ctx.scale = scale
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
-        gradient, weights = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+        gradient, weights, label_log_p = ctx.saved_tensors
+        of_weights = -label_log_p * grad_outputs[0] if ctx.needs_input_grad[3] else None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, of_weights
         factor = grad_outputs[0] / ctx.scale
         if weights is not None:
             factor = weights.float().unsqueeze(-1) * factor
         elif gradient.is_cuda:
             factor = factor.view(1, 1)  # without dimensions CUDA would round it to the precision of the gradient first
-        return gradient.mul_(factor), None, None, None
+        return gradient.mul_(factor), None, None, of_weights

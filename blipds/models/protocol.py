@@ -53,6 +53,7 @@ class CaptioningModel(nn.Module, ABC):
     vocab_size: int | None = None  # rows of the embedding; None: not checked against the tokenizer
     # What the names of frozen weights begin with that a file elsewhere holds: checkpoints leave them out; None: no such
     elsewhere: str | None = None
+    reads_rows = False  # whether `forward` tells the captions of a row apart; if not, candidates get a row each
     freeze_vit = False
     compiled = False
 
@@ -181,17 +182,19 @@ class CaptioningModel(nn.Module, ABC):
         pixel_values: Tensor | None = None,
         image_embeds: Tensor | None = None,
         any_rank: Callable[[bool], bool] | None = None,
+        log_probs: list[list[float]] | None = None,
     ) -> list[list[int]]:
         """Token ids of captions, prompt (P,) included, closing token not: `config.num_captions` an image from beams,
         one image after the other; one an image else.
 
-        `uniform` (I, max_len): the random numbers of nucleus sampling, unused otherwise. Under ZeRO-3 the parameters
+        `uniform` (I, max_len): the random numbers of nucleus sampling, unused otherwise. `log_probs`, where given, is
+        told the log-probabilities of each caption's tokens (generation.py says which). Under ZeRO-3 the parameters
         must be gathered around the call, or all ranks make it together and give `any_rank` (generation.Lockstep).
         """
         with self.generating():
             image_embeds = self.encode(pixel_values, image_embeds)
             with self.stepping(image_embeds, config.max_len, any_rank) as decoder:
-                return search(decoder, prompt_ids, len(image_embeds), eos_token_id, config, uniform)
+                return search(decoder, prompt_ids, len(image_embeds), eos_token_id, config, uniform, log_probs)
 
     def draw(
         self,
@@ -226,6 +229,18 @@ class CaptioningModel(nn.Module, ABC):
         lockstep = Lockstep(decoder, any_rank)
         yield lockstep
         lockstep.finish()
+
+    def log_probs(self, captions: Mapping[str, Tensor], image_embeds: Tensor) -> Tensor:
+        """Log-probability (P,) of every label in fp32, as generation counts it; of any arch.
+
+        captions: the arguments of `forward` that say which; image_embeds (I, N, width): of each row. Keeps the
+        activations of layers whose parameters require a gradient.
+        """
+        weights = torch.zeros(len(captions["labels"]), device=image_embeds.device, requires_grad=True)
+        with torch.enable_grad():
+            loss = self(**captions, image_embeds=image_embeds, label_weights=weights)
+        # the loss is the sum of weight x -log p: its derivative by a weight is that token's -log p
+        return -torch.autograd.grad(loss, weights)[0]
 
 
 @dataclass(frozen=True)

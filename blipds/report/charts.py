@@ -8,6 +8,7 @@ from typing import NamedTuple
 WIDTH, HEIGHT = 354, 184  # of the box between the axes in SVG units: a phone's width, so that text keeps its size
 MOST_POINTS = 300  # of a line
 MOST_EPOCHS = 12  # that are labelled
+MOST_DOTS = 1000  # of a scatter plot, about 100 bytes each
 
 Points = Sequence[tuple[float, float]]
 
@@ -22,7 +23,10 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Chart:
-    """`lines`: {name: its points}. `dots`: those to draw. `description` says in words what the lines show."""
+    """`lines`: {name: its points}. `dots`: those to draw. `description` says in words what the lines show.
+
+    `scattered`: points without a line between them. `labels`: of the axes, across and up, where they are not steps.
+    """
 
     title: str
     description: str
@@ -32,6 +36,8 @@ class Chart:
     y_ticks: list[Mark]
     epochs: list[Mark]
     best: Mark | None
+    scattered: Sequence[Mark] = ()
+    labels: tuple[str, str] | None = None
 
 
 def chart(
@@ -76,6 +82,29 @@ def chart(
         y_ticks=[mark(0, tick, f"{tick:.4g}") for tick in scale],
         epochs=[mark(step, scale[-1], str(epoch)) for epoch, step in ends if epoch % every == 0],
         best=mark(*best, f"best: {best[1]:.4g}") if best else None,
+    )
+
+
+def scatter(title: str, description: str, points: Sequence[tuple[float, float, str]], across: str, up: str) -> Chart:
+    """A chart of (value across, value up, name) without lines, at most `MOST_DOTS` of them, evenly sampled."""
+    x_scale = ticks(min(x for x, _, _ in points), max(x for x, _, _ in points))
+    y_scale = ticks(min(y for _, y, _ in points), max(y for _, y, _ in points))
+
+    def mark(x: float, y: float, label: str) -> Mark:
+        at = WIDTH * (x - x_scale[0]) / (x_scale[-1] - x_scale[0])
+        return Mark(round(at, 1), round(HEIGHT * (y_scale[-1] - y) / (y_scale[-1] - y_scale[0]), 1), label)
+
+    return Chart(
+        title,
+        description,
+        lines={},
+        dots=True,
+        x_ticks=[mark(tick, y_scale[0], f"{tick:.4g}") for tick in x_scale],
+        y_ticks=[mark(x_scale[0], tick, f"{tick:.4g}") for tick in y_scale],
+        epochs=[],
+        best=None,
+        scattered=[mark(*point) for point in points[:: -(-len(points) // MOST_DOTS)]],
+        labels=(across, up),
     )
 
 

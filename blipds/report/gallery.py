@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from blipds.data.annotations import Record
+from blipds.report.confidence import percent, shaded_words
 from blipds.report.run_files import Evaluation
 
 IMAGES = 240  # in a report, all splits together: with the limit below at most 8 MB
@@ -75,10 +76,24 @@ def cards(
                 "chosen_as": chosen[image_id],
                 "thumbnail": thumbnail,
                 "size": size,
+                **confidence_of(evaluation, image_id),
                 "words": [(heat.word, overlay(heat, size)) for heat in heat_maps.get(image_id, ())],
             }
         )
     return found
+
+
+def confidence_of(evaluation: Evaluation, image_id: str) -> dict[str, Any]:
+    """`mean_log_prob` of a token, `confidence` in percent and `shaded` words of an image's caption; None and no words
+    where they were not kept."""
+    found = evaluation.confidence.get(image_id)
+    if found is None:
+        return {"mean_log_prob": None, "confidence": None, "shaded": []}
+    return {
+        "mean_log_prob": found.mean_log_prob,
+        "confidence": percent(found.mean_log_prob),
+        "shaded": shaded_words(evaluation.captions[image_id], found),
+    }
 
 
 def thumbnail_of(record: Record) -> tuple[str | None, tuple[int, int]]:

@@ -4,12 +4,14 @@ const FIRST = 24; // cards that are shown before "show more"
 
 function orderOf(value) {
   const place = card => Number(card.dataset.place);
-  // an image without a score comes last, whichever way it is sorted
-  const score = (card, missing) => ("cider" in card.dataset ? Number(card.dataset.cider) : missing);
+  // an image without a number comes last, whichever way it is sorted
+  const number = (card, key, sign) => (key in card.dataset ? sign * Number(card.dataset[key]) : Infinity);
+  const by = (key, sign) => (a, b) => {
+    const [first, second] = [number(a, key, sign), number(b, key, sign)];
+    return first === second ? place(a) - place(b) : first - second;
+  };
   return {
-    worst: (a, b) => score(a, Infinity) - score(b, Infinity) || place(a) - place(b),
-    best: (a, b) => score(b, -Infinity) - score(a, -Infinity) || place(a) - place(b),
-    dataset: (a, b) => place(a) - place(b),
+    worst: by("cider", 1), best: by("cider", -1), dataset: by("place", 1), unsure: by("sure", 1), sure: by("sure", -1),
   }[value];
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 from blipds.config.run import load_run_config
 from blipds.files.replacing import replace_text
 from blipds.report.charts import Chart, chart
+from blipds.report.confidence import LEGEND, against_cider
 from blipds.report.facts import duration, facts
 from blipds.report.gallery import BEST, IMAGES, RANDOM, WORST, HeatMap, Shown, cards, choose
 from blipds.report.rendering import render
@@ -81,6 +82,7 @@ def page(run_dir: Path, splits: Sequence[Shown], heat_maps: Mapping[str, Mapping
         tiles=tiles(lines, evaluations),
         charts=charts_of(lines, evaluations),
         weights=weights_of,
+        legend=LEGEND,
         tables=[table_of(split, rows) for split, rows in evaluations.items()],
         galleries=galleries,
         examples=next(reversed(of_kind(lines, "examples")), None),
@@ -185,6 +187,8 @@ def gallery_of(
         "choice": choice(list(chosen.values()), len(evaluation.captions)),
         "cards": cards(evaluation, chosen, shown, heat_maps),
         "scored": evaluation.cider is not None,
+        "sure": bool(evaluation.confidence),
+        "against_cider": against_cider(evaluation),
     }
 
 

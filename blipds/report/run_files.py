@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from blipds.captioning.confidence import Caption, Confidence
 from blipds.files.replacing import replace_text
 from blipds.scoring.clip import ClipScores
 
@@ -17,13 +18,15 @@ Line = dict[str, Any]  # of metrics.jsonl
 class Evaluation:
     """A line of kind "eval", and by image id the captions that it is about, in the order of the dataset.
 
-    `cider`: of each image; None where it was not kept. `clip`: what CLIPs said of each.
+    `cider`: of each image; None where it was not kept. `clip`: what CLIPs said of each. `confidence`: the model's in
+    these captions, where it was kept.
     """
 
     line: Line
     captions: dict[str, str]
     cider: dict[str, float] | None
     clip: ClipScores = field(default_factory=ClipScores)
+    confidence: dict[str, Confidence] = field(default_factory=dict)
 
 
 def read_lines(run_dir: Path) -> list[Line]:
@@ -73,13 +76,19 @@ def read_evaluation(run_dir: Path, line: Line) -> Evaluation | None:
         if results.exists():
             entries = json.loads(results.read_text(encoding="utf-8"))
             captions = {str(entry["image_id"]): str(entry["caption"]) for entry in entries}
-            return Evaluation(line, captions, read_cider(results), read_clip(results))
+            confidence = read_confidence(results, captions)
+            return Evaluation(line, captions, read_cider(results), read_clip(results), confidence)
     return None
 
 
 def cider_path(results: Path) -> Path:
     """<run>/results/val_epoch0.json -> <run>/scores/val_epoch0.json"""
     return results.parent.parent / "scores" / results.name
+
+
+def confidence_path(results: Path) -> Path:
+    """<run>/results/val_epoch0.json -> <run>/confidence/val_epoch0.json"""
+    return results.parent.parent / "confidence" / results.name
 
 
 def write_cider(results: Path, per_image: Mapping[str, float]) -> None:
@@ -113,3 +122,32 @@ def read_clip(results: Path) -> ClipScores:
     """Empty ones where none were kept."""
     path = clip_path(results)
     return ClipScores(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ClipScores()
+
+
+def write_confidence(results: Path, captions: Mapping[str | int, Caption]) -> None:
+    """Keeps the model's confidence in the captions, by image id, that `results` gets: an image a line.
+
+    [{image_id, caption, log_prob, mean_log_prob, words: [[word, log_prob]]}]. A file of its own, since servers take
+    `results` as they are, and other batches give other last digits.
+    """
+    path = confidence_path(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps({"image_id": image_id, "caption": text, **confidence.fields()}, ensure_ascii=False)
+        for image_id, (text, confidence) in captions.items()
+        if confidence is not None
+    ]
+    replace_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def read_confidence(results: Path, captions: Mapping[str, str]) -> dict[str, Confidence]:
+    """By image id, of the images whose caption in `captions` is the one that was written about."""
+    path = confidence_path(results)
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return {
+        str(entry["image_id"]): Confidence(
+            entry["log_prob"], entry["mean_log_prob"], tuple((word, log_prob) for word, log_prob in entry["words"])
+        )
+        for entry in entries
+        if captions.get(str(entry["image_id"])) == entry["caption"]
+    }

@@ -1,10 +1,15 @@
 """Files of captions that are continued, byte by byte."""
 
+import csv
+import io
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from blipds.captioning.confidence import Caption, Confidence
 from blipds.captioning.inputs import NamedImage
 from blipds.captioning.outputs import CaptionFile, CaptionLines, Sidecars
 from blipds.errors import UserError
@@ -18,7 +23,9 @@ def write(path: Path, names: list[str], num_captions: int = 1) -> list[str]:
     """Captions what the file has not; returns those names."""
     output = CaptionFile(path, SETTINGS, num_captions)
     needed = [name for name in names if output.needs(NamedImage(name))]
-    output.write((NamedImage(name), [f"caption {k}, of {len(name)}" for k in range(num_captions)]) for name in needed)
+    output.write(
+        (NamedImage(name), [Caption(f"caption {k}, of {len(name)}") for k in range(num_captions)]) for name in needed
+    )
     output.file.close()
     return needed
 
@@ -51,6 +58,42 @@ def test_the_lines(tmp_path: Path) -> None:
         'plain.jpg,"caption 0, of 9","caption 1, of 9"\n'
         '"a ""quoted"", name.jpg","caption 0, of 20","caption 1, of 20"\n'
     )
+
+
+def test_scores_stand_beside_the_captions() -> None:
+    """Of an image with two captions, and of one whose second is too long for the model."""
+    sure = Caption("a dog", Confidence(-0.75, -0.25, (("a", -0.1), ("dog", -0.5))))
+    unsure = Caption("a cat", Confidence(-3.0, -1.0, (("a", -0.1), ("cat", -2.0000001))))
+    images = [(NamedImage("1.jpg"), [sure, unsure]), (NamedImage("2.jpg"), [unsure, Caption("too long")])]
+
+    def written(*args: Any) -> str:
+        file = io.BytesIO()
+        lines = CaptionLines(file, *args)
+        file.write(lines.header() if lines.is_csv else b"")
+        lines.write([(image, captions[: args[1]]) for image, captions in images])
+        return file.getvalue().decode()
+
+    assert written(False, 1, True).splitlines()[0] == (
+        '{"image": "1.jpg", "caption": "a dog", "log_prob": -0.75, "mean_log_prob": -0.25, '
+        '"words": [["a", -0.1], ["dog", -0.5]]}'
+    )
+    assert [json.loads(line) for line in written(False, 2, True).splitlines()][1] == {
+        "image": "2.jpg",
+        "captions": ["a cat", "too long"],
+        "log_prob": [-3.0, None],
+        "mean_log_prob": [-1.0, None],
+        "words": [[["a", -0.1], ["cat", -2.0]], None],
+    }
+    rows = list(csv.DictReader(io.StringIO(written(True, 2, True))))
+    assert [row["log_prob_1"] for row in rows] == ["-0.75", "-3.0"]
+    assert [row["log_prob_2"] for row in rows] == ["-3.0", ""]
+    assert [row["caption_2"] for row in rows] == ["a cat", "too long"]
+    assert json.loads(rows[0]["words_2"]) == [["a", -0.1], ["cat", -2.0]]
+    assert list(rows[0]) == [
+        "image",
+        *(f"{key}_{k}" for key in ("caption", "log_prob", "mean_log_prob", "words") for k in (1, 2)),
+    ]
+    assert written(True, 1, False).splitlines() == ["image,caption", "1.jpg,a dog", "2.jpg,a cat"]
 
 
 def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
@@ -86,11 +129,11 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     output.file.close()
     output.file = open("/dev/full", "wb")  # noqa: PTH123, SIM115
     with pytest.raises(UserError, match=r"the captions cannot be written: .*No space left on device"):
-        output.write([(NamedImage("a.jpg"), ["a"])])
+        output.write([(NamedImage("a.jpg"), [Caption("a")])])
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb", buffering=0) as nobody_reads, pytest.raises(BrokenPipeError):  # `| head`: cli.run ends
-        CaptionLines(nobody_reads).write([(NamedImage("a.jpg"), ["a"])])
+        CaptionLines(nobody_reads).write([(NamedImage("a.jpg"), [Caption("a")])])
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"the captions cannot be written: .*/file"):
         CaptionFile(tmp_path / "file" / "captions.jsonl", SETTINGS, 1)

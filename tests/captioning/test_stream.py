@@ -1,7 +1,6 @@
 """launch/caption.py: the oracle's words, whatever the images come from and wherever the captions go."""
 
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -22,11 +21,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from launching import REPOSITORY, kill, launch_as_typed, start_ranks
+from launching import REPOSITORY, kill, launch_as_typed, load_script, start_ranks
 from PIL import Image
 
-from blipds import distributed
 from blipds.captioning.captioner import caption_recipe
+from blipds.captioning.confidence import Caption
 from blipds.captioning.inputs import Names, named_images
 from blipds.captioning.outputs import CaptionFile
 from blipds.captioning.stream import caption_images
@@ -37,61 +36,8 @@ from blipds.models.blip import published
 from blipds.models.blip.config import BlipConfig
 from blipds.models.protocol import keep_activations
 
-Caption = Callable[..., str]
+Command = Callable[..., str]
 PHOTOGRAPHS = 16
-
-
-def load_script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "launch" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
-@pytest.fixture
-def caption(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Caption:
-    """caption(image, ..., "--output", ...) runs the command in this process; returns what it printed, stdout first."""
-    script = load_script("caption")
-    monkeypatch.setattr(distributed, "initialise", lambda: torch.device("cpu"))
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["caption.py", *map(str, arguments), "--num-workers", "0"])
-        script.main(script.parse_arguments())
-        return "".join(capfd.readouterr())
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def golden(shared: Path) -> dict[str, Any]:
-    return json.loads((shared / "oracle" / "golden.json").read_text())["generate"]
-
-
-@pytest.fixture(scope="session")
-def photographs(shared: Path, golden: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Links to the oracle's photographs, half of them one folder further down."""
-    folder = tmp_path_factory.mktemp("photographs")
-    (folder / "below").mkdir()
-    for number, name in enumerate(golden["images"][:PHOTOGRAPHS]):
-        (folder / ("below" if number % 2 else "") / name).symlink_to(shared / "data" / "flickr8k" / "images" / name)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def oracle(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """The arguments that name the oracle's checkpoint and its geometry."""
-    config = {
-        "model": {
-            "vit_kwargs": {"embed_dim": 96, "depth": 4, "num_heads": 4},
-            "image_size": 96,
-            "med_config_path": str(shared / "oracle" / "med_config.json"),
-        },
-        "datasets": {"flickr8k_caption": {}},
-    }
-    path = tmp_path_factory.mktemp("oracle") / "oracle.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return ["--checkpoint", shared / "oracle" / "tiny_blip.pth", "--cfg-path", path]
 
 
 def words(golden: dict[str, Any], setting: str = "beam3_max20_min5") -> dict[str, str]:
@@ -113,7 +59,7 @@ def expected(golden: dict[str, Any], setting: str = "beam3_max20_min5") -> dict[
 
 
 def test_a_folder_gets_the_oracles_words(
-    caption: Caption, photographs: Path, oracle: list[object], golden: dict[str, Any]
+    caption: Command, photographs: Path, oracle: list[object], golden: dict[str, Any]
 ) -> None:
     printed = caption(photographs, *oracle, "--batch-size", 5)
     assert by_file(printed) == expected(golden)
@@ -123,13 +69,13 @@ def test_a_folder_gets_the_oracles_words(
 
 
 def test_a_prompt_of_the_same_tokens_gets_the_same_words(
-    caption: Caption, photographs: Path, oracle: list[object], golden: dict[str, Any]
+    caption: Command, photographs: Path, oracle: list[object], golden: dict[str, Any]
 ) -> None:
     assert by_file(caption(photographs, *oracle, "--prompt", " A  picture   of")) == expected(golden)
 
 
 def test_several_captions(
-    caption: Caption, photographs: Path, oracle: list[object], golden: dict[str, Any], tmp_path: Path
+    caption: Command, photographs: Path, oracle: list[object], golden: dict[str, Any], tmp_path: Path
 ) -> None:
     """Beams best first; draws that depend on seed and image alone; one CSV row an image."""
     table = tmp_path / "captions.csv"
@@ -151,7 +97,7 @@ def test_several_captions(
 
 
 def test_what_a_checkpoint_says_about_itself(
-    caption: Caption, photographs: Path, oracle: list[object], golden: dict[str, Any], tmp_path: Path
+    caption: Command, photographs: Path, oracle: list[object], golden: dict[str, Any], tmp_path: Path
 ) -> None:
     """A run directory, a transformers folder and an exported .pth need no --cfg-path; the decoding comes along."""
     _, checkpoint, _, config = oracle
@@ -207,7 +153,7 @@ def served(photographs: Path) -> Iterator[str]:
 
 
 def test_standard_input_addresses_and_what_cannot_be_read(
-    caption: Caption,
+    caption: Command,
     photographs: Path,
     served: str,
     oracle: list[object],
@@ -236,7 +182,7 @@ def test_standard_input_addresses_and_what_cannot_be_read(
 
 
 def test_a_command_that_captions_nothing_fails(
-    caption: Caption, oracle: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    caption: Command, oracle: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"^no image was captioned \(0 cannot be read\)$"):
         caption(tmp_path, *oracle)
@@ -287,12 +233,12 @@ def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
     for number in range(20_000):
         os.symlink("../pixel.png", folder / f"{number:06}_{'long' * 10}.png")  # noqa: PTH211
     output = CaptionFile(tmp_path / "captions.jsonl", {}, 1)
-    output.write((image, ["a pixel"]) for image in islice(named_images([str(folder)], Counter()), 18_000))
+    output.write((image, [Caption("a pixel")]) for image in islice(named_images([str(folder)], Counter()), 18_000))
     output.file.close()
     model: Any = Namespace(
         image_processor=BlipImageEval(8),
         device=torch.device("cpu"),
-        captions=lambda images, names: [["a pixel"]] * len(names),
+        captions=lambda images, names: [[Caption("a pixel")]] * len(names),
     )
     tracemalloc.start()
     output = CaptionFile(tmp_path / "captions.jsonl", {}, 1)
@@ -314,7 +260,7 @@ def test_names_are_a_sorted_set() -> None:
 
 
 def test_killed_and_gone_on_with_by_two_ranks(
-    photographs: Path, oracle: list[object], golden: dict[str, Any], caption: Caption, tmp_path: Path
+    photographs: Path, oracle: list[object], golden: dict[str, Any], caption: Command, tmp_path: Path
 ) -> None:
     """SIGKILL in the middle, a torn line on top, then two ranks: the file of a run that nothing disturbed."""
     caption(photographs, *oracle, "--output", tmp_path / "whole.jsonl")
@@ -341,7 +287,7 @@ def test_killed_and_gone_on_with_by_two_ranks(
 
 
 def test_sidecars(
-    caption: Caption, photographs: Path, oracle: list[object], golden: dict[str, Any], tmp_path: Path
+    caption: Command, photographs: Path, oracle: list[object], golden: dict[str, Any], tmp_path: Path
 ) -> None:
     texts = tmp_path / "texts"
     first, second = golden["images"][:2]

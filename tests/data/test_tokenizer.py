@@ -154,6 +154,34 @@ def test_text_of_a_causal_language_model(causal, shared):
     assert causal.longest(30) == 34 and CaptionTokenizer().longest(20) == 20
 
 
+@pytest.mark.parametrize(
+    ("text", "words", "places"),
+    [
+        ("", [], []),
+        ("two dogs", ["two", "dogs"], [0, 1]),
+        # skate ##board ##er | doesn ' t | jump , | a | x | - | ray
+        (
+            "skateboarder doesn't jump, a x-ray",
+            ["skateboarder", "doesn't", "jump,", "a", "x", "-", "ray"],
+            [0, 0, 0, 1, 1, 1, 2, 2, 3, 4, 5, 6],
+        ),
+        ("[PAD] two [PAD] dogs", ["two", "dogs"], [0, 0, 0, 1]),  # as a model may write them
+    ],
+)
+def test_words_and_their_tokens(tokenizer, text, words, places):
+    assert tokenizer.words(tokenizer.encode(tokenizer.prompt + text)[:-1]) == (words, places)
+
+
+def test_words_of_a_causal_tokenizer(causal):
+    """OPT's tokens carry the blank before a word: " skate" "board" "er" | " does" "n't" | " jump" "," | " now"."""
+    ids = causal.encode(f"{causal.prompt} skateboarder doesn't jump, now")[:-1]
+    words, places = causal.words(ids)
+    assert words == ["skateboarder", "doesn't", "jump,", "now"]
+    pieces = causal.tokenizer.convert_ids_to_tokens(ids[len(causal.prompt_ids) :])
+    joined = ["".join(p for p, place in zip(pieces, places, strict=True) if place == k) for k in range(len(words))]
+    assert [word.replace("\u0120", "") for word in joined] == words
+
+
 def test_a_causal_caption_that_is_cut_has_no_end(causal):
     long = causal.encode("a photo of " + "a dog " * 40)
     assert len(long) == 32 and causal.eos_token_id not in long

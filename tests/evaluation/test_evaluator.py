@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from blipds import distributed
+from blipds.captioning.confidence import Caption, Confidence
 from blipds.config.sections import RunConfig
 from blipds.data.annotations import Annotations, ImageFile, Record
 from blipds.data.datasets import CaptionDataset
@@ -35,7 +36,10 @@ class StubCaptioner:
     def caption(self, model, images, names, lockstep):
         assert images["pixel_values"].shape == (len(names), 3, 8, 8)
         self.batches.append(list(names))
-        return [f"{model} {name}" for name in names]
+        return [
+            Caption(f"{model} {name}", Confidence(-name, -1.0, ((model, -0.5), (str(name), 0.5 - name))))
+            for name in names
+        ]
 
 
 @pytest.fixture
@@ -128,6 +132,15 @@ def test_every_readable_image_is_captioned_once_and_in_order(dataset, tmp_path):
     assert [error.split(":")[0] for error in generated.errors] == [f"{tmp_path}/1.png", f"{tmp_path}/4.png"]
     assert json.loads((tmp_path / "results" / "val.json").read_text()) == [
         {"image_id": number, "caption": f"a photo of {number}"} for number in (10, 12, 13)
+    ]
+    assert (tmp_path / "confidence" / "val.json").read_text().splitlines() == [
+        "[",
+        *(
+            f'{{"image_id": {n}, "caption": "a photo of {n}", "log_prob": -{n}, "mean_log_prob": -1.0, '
+            f'"words": [["a photo of", -0.5], ["{n}", {0.5 - n}]]}}{comma}'
+            for n, comma in ((10, ","), (12, ","), (13, ""))
+        ),
+        "]",
     ]
 
 

@@ -182,12 +182,12 @@ def test_the_bound_divides_by_the_length_before_the_new_token():
 def test_the_best_hypotheses_are_kept():
     hypotheses = Hypotheses(size=2, length_penalty=1.0)
     for sequence, log_probability in (([0, 1], -2.0), ([0, 2, 3], -6.0), ([0, 3], -3.0), ([0, 4], -5.0)):
-        hypotheses.add(sequence, log_probability)
-    assert sorted(hypotheses.finished) == [(-1.5, [0, 3]), (-1.0, [0, 1])]
+        hypotheses.add(sequence, log_probability, [log_probability])
+    assert sorted(hypotheses.finished) == [(-1.5, [0, 3], [-3.0]), (-1.0, [0, 1], [-2.0])]
     # of equal scores the later, as the original's stable sort gives
-    hypotheses.add([0, 5], -2.0)
-    assert hypotheses.best(1) == [[0, 5]]
-    assert hypotheses.best(2) == [[0, 5], [0, 1]]
+    hypotheses.add([0, 5], -2.0, [])
+    assert hypotheses.best(1) == [([0, 5], [])]
+    assert hypotheses.best(2) == [([0, 5], []), ([0, 1], [-2.0])]
 
 
 # --- repetition ---
@@ -229,6 +229,37 @@ def test_repetition_penalty_counts_the_prompt():
     for search, beams in ((beam_search, 1), (single_search, 1)):
         config = GenerationConfig(num_beams=beams, max_len=3, min_len=1, repetition_penalty=2.5)
         assert search(TableDecoder(Always()), prompt, 1, END, config) == [[START, A, B]]
+
+
+# --- log-probabilities ---
+
+
+def told(search, *tables, **config):
+    """{what was said of the last table: the probabilities of its tokens}, best first."""
+    found = []
+    config = GenerationConfig(**{"num_beams": 2, "max_len": 4, "min_len": 1, **config})
+    uniform = (torch.zeros(len(tables), config.max_len),) if config.use_nucleus_sampling else ()
+    sequences = search(TableDecoder(*tables, offset=2.0), PROMPT, len(tables), END, config, *uniform, log_probs=found)
+    of_each = config.num_captions if search is beam_search else 1
+    pairs = list(zip(spoken(sequences), [torch.tensor(one).exp().tolist() for one in found], strict=True))
+    return {said: pytest.approx(chances, rel=1e-5) for said, chances in pairs[-of_each:]}
+
+
+def test_log_probabilities_are_those_of_the_tokens_and_of_what_ended_them():
+    assert told(beam_search, TABLE, num_captions=2) == {"aa": [0.6, 0.48, 0.9], "b": [0.4, 0.9]}
+    assert told(beam_search, Always(), TABLE, num_captions=2) == {"aa": [0.6, 0.48, 0.9], "b": [0.4, 0.9]}
+    assert told(beam_search, TABLE, max_len=3) == {"aa": [0.6, 0.48]}  # nothing ended it
+    assert told(single_search, Always(), TABLE) == {"a": [0.6, 0.5]}
+    assert told(single_search, TABLE, max_len=2) == {"a": [0.6]}
+
+
+def test_log_probabilities_are_the_model_s_before_anything_changes_them():
+    """Of 0.1, 0.6 and 0.3: without END the search would have 2/3 and 1/3 of what is left."""
+    for search in (beam_search, single_search):
+        assert told(search, Always(), num_beams=1, min_len=4) == {"aaa": [0.6, 0.6, 0.6]}
+        assert told(search, Always(), num_beams=1, repetition_penalty=2.5) == {"aba": [0.6, 0.3, 0.6]}
+    drawn = {"use_nucleus_sampling": True, "temperature": 3.0, "top_p": 0.5}
+    assert told(single_search, Always(), **drawn) == {"aaa": [0.6, 0.6, 0.6]}
 
 
 # --- several images ---
@@ -400,19 +431,22 @@ def test_nucleus_sampling_depends_on_the_random_numbers(oracle_model, pixel_valu
     assert first != second
 
 
+@pytest.mark.parametrize("log_probs", [None, []], ids=["captions", "scores"])
 @pytest.mark.parametrize(
     "config",
     [GenerationConfig(), GenerationConfig(num_beams=1), GenerationConfig(num_beams=1, use_nucleus_sampling=True)],
     ids=["beams", "greedy", "nucleus"],
 )
-def test_one_device_sync_a_token(oracle_model, pixel_values, tokenizer, monkeypatch, config):
-    """And one for the prompt, while images leave at different lengths."""
+def test_one_device_sync_a_token(oracle_model, pixel_values, tokenizer, monkeypatch, config, log_probs):
+    """And one for the prompt, while images leave at different lengths; log-probabilities cost none."""
     tokens = []
     step = CachedDecoder.step
     monkeypatch.setattr(CachedDecoder, "step", lambda self, given: tokens.append(len(given)) or step(self, given))
     prompt_ids, uniform = torch.tensor(tokenizer.prompt_ids), torch.rand(len(pixel_values), config.max_len)
     with Syncs() as found:
-        oracle_model.generate(prompt_ids, tokenizer.eos_token_id, config, uniform, pixel_values=pixel_values)
+        oracle_model.generate(
+            prompt_ids, tokenizer.eos_token_id, config, uniform, pixel_values=pixel_values, log_probs=log_probs
+        )
     assert found == [("tolist", f"generation.py:{'beam' if config.num_beams > 1 else 'single'}_search")] * (
         1 + 1 + len(tokens)
     )

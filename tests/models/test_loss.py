@@ -111,6 +111,17 @@ def test_weights_of_one_are_the_loss_without_smoothing():
     assert torch.equal(ones[1], plain[1])
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_the_gradient_of_a_weight_is_its_token_s_negative_log_probability(learns):
+    logits, labels = example(CPU_CHUNK + 5)
+    expected = 0.25 * F.cross_entropy(logits, labels, reduction="none")
+    weights = torch.randn(len(labels), requires_grad=True)
+    leaf = logits.clone().requires_grad_(learns)
+    (0.25 * smoothed_cross_entropy(leaf * 1.0, labels, 0.1, weights)).backward()
+    torch.testing.assert_close(weights.grad, expected, rtol=1e-6, atol=1e-6)
+    assert (leaf.grad is not None) == learns
+
+
 def test_no_labels():
     logits, labels = example(0)
     loss, gradient = value_and_gradient(lambda x: smoothed_cross_entropy(x, labels, 0.1), logits)

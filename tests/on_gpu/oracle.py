@@ -118,7 +118,7 @@ def captions(
     some = range(16 if dry else len(golden[setting]))
     for batch in EvalLoader(photographs, some, batch_size=32, num_workers=0):
         images = batch.images.model_inputs(device, DTYPES[name])
-        found += captioner.caption(model, images, batch.indices)
+        found += [caption.text for caption in captioner.caption(model, images, batch.indices)]
     equal = sum(map(str.__eq__, found, golden[setting]))
     good = None if name == "bf16" else equal == len(found)
     details = {"equal": equal, "of": len(found), "good": good}

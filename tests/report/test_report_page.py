@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import math
+import re
 import shutil
+import statistics
 
 import pytest
 from browser import DESKTOP, PHONE, chromium, complaints, open_page, requests
@@ -106,6 +109,95 @@ def shown_ids(browser):
     return texts(browser, ".card .id")
 
 
+def by_id(run, folder, key):
+    return {entry["image_id"]: entry[key] for entry in kept(run, folder)}
+
+
+def test_confidence_by_word(page, run):
+    """Shades for those who see them, percents in titles and in text."""
+    choose(page, "dataset")
+    words = by_id(run, "confidence", "words")
+    shown = page.execute_script(
+        "return [...document.querySelectorAll('.card')].map(card => [card.querySelector('.id').textContent,"
+        "[...card.querySelectorAll('.caption span')].map(word => [word.title, word.className]),"
+        "card.querySelector('.by-word').textContent])"
+    )
+    assert [image_id for image_id, *_ in shown] == list(words)
+    for image_id, spans, text in shown:
+        shares = [(word, math.exp(log_prob)) for word, log_prob in words[image_id]]
+        said = [f"{word}: {share:.0%}" if share >= 0.01 else f"{word}: below 1%" for word, share in shares]
+        assert spans == [
+            [title, f"shade-{sum(share < limit for limit in (0.9, 0.7, 0.5, 0.25))}"]
+            for title, (_, share) in zip(said, shares, strict=True)
+        ]
+        assert text == f"Confidence by word: {', '.join(said).replace(':', '')}"
+    mean = by_id(run, "confidence", "mean_log_prob").values()
+    assert texts(page, ".confidence") == [f"Confidence {math.exp(log_prob):.0%}" for log_prob in mean]
+
+
+def test_sorts_by_confidence(page, run):
+    sure = by_id(run, "confidence", "mean_log_prob")
+    for order, sign in (("unsure", 1), ("sure", -1)):
+        choose(page, order)
+        assert shown_ids(page) == sorted(sure, key=lambda image_id: sign * sure[image_id])
+
+
+def test_confidence_against_cider(page, run):
+    sure, cider = by_id(run, "confidence", "mean_log_prob"), by_id(run, "scores", "CIDEr")
+    ranks = [
+        [sum(other < value for other in found) + (sum(other == value for other in found) + 1) / 2 for value in found]
+        for found in (list(sure.values()), [cider[image_id] for image_id in sure])
+    ]
+    found = statistics.correlation(*ranks)
+    said = f"Spearman's rank correlation of confidence with CIDEr over {IMAGES} images: {found:.2f}."
+    assert said in texts(page, ".gallery .note")
+    dots = page.execute_script(
+        "return [...document.querySelectorAll('.scattered')].map(dot => [dot.textContent,"
+        "Number(dot.getAttribute('cx')), Number(dot.getAttribute('cy'))])"
+    )
+    assert {image_id for image_id, *_ in dots} == set(sure)
+    across, up = [{image_id: dot[axis] for image_id, *dot in dots} for axis in (0, 1)]
+    assert all(0 <= across[image_id] <= 354 and 0 <= up[image_id] <= 184 for image_id in sure)
+    assert min(across.values()) == across[min(sure, key=sure.get)] < across[max(sure, key=sure.get)]
+    assert min(up.values()) == up[max(cider, key=cider.get)] < up[min(cider, key=cider.get)]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_shaded_words_can_be_read(browser, run, scheme):
+    """WCAG 2.2, 1.4.3: a contrast of 4.5; and shades differ from each other and from the card."""
+    open_page(browser, run / "report.html", DESKTOP, scheme)
+    colours = browser.execute_script(
+        """const card = getComputedStyle(document.querySelector('.card article')).backgroundColor;
+        return [1, 2, 3, 4].map(shade => {
+            const word = document.body.appendChild(document.createElement('span'));
+            word.className = `shade-${shade}`;
+            return [getComputedStyle(word).color, getComputedStyle(word).backgroundColor];
+        }).concat([[card, card]]);"""
+    )
+    assert all(contrast(*pair) >= 4.5 for pair in colours[:-1])
+    assert len({background for _, background in colours}) == 5
+
+
+def contrast(first, second):
+    """By WCAG's definition of relative luminance."""
+
+    def luminance(colour):
+        channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+        linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted(map(luminance, (first, second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_percents_are_written_where_nothing_hovers(browser, run):
+    heights = []
+    for size in (DESKTOP, PHONE):
+        open_page(browser, run / "report.html", size)
+        heights.append(browser.execute_script("return document.querySelector('.by-word').offsetHeight"))
+    assert heights[0] == 1 and heights[1] > 15
+
+
 def test_needs_nothing_and_complains_about_nothing(page, run):
     assert requests(page) == [(run / "report.html").resolve().as_uri()]
     assert complaints(page) == []
@@ -183,7 +275,7 @@ def test_what_data_say_is_text(page, run):
 
 
 def test_curves_and_table(page, run):
-    assert texts(page, ".chart h3") == [
+    assert texts(page, "#curves .chart h3") == [
         *("CIDEr", "BLEU-4", "METEOR", "ROUGE-L"),
         *("Training loss", "Learning rate", "Gradient norm", "Captions a second"),
     ]

@@ -46,6 +46,8 @@ class Blip2Caption(CaptioningModel):
     How it reads queries and writes captions is its own: `logits` and `step_decoder`.
     """
 
+    reads_rows = True
+
     def __init__(
         self, visual_encoder: VisionTransformer, bridge: Bridge, language_model: nn.Module, config: Blip2Config
     ) -> None:

@@ -168,7 +168,8 @@ def test_any_prompt_is_cut_by_its_tokens(
     expected = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] - 1 :], skip_special_tokens=True)
     captioner = Captioner(CaptionTokenizer(prompt=prompt), GenerationConfig(num_beams=1), seed=0)
     with torch.no_grad():
-        assert captioner.caption(oracle_model, {"pixel_values": inputs["pixel_values"]}, range(8)) == expected
+        found = captioner.caption(oracle_model, {"pixel_values": inputs["pixel_values"]}, range(8))
+        assert [caption.text for caption in found] == expected
     if prompt.split() == ["a", "Picture", "of"]:
         assert expected == golden["captions"]["greedy_max20_min5"][:8]
 

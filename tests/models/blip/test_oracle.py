@@ -103,7 +103,8 @@ def test_captions_word_for_word(oracle_model, photographs, tokenizer, golden, na
     loader = EvalLoader(photographs, range(len(photographs)), batch_size=32, num_workers=0)
     captions = []
     for batch in loader:
-        captions += captioner.caption(oracle_model, batch.images.model_inputs(CPU, torch.float32), batch.indices)
+        images = batch.images.model_inputs(CPU, torch.float32)
+        captions += [caption.text for caption in captioner.caption(oracle_model, images, batch.indices)]
     assert captions == golden["generate"]["captions"][name]
 
 

@@ -82,7 +82,8 @@ def test_captions_word_for_word(model, photographs, run_config, golden, name):
     captioner.check_model(model)
     captions = []
     for batch in EvalLoader(photographs, range(len(photographs)), batch_size=32, num_workers=0):
-        captions += captioner.caption(model, batch.images.model_inputs(CPU, torch.float32), batch.indices)
+        images = batch.images.model_inputs(CPU, torch.float32)
+        captions += [caption.text for caption in captioner.caption(model, images, batch.indices)]
     assert captions == golden["generate"]["captions"][name]
 
 

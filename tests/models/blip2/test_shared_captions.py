@@ -1,9 +1,13 @@
 """Captions of an image share all that is in front of them; what each learns is what it would learn alone."""
 
+from itertools import islice
+
+import pytest
 import torch
 
 from blipds.data.caption_rows import caption_rows
 from blipds.data.tokenizer import caption_tokenizer
+from blipds.models.generation import GenerationConfig
 
 TEXTS = [
     ["a dog runs", "a black dog is running after a white dog in the snow", "two dogs", "snow", "dogs play outside"],
@@ -36,6 +40,25 @@ def test_shared_captions_equal_separate_pairs(build, config):
     assert {name.partition(".")[0] for name in learns} == {"visual_encoder", "bridge"}
     for name, gradient in separate.items():
         torch.testing.assert_close(shared[name], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item() + 1e-6)
+
+
+@torch.no_grad()
+def test_log_probabilities_of_shared_captions_are_those_of_the_search(build, config):
+    """Whatever greedy search says of three images, given back as candidates, all in the row of each."""
+    tokenizer, model = caption_tokenizer(config.model), build()
+    found: list[list[float]] = []
+    pixel_values = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    prompt_ids = torch.tensor(tokenizer.prompt_ids)
+    generation = GenerationConfig(num_beams=1, max_len=24)
+    arguments = {"pixel_values": pixel_values, "log_probs": found}
+    sequences = model.generate(prompt_ids, tokenizer.eos_token_id, generation, **arguments)
+    captions = [[[*sequence, tokenizer.eos_token_id]] * 2 for sequence in sequences]
+    rows = caption_rows(captions, tokenizer.prompt_ids, tokenizer.pad_token_id).to(torch.device("cpu"))
+    log_probs = iter(model.log_probs(rows, model.image_encoder(pixel_values)).tolist())
+    for row, expected in zip(captions, found, strict=True):
+        for ids in row:
+            again = list(islice(log_probs, len(ids) - len(prompt_ids)))
+            assert again[: len(expected)] == pytest.approx(expected, abs=1e-4)
 
 
 def test_an_image_without_captions_learns_nothing(build, config):
