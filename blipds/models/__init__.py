@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from blipds.config.sections import ModelConfig
-from blipds.models import blip, blip2  # noqa: F401
+from blipds.models import adapters, blip, blip2  # noqa: F401
 from blipds.models.protocol import CaptioningModel
 from blipds.registry import ARCHS
 
@@ -14,4 +14,12 @@ def build_model(config: ModelConfig, checkpoint_fn: Callable[..., Any]) -> Capti
     model: CaptioningModel = ARCHS[config.arch]().build(config, checkpoint_fn)
     if config.freeze_vit:
         model.freeze_image_encoder()
+    return model
+
+
+def build_trained(config: ModelConfig, checkpoint_fn: Callable[..., Any]) -> CaptioningModel:
+    """The model as training needs it: with the adapters that `model.lora` asks for. Elsewhere they are merged."""
+    model = build_model(config, checkpoint_fn)
+    if config.lora is not None:
+        adapters.inject(model, config.lora)
     return model

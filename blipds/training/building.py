@@ -47,7 +47,7 @@ from blipds.engine.checkpoints import CheckpointFolder, load_engine, read_state
 from blipds.errors import UserError, short_of_memory
 from blipds.evaluation.evaluator import Evaluator, build_evaluators
 from blipds.files.paths import user_path
-from blipds.models import build_model
+from blipds.models import build_trained
 from blipds.models.lr_scales import lr_scales
 from blipds.models.parameters import whole_shape
 from blipds.models.weights import load_initial_weights, load_weights, open_weights
@@ -258,7 +258,7 @@ def build_engine(config: Config, ds_config: Section, run_dir: Path, resumed: Pat
     if not uses_torch_adam(ds_config) and not prepare_ops(offloads_optimizer(ds_config), monitor.say):
         ds_config = with_setting(ds_config, "optimizer.params.torch_adam", True)
     with partitioned_init(ds_config):
-        model = build_model(config.model, checkpointed_on_host if checkpoints_on_host(ds_config) else checkpointed)
+        model = build_trained(config.model, checkpointed_on_host if checkpoints_on_host(ds_config) else checkpointed)
     if run.compile:
         model.compile_layers()
     layers = {name: model.encoder_layer(name) for name, _ in model.named_parameters()}
@@ -269,7 +269,9 @@ def build_engine(config: Config, ds_config: Section, run_dir: Path, resumed: Pat
         if resumed is None:
             load_initial_weights(model, config, monitor.say, write)
         else:  # its optimizer's state follows in load_engine
-            load_weights(model, open_weights(str(resumed), user_path(config.env.cache_root)), monitor.say, write)
+            base = config.model.lora.base if config.model.lora else None
+            stored = open_weights(str(resumed), user_path(config.env.cache_root), base)
+            load_weights(model, stored, monitor.say, write)
     return engine
 
 

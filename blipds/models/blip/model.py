@@ -39,6 +39,8 @@ from blipds.models.vision import (
 class BlipCaption(CaptioningModel):
     """`label_smoothing`: 0.1 in the paper's code."""
 
+    lora_targets = ("attn.qkv", "self.query", "self.value")
+
     def __init__(
         self, visual_encoder: VisionTransformer, text_decoder: TextDecoder, *, label_smoothing: float = 0.1
     ) -> None:
