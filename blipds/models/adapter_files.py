@@ -26,9 +26,9 @@ PLAIN: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class StoredAdapters:
-    """Adapters and what learnt beside them, under the model's names. base: where the weights are that they adapt.
+    """Adapters and what learnt beside them, under the model's names.
 
-    base_hash: of those weights (checkpoints.weights_hash), where the file has it.
+    base: where the weights are that they adapt; base_hash: of those (checkpoints.weights_hash), where the file has it.
     """
 
     stored: StoredTensors  # under the model's names
@@ -59,29 +59,33 @@ def holds_adapters(stored: StoredTensors) -> bool:
     return "peft_type" in stored.config or (stored.is_own and "lora" in stored.config)
 
 
+def base_location(stored: StoredTensors) -> str:
+    base = stored.base or stored.config.get(BASE if stored.is_own else "base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{stored.location}: does not say which weights its adapters adapt; give --base")
+    return base
+
+
 def read_adapters(stored: StoredTensors, layout: CheckpointFormat) -> StoredAdapters:
     """UserError for what is no plain LoRA, and where adapters are incomplete. Reads no tensor."""
     config = stored.config
     tensors: dict[str, Tensor] = dict(stored.tensors)
     if stored.is_own:
-        sizes, base = config["lora"], config.get(BASE)
+        sizes = config["lora"]
     else:
         if strange := [key for key, plain in PLAIN.items() if (config.get(key) or None) != plain]:
             raise UserError(f"{stored.location}: {strange[0]} is {config.get(strange[0])}; only plain LoRA can be read")
         ours = {name: layout.our_name("transformers", name.removeprefix(PREFIX)) for name in tensors}
         tensors = {new: tensors[old] for old, new in ours.items() if new is not None}
         sizes = {"r": config.get("r"), "alpha": config.get("lora_alpha"), "dropout": config.get("lora_dropout", 0.0)}
-        base = config.get("base_model_name_or_path")
     try:
         r, alpha, dropout = int(sizes["r"]), float(sizes["alpha"]), float(sizes["dropout"])
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"{stored.location}: says no rank, alpha and dropout of its adapters ({error})") from error
     own = replace(stored, tensors=tensors, is_own=True)
-    found = StoredAdapters(own, r, alpha, dropout, str(stored.base or base or ""), config.get(BASE_HASH))
+    found = StoredAdapters(own, r, alpha, dropout, base_location(stored), config.get(BASE_HASH))
     if lacking := sorted(set(adapter_names(found.modules)) ^ {name for name in tensors if is_adapter(name)}):
         raise UserError(f"{stored.location}: half of an adapter is missing: {listed(lacking)}")
-    if not found.base:
-        raise UserError(f"{stored.location}: does not say which weights its adapters adapt; give --base")
     return found
 
 

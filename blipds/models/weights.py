@@ -13,7 +13,7 @@ from blipds.errors import UserError
 from blipds.files.download import fetch
 from blipds.files.paths import target, user_path
 from blipds.models import adapters
-from blipds.models.adapter_files import BASE, BASE_HASH, StoredAdapters, holds_adapters, read_adapters
+from blipds.models.adapter_files import BASE, BASE_HASH, base_location, holds_adapters, read_adapters
 from blipds.models.checkpoint_files import StoredTensors, open_stored
 from blipds.models.checkpoints import Checkpoint, lasting, load_into, weights_hash
 from blipds.models.initialisation import initialise
@@ -46,6 +46,11 @@ def find_checkpoint(location: str, link: str) -> str:
     return next((str(found) for place in [*links, *steps] if (found := target(place)) is not None), location)
 
 
+def base_of(config: ModelConfig) -> str | None:
+    """Where the run config says that the weights are which adapters adapt; None: where the adapters say."""
+    return config.lora.base if config.lora else None
+
+
 def open_weights(location: str, cache_root: Path, base: str | None = None) -> StoredTensors:
     """Opens a checkpoint of any kind: a path, a URL or a hub name; of a run directory the best.
 
@@ -56,12 +61,12 @@ def open_weights(location: str, cache_root: Path, base: str | None = None) -> St
     return replace(open_stored(locate(location, cache_root), location), cache_root=cache_root, base=base)
 
 
-def open_base(stored: StoredTensors, adapters: StoredAdapters) -> StoredTensors:
+def open_base(stored: StoredTensors) -> StoredTensors:
     """The weights that adapters adapt, with what the adapters' file says of them."""
-    base = open_weights(adapters.base, stored.cache_root)
+    base = open_weights(base_location(stored), stored.cache_root)
     if holds_adapters(base):
-        raise UserError(f"{stored.location}: {adapters.base} holds adapters itself; give --base")
-    return replace(base, config={**base.config, **adapters.stored.config})
+        raise UserError(f"{stored.location}: {base.location} holds adapters itself; give --base")
+    return replace(base, config={**stored.config, **base.config})
 
 
 def load_initial_weights(
@@ -84,8 +89,7 @@ def load_initial_weights(
         load_weights(model, stored, say, write, part=kind)
 
     if location is not None:
-        base = config.model.lora.base if config.model.lora else None
-        load_weights(model, open_weights(location, cache_root, base), say, write, seed=config.run.seed)
+        load_weights(model, open_weights(location, cache_root, base_of(config.model)), say, write, seed=config.run.seed)
     else:
         initialise(model, config.run.seed, write or partial(copy_into, model))
     model.load_parts(config.model, load_part)
@@ -136,7 +140,7 @@ def load_adapters(model: CaptioningModel, stored: StoredTensors, say: Callable[[
             tensor = tensor.float() + given.alpha / given.r * (second @ first)
         write(name, tensor)
 
-    base = open_base(stored, given)
+    base = open_base(stored)
     checkpoint = load_base(model, base, say, write_base, expected=given.base_hash)
     if injected is not None:
         injected.base = {BASE: lasting(base.location), BASE_HASH: weights_hash(checkpoint.tensors)}

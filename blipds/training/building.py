@@ -48,9 +48,10 @@ from blipds.errors import UserError, short_of_memory
 from blipds.evaluation.evaluator import Evaluator, build_evaluators
 from blipds.files.paths import user_path
 from blipds.models import build_trained
+from blipds.models.adapter_files import BASE
 from blipds.models.lr_scales import lr_scales
 from blipds.models.parameters import whole_shape
-from blipds.models.weights import load_initial_weights, load_weights, open_weights
+from blipds.models.weights import base_of, load_initial_weights, load_weights, open_weights
 from blipds.monitor import Monitor
 from blipds.planning import planner
 from blipds.registry import OBJECTIVES, SCHEDULES
@@ -96,6 +97,8 @@ def build_trainer(
     if config.model.cache_image_embeds:
         cache_image_embeds(engine, config, datasets, monitor.say)
     sizes, samples = run_sizes(engine.model, plan, trained_on), sum(map(len, trained_on))
+    if engine.model.lora is not None:
+        monitor.say(f"adapters   {engine.model.lora}, of {engine.model.lora.base[BASE]}")
     monitor.start(state.global_step, sizes | objective.facts() | machine_facts(engine.device))
     for line in start_block(config, ds_config, sizes, samples, plan, loader, run_dir):
         monitor.say(line)
@@ -269,8 +272,7 @@ def build_engine(config: Config, ds_config: Section, run_dir: Path, resumed: Pat
         if resumed is None:
             load_initial_weights(model, config, monitor.say, write)
         else:  # its optimizer's state follows in load_engine
-            base = config.model.lora.base if config.model.lora else None
-            stored = open_weights(str(resumed), user_path(config.env.cache_root), base)
+            stored = open_weights(str(resumed), user_path(config.env.cache_root), base_of(config.model))
             load_weights(model, stored, monitor.say, write)
     return engine
 

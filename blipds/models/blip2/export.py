@@ -21,6 +21,8 @@ IMAGE_TOKEN = "<image>"  # transformers' Blip2ForConditionalGeneration puts the 
 def export_lavis(path: Path, export: Export) -> None:
     """`launch/export.py --format blip`: what LAVIS's captioning checkpoints hold, all but the language model."""
     check_file(path, export.overwrite)
+    if export.model.elsewhere is None and getattr(export.config, "load_llm", False):
+        raise UserError("LAVIS's files leave the language model out, and adapters are merged into it: take --format hf")
     model = {name: on_host(tensor) for name, tensor in to_lavis(export.tensors).items()}
     write_pth(path, model, asdict(export.config) | export.model.constants())
 
