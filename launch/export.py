@@ -55,12 +55,7 @@ SHOWN_METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE")
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="what to export: a path, URL or hub name")
-    parser.add_argument(
-        "--format",
-        required=True,
-        metavar="NAME",
-        help="hf: transformers folder; blip: BLIP .pth; lora: peft's adapters",
-    )
+    parser.add_argument("--format", required=True, metavar="NAME", help="hf, blip or lora: see above")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR|FILE.pth", help="where to write it")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the transformers folder to the Hugging Face hub")
     parser.add_argument("--force", action="store_true", help="replace an earlier export at --output")
@@ -79,8 +74,9 @@ def main() -> None:
         print(cli.as_yaml(config), end="")
         return
     formats = ARCHS[config.model.arch]().exports
-    if args.format not in (*formats, "lora"):
-        allowed = ", ".join([*formats, "lora"])
+    names = [*formats, *(["lora"] if "hf" in formats else [])]
+    if args.format not in names:
+        allowed = ", ".join(names) or "none: its checkpoints are safetensors under its own names"
         raise UserError(f"--format {args.format}: {config.model.arch} has the formats {allowed}")
     if args.push:
         check_push(args.push, args.format)
@@ -158,10 +154,9 @@ def check_merge(args: argparse.Namespace, has_adapters: bool) -> None:
         option = "--merge" if args.merge else "--format lora"
         raise UserError(f"{option}: --checkpoint {args.checkpoint} holds no adapters")
     if has_adapters and args.merge == (args.format == "lora"):
-        allowed = (
-            f"--format {args.format} --merge" if args.format != "lora" else "--format lora, or hf or blip with --merge"
+        raise UserError(
+            f"--checkpoint {args.checkpoint} holds adapters; allowed: --format lora, or another format with --merge"
         )
-        raise UserError(f"--checkpoint {args.checkpoint} holds adapters; allowed: {allowed}")
 
 
 def generation_arguments(config: Config) -> dict[str, Any]:

@@ -97,11 +97,11 @@ def build_trainer(
     if config.model.cache_image_embeds:
         cache_image_embeds(engine, config, datasets, monitor.say)
     sizes, samples = run_sizes(engine.model, plan, trained_on), sum(map(len, trained_on))
-    if engine.model.lora is not None:
-        monitor.say(f"adapters   {engine.model.lora}, of {engine.model.lora.base[BASE]}")
     monitor.start(state.global_step, sizes | objective.facts() | machine_facts(engine.device))
     for line in start_block(config, ds_config, sizes, samples, plan, loader, run_dir):
         monitor.say(line)
+    if (adapters := engine.model.lora) is not None:
+        monitor.say(f"adapters   {adapters}; base {adapters.base[BASE]}")
     monitor.say_where()
     if state.global_step:
         monitor.say(f"resumed    after step {state.global_step}")
