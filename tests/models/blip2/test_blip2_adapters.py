@@ -16,6 +16,7 @@ from blipds.models import build_model, build_trained
 from blipds.models.adapter_files import read_adapters, write_peft
 from blipds.models.blip2.export import export_lavis, export_transformers
 from blipds.models.blip2.language_model import text_logits
+from blipds.models.blip2.model import LN_VISION_EPS
 from blipds.models.protocol import keep_activations
 from blipds.models.weights import load_weights, open_weights
 
@@ -61,10 +62,10 @@ def our_logits(model, given):
 
 
 @torch.no_grad()
-def their_logits(model, given):
+def their_logits(model, given, post_layernorm="vision_model.post_layernorm"):
     pixels, ids, _ = given
     everything = torch.cat([torch.full((4, 8), model.config.image_token_index), ids], 1)
-    model.eval()
+    model.eval().get_submodule(post_layernorm).eps = LN_VISION_EPS  # transformers has 1e-6: 2e-5 of the logits
     return model(pixel_values=pixels, input_ids=everything, attention_mask=torch.ones_like(everything)).logits[:, 8:]
 
 
@@ -79,7 +80,8 @@ def test_peft_loads_what_is_exported(trained, checkpoint, folder, given, tmp_pat
     stored = open_weights(str(checkpoint), tmp_path)
     write_peft(tmp_path / "adapters", read_adapters(stored, trained.checkpoint_format()), trained, False)
     theirs = PeftModel.from_pretrained(Blip2ForConditionalGeneration.from_pretrained(folder), tmp_path / "adapters")
-    found, expected = their_logits(theirs, given)[..., :2000], our_logits(trained, given)
+    found = their_logits(theirs, given, "base_model.model.vision_model.post_layernorm")[..., :2000]
+    expected = our_logits(trained, given)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
