@@ -118,6 +118,12 @@ def add_config_arguments(parser: argparse.ArgumentParser, default: str = "") -> 
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
 
+def add_base_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base", metavar="PATH", help="the weights that adapters adapt, if not where they say (model.lora.base)"
+    )
+
+
 class ListEverything(argparse.Action):
     """`--list`: prints what there is to choose from, with what the plugins before it on the command line add."""
 
@@ -158,7 +164,8 @@ def import_plugins(plugins: Sequence[str]) -> None:
 def load_config(args: argparse.Namespace) -> Config:
     """Imports the plugins and loads the run config; rank 0 says which of its keys something else decides now."""
     import_plugins(args.plugin)
-    config, notices = load_run_config(args.cfg_path, args.options)
+    base = [f"model.lora.base={args.base}"] if getattr(args, "base", None) else []
+    config, notices = load_run_config(args.cfg_path, [*args.options, *base])
     cache_root = user_path(config.env.cache_root)
     if os.path.expanduser("~") == "~":  # noqa: PTH111 (torch and the hub would make a folder of that name)
         os.environ["HOME"] = str(cache_root.absolute())

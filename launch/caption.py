@@ -93,6 +93,7 @@ def parse_arguments() -> argparse.Namespace:
 
     model = parser.add_argument_group("how the model is built, where the checkpoint does not say")
     model.add_argument("--cfg-path", type=Path, metavar="YAML", help="run config (run_configs/)")
+    model.add_argument("--base", metavar="PATH", help="the weights that adapters adapt, if not where they say")
     model.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the run config")
     model.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import a module of your own")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -135,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
     cli.import_plugins(args.plugin)
     device = distributed.initialise()
     candidates = None if args.rank is None else read_candidates(user_path(args.rank), args.images, say)
-    recipe = caption_recipe(find_checkpoint(args.checkpoint, "best"), args.cfg_path, args.options)
+    recipe = caption_recipe(find_checkpoint(args.checkpoint, "best"), args.cfg_path, args.options, args.base)
     recipe = recipe.with_decoding(**{name: getattr(args, name) for name in DECODING})
     model = load_caption_model(recipe, args.num_captions, device, args.precision, say, args.scores)
     shows_progress = distributed.is_main() and sys.stderr.isatty() and "-" not in args.images

@@ -37,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_config_arguments(parser)
     parser.add_argument("--checkpoint", metavar="PATH", help="what to evaluate: a path, a URL or a hub name")
+    cli.add_base_argument(parser)
     parser.add_argument(
         "--split", nargs="+", metavar="NAME", help="splits to caption (default: run.test_splits, else run.valid_splits)"
     )

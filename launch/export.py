@@ -12,18 +12,24 @@ finetune.py reads can be exported too, with a --cfg-path that says how the model
 
     python launch/export.py --cfg-path run_configs/caption_coco_base.yaml --checkpoint x.pth --format hf --output x
 
+A run with model.lora, or a folder of peft's, holds adapters: --format lora writes them alone, --merge with another
+format writes the model with them merged into the weights of their base.
+
 hf    config, safetensors, tokenizer, image processor, generation config and a model card (README.md) with the metrics,
       the run config, its limits and the call that captions as this project does. BlipForConditionalGeneration,
       AutoModelForImageTextToText and the image-text-to-text pipeline load it as it is. An image encoder that
       transformers' BLIP cannot express (layer scale, registers, ...) is refused with the reason. --push uploads the
       folder to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN; a missing repository is created.
 blip  the dict {model, config, epoch} that the original BLIP code and LAVIS load; any image encoder.
+lora  peft's adapter_config.json and adapter_model.safetensors, which PeftModel.from_pretrained puts onto transformers'
+      model of the base (exported as hf, or the base itself where it is a transformers folder).
 
 Weights are written in fp32. No GPU is needed, and no optimizer state is read.
 """
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +43,9 @@ from blipds.engine.checkpoints import STATE, read_state
 from blipds.errors import UserError
 from blipds.files.paths import user_path
 from blipds.models import build_model
-from blipds.models.protocol import CaptioningModel, Export, keep_activations
-from blipds.models.weights import find_checkpoint, load_weights, open_weights
+from blipds.models.adapter_files import holds_adapters, read_adapters, write_peft
+from blipds.models.protocol import Export, keep_activations
+from blipds.models.weights import base_of, find_checkpoint, load_weights, open_weights
 from blipds.registry import ARCHS
 from blipds.report.run_files import of_kind, read_lines
 
@@ -48,10 +55,12 @@ SHOWN_METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE")
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="what to export: a path, URL or hub name")
-    parser.add_argument("--format", required=True, metavar="NAME", help="hf: transformers folder; blip: BLIP .pth")
+    parser.add_argument("--format", required=True, metavar="NAME", help="hf, blip or lora: see above")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR|FILE.pth", help="where to write it")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the transformers folder to the Hugging Face hub")
     parser.add_argument("--force", action="store_true", help="replace an earlier export at --output")
+    parser.add_argument("--merge", action="store_true", help="merge adapters into their base")
+    cli.add_base_argument(parser)
     cli.add_config_arguments(parser, default="the config.yaml of the run that the checkpoint is of")
     return parser.parse_args()
 
@@ -65,18 +74,29 @@ def main() -> None:
         print(cli.as_yaml(config), end="")
         return
     formats = ARCHS[config.model.arch]().exports
-    if args.format not in formats:
-        allowed = ", ".join(formats) or "none: its checkpoints are safetensors under its own names"
+    names = [*formats, *(["lora"] if "hf" in formats else [])]
+    if args.format not in names:
+        allowed = ", ".join(names) or "none: its checkpoints are safetensors under its own names"
         raise UserError(f"--format {args.format}: {config.model.arch} has the formats {allowed}")
     if args.push:
         check_push(args.push, args.format)
-    model, tensors = read(config, location)
+    stored = open_weights(location, user_path(config.env.cache_root), base_of(config.model))
+    check_merge(args, holds_adapters(stored))
     output = user_path(args.output)
+    with torch.device("meta"):  # its geometry is what counts
+        model = build_model(config.model, keep_activations)
+    if args.format == "lora":
+        adapters = read_adapters(stored, model.checkpoint_format())
+        write_peft(output, adapters, model, args.force)
+        print(f"{output}: {adapters}, of {adapters.base}")
+        return
+    tensors: dict[str, Tensor] = {}
+    load_weights(model, stored, print, write=lambda name, tensor: tensors.update({name: tensor.float()}))
     processor = image_processor_of(config)
     export = Export(
         model,
         tensors,
-        config.model,
+        replace(config.model, lora=None),
         Captioner.from_config(config).tokenizer.tokenizer,
         processor.mean,
         processor.std,
@@ -128,14 +148,15 @@ def load_config(args: argparse.Namespace, run_dir: Path | None) -> Config:
     return cli.load_config(args)
 
 
-def read(config: Config, location: str) -> tuple[CaptioningModel, dict[str, Tensor]]:
-    """The model without memory for its weights (its geometry is what counts), and the checkpoint's tensors in fp32."""
-    with torch.device("meta"):
-        model = build_model(config.model, keep_activations)
-    tensors: dict[str, Tensor] = {}
-    stored = open_weights(location, user_path(config.env.cache_root))
-    load_weights(model, stored, print, write=lambda name, tensor: tensors.update({name: tensor.float()}))
-    return model, tensors
+def check_merge(args: argparse.Namespace, has_adapters: bool) -> None:
+    """UserError where --merge or --format lora does not fit what the checkpoint holds."""
+    if not has_adapters and (args.merge or args.format == "lora"):
+        option = "--merge" if args.merge else "--format lora"
+        raise UserError(f"{option}: --checkpoint {args.checkpoint} holds no adapters")
+    if has_adapters and args.merge == (args.format == "lora"):
+        raise UserError(
+            f"--checkpoint {args.checkpoint} holds adapters; allowed: --format lora, or another format with --merge"
+        )
 
 
 def generation_arguments(config: Config) -> dict[str, Any]:

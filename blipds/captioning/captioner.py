@@ -23,11 +23,12 @@ from blipds.engine import DTYPES
 from blipds.errors import UserError, short_of_memory
 from blipds.files.paths import user_path
 from blipds.models import build_model
+from blipds.models.adapter_files import holds_adapters
 from blipds.models.checkpoint_files import StoredTensors
 from blipds.models.generation import GenerationConfig
 from blipds.models.parameters import fingerprint
 from blipds.models.protocol import CaptioningModel, CheckpointFn, keep_activations
-from blipds.models.weights import fill_image_statistics, load_weights, open_weights
+from blipds.models.weights import base_of, fill_image_statistics, load_weights, open_base, open_weights
 from blipds.registry import ARCHS
 
 
@@ -220,24 +221,27 @@ def load_caption_model(
     return CaptionModel(model.to(device, dtype), captioner, recipe.image_processor, device, dtype, weights, scores)
 
 
-def caption_recipe(location: str, cfg_path: Path | None, options: Sequence[str]) -> CaptionRecipe:
+def caption_recipe(
+    location: str, cfg_path: Path | None, options: Sequence[str], base: str | None = None
+) -> CaptionRecipe:
     """How a checkpoint's captioner is built: by the run config given, else by what lies beside or in the checkpoint.
 
     A checkpoint of a run: <run>/config.yaml. Others: what an arch knows them by (`Arch.describe`), such as a
-    transformers folder or hub name, a .pth of `launch/export.py`, BLIP's and LAVIS's own base and large. UserError
-    where nothing states the geometry.
+    transformers folder or hub name, a .pth of `launch/export.py`, BLIP's and LAVIS's own base and large; of adapters,
+    their base (`base`, if it is not where they say). UserError where nothing states the geometry.
     """
     if cfg_path is None and (run_dir := run_directory(user_path(location))):
         cfg_path = run_dir / "config.yaml"
     if cfg_path is not None:
         config, _ = load_run_config(cfg_path, options)
         fill_image_statistics(config)
-        stored = open_weights(location, user_path(config.env.cache_root))
+        stored = open_weights(location, user_path(config.env.cache_root), base or base_of(config.model))
         return CaptionRecipe(stored, config, image_processor_of(config), build_model)
     if options:
         raise UserError("--options change a run config, and there is none: give --cfg-path too")
-    stored = open_weights(location, user_path(Config().env.cache_root))
-    found = next(filter(None, (ARCHS[name]().describe(stored) for name in ARCHS.names())), None)
+    stored = open_weights(location, user_path(Config().env.cache_root), base)
+    whole = open_base(stored) if holds_adapters(stored) else stored
+    found = next(filter(None, (ARCHS[name]().describe(whole) for name in ARCHS.names())), None)
     if found is None:
         raise UserError(
             f"--checkpoint {location}: nothing beside it or in it says how its model is built, and it is neither BLIP "

@@ -104,6 +104,8 @@ def conform(given: Any, schema: Any, key: str = "") -> Any:
         given = str(given) if any(part in texts for part in parts) and not is_other else given.value
     if isinstance(schema, dict) or is_dataclass(schema):
         return _section(given, schema, key)
+    if given is not None and (section := next(filter(is_dataclass, parts), None)):  # a section or null
+        return _section(given, section, key)
     if isinstance(given, dict):
         values = _inside(parts, dict)
         if values is None and _inside(parts, list):
@@ -116,7 +118,7 @@ def conform(given: Any, schema: Any, key: str = "") -> Any:
         if given is not None:
             raise UserError(f"{key} is {conform(given, Any)!r}; expected a mapping")
         return {}
-    if get_origin(schema) is list and isinstance(given, str):
+    if isinstance(given, str) and str not in parts and any(get_origin(part) is list for part in parts):
         return [given]
     if isinstance(given, list):
         return [conform(item, _inside(parts, list) or Any, key) for item in given]

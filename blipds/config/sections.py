@@ -49,6 +49,24 @@ def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
 
 
 @dataclass
+class LoraConfig:
+    """`model.lora:`. Patterns are of the model's own names; None: those of the arch (models/protocol.py).
+
+    base: where the weights are that the adapters of a checkpoint adapt, if not where it says.
+    """
+
+    r: int = limited(16, "1 or more")
+    alpha: int = limited(32, "1 or more")
+    dropout: float = limited(0.0, "0 or more, below 1")
+    target_modules: list[str] | None = None
+    train_also: list[str] | None = None
+    base: str | None = None
+
+    def __post_init__(self) -> None:
+        check_limits("model.lora", self)
+
+
+@dataclass
 class ModelConfig:
     """`model:`, the keys that every arch has. An arch adds its own in a subclass (models/protocol.py)."""
 
@@ -71,6 +89,7 @@ class ModelConfig:
     tokenizer: str | None = None
     prompt: str = "a picture of "
     max_txt_len: int = limited(40, "2 or more")
+    lora: LoraConfig | None = None
 
     @property
     def recomputes(self) -> bool:
@@ -112,6 +131,8 @@ class ModelConfig:
             raise UserError(
                 "model.cache_image_embeds needs model.freeze_vit: features of an encoder that learns change"
             )
+        if self.lora is not None and not (self.load_finetuned or self.load_pretrained):
+            raise UserError("model.lora adapts a whole checkpoint: say model.load_pretrained or load_finetuned")
 
 
 @dataclass

@@ -122,7 +122,7 @@ class CheckpointFolder:
         writers = [engine.state.writer(partial, self.background)]
         weights = (weight for _, weight in engine.weights())  # collective: to be exhausted by every rank
         if distributed.is_main():
-            metadata = {"format": "blipds", "config": json.dumps(engine.model.constants())}
+            metadata = {"format": "blipds", "config": json.dumps(engine.model.checkpoint_config())}
             tensors = host_copies(weights) if self.background else weights
             writers.append(lambda: write_tensors(partial / WEIGHTS, engine.weight_shapes(), tensors, metadata))
         files: Future[list[FileRecord]] = Future()

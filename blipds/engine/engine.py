@@ -289,14 +289,14 @@ class Engine:
             whole = self.frozen.pop(name, parameter.detach().to("cpu", torch.float32, copy=True))
             whole.view(-1)[: tensor.numel()].copy_(tensor.view(-1))
             parameter.copy_(whole)
-            kept = distributed.is_main() and not self._is_elsewhere(name)
+            kept = distributed.is_main() and not self.model.is_elsewhere(name)
             if kept and not torch.equal(parameter.float().cpu(), whole):
                 self.frozen[name] = whole
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, weight in fp32), one after the other: never rounded where it was filled in fp32.
 
-        Those that a file elsewhere holds (`CaptioningModel.elsewhere`) are left out.
+        Those that a file elsewhere holds (`CaptioningModel.is_elsewhere`) are left out.
 
         Collective: every rank must exhaust it, and gets every weight; the frozen ones, other ranks than 0 as the model
         has them. They are where the optimizer has them, until the next: who keeps one copies it.
@@ -319,11 +319,7 @@ class Engine:
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """What `weights` yields, in its order."""
         parameters = self.model.named_parameters()
-        return {name: tuple(whole_shape(p)) for name, p in parameters if not self._is_elsewhere(name)}
-
-    def _is_elsewhere(self, name: str) -> bool:
-        prefix: str | None = self.model.elsewhere
-        return prefix is not None and name.startswith(prefix)
+        return {name: tuple(whole_shape(p)) for name, p in parameters if not self.model.is_elsewhere(name)}
 
     @property
     def checkpoint_bytes(self) -> int:

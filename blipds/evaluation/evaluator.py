@@ -29,7 +29,7 @@ from blipds.models import build_model
 from blipds.models.initialisation import initialise
 from blipds.models.parameters import copy_into
 from blipds.models.protocol import CaptioningModel, keep_activations
-from blipds.models.weights import load_weights, open_weights
+from blipds.models.weights import base_of, load_weights, open_weights
 from blipds.monitor import Monitor
 from blipds.report.gallery import Shown
 from blipds.report.run_files import read_clip, write_cider, write_clip, write_confidence
@@ -294,7 +294,8 @@ def load_model(
     if checkpoint is None:
         initialise(model, config.run.seed, partial(copy_into, model))
     else:
-        load_weights(model, open_weights(checkpoint, user_path(config.env.cache_root)), say)
+        stored = open_weights(checkpoint, user_path(config.env.cache_root), base_of(config.model))
+        load_weights(model, stored, say)
     return model.to(device, dtype).eval()
 
 

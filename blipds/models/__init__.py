@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from blipds.config.sections import ModelConfig
-from blipds.models import blip, blip2  # noqa: F401
+from blipds.models import adapters, blip, blip2  # noqa: F401
 from blipds.models.protocol import CaptioningModel
 from blipds.registry import ARCHS
 
@@ -24,4 +24,14 @@ def build_model(
     model: CaptioningModel = arch.build(config, checkpoint_fn)
     if config.freeze_vit:
         model.freeze_image_encoder()
+    return model
+
+
+def build_trained(
+    config: ModelConfig, checkpoint_fn: Callable[..., Any], dtype: torch.dtype = torch.float32
+) -> CaptioningModel:
+    """The model as training needs it: with the adapters that `model.lora` asks for. Elsewhere they are merged."""
+    model = build_model(config, checkpoint_fn, dtype)
+    if config.lora is not None:
+        adapters.inject(model, config.lora)
     return model

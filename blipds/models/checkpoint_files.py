@@ -33,7 +33,8 @@ class StoredTensors:
 
     tensors: memory maps where the format allows it; nothing of them has been read. config: the transformers
     config.json, or the config that the file carries, or {}. is_own: this project wrote it. location: where the user
-    said it is. cache_root: where files beside it would be downloaded to.
+    said it is. cache_root: where files beside it would be downloaded to. base: where the weights are that adapters in
+    it adapt, if not where it says.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class StoredTensors:
     is_own: bool = False
     location: str = ""
     cache_root: Path = Path()
+    base: str | None = None
 
 
 def open_stored(path: Path, location: str = "") -> StoredTensors:
@@ -58,6 +60,11 @@ def open_stored(path: Path, location: str = "") -> StoredTensors:
 
 def _read_folder(folder: Path) -> StoredTensors:
     config, index = folder / "config.json", folder / "model.safetensors.index.json"
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():  # peft's
+        stored = _read_file(folder / "adapter_model.safetensors")
+        stated = _json_object(adapter, adapter.read_bytes(), "it")
+        return replace(stored, path=folder, config={**stored.config, **stated})
     pickles = folder / "pytorch_model.bin.index.json"
     if (folder / "model.safetensors").is_file():
         stored = _read_file(folder / "model.safetensors")

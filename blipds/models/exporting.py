@@ -32,24 +32,27 @@ def write_pth(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, An
 
 
 @contextmanager
-def new_folder(folder: Path, overwrite: bool, model_type: str) -> Iterator[Path]:
+def new_folder(
+    folder: Path, overwrite: bool, model_type: str, said_in: tuple[str, str] = ("config.json", "model_type")
+) -> Iterator[Path]:
     """A folder to write to that takes the name `folder` at the end.
 
     UserError where `folder` exists and is not empty; with `overwrite` an earlier export is replaced, and only what is
-    one (its config.json says `model_type`).
+    one: the file and key `said_in` say `model_type`.
     """
+    file_name, key = said_in
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         if not overwrite:
             raise UserError(
                 f"{folder}: exists already; choose another output, or replace an earlier export with --force"
             )
         try:
-            is_export = json.loads((folder / "config.json").read_text("utf-8")).get("model_type") == model_type
+            is_export = json.loads((folder / file_name).read_text("utf-8")).get(key) == model_type
         except (OSError, ValueError, AttributeError):
             is_export = False
         if not is_export:
             raise UserError(
-                f"{folder}: not an earlier export (no config.json of a {model_type}); it is not overwritten"
+                f"{folder}: not an earlier export (no {file_name} of a {model_type}); it is not overwritten"
             )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from blipds.config.sections import ModelConfig
 from blipds.errors import UserError
+from blipds.models.adapters import Adapters, own_name
 from blipds.models.checkpoint_files import StoredTensors
 from blipds.models.checkpoints import Checkpoint, CheckpointFormat
 from blipds.models.generation import (
@@ -54,6 +55,10 @@ class CaptioningModel(nn.Module, ABC):
     # What the names of frozen weights begin with that a file elsewhere holds: checkpoints leave them out; None: no such
     elsewhere: str | None = None
     reads_rows = False  # whether `forward` tells the captions of a row apart; if not, candidates get a row each
+    # Patterns of linear layers that `model.lora` adapts, and of parameters that learn beside, where it names none
+    lora_targets: ClassVar[Sequence[str]] = ()
+    lora_train_also: ClassVar[Sequence[str]] = ()
+    lora: Adapters | None = None
     freeze_vit = False
     compiled = False
 
@@ -139,6 +144,24 @@ class CaptioningModel(nn.Module, ABC):
         raise UserError(f"{type(self).__name__} does not show where it looks: no heat maps")
 
     # --- what follows from the above
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names are those of the model without adapters; theirs are LAYER.lora_A.weight and LAYER.lora_B.weight."""
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield name if self.lora is None else own_name(name), parameter
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        return super().get_parameter(target if self.lora is None else self.lora.injected_names[target])
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a file elsewhere holds a frozen weight, so that checkpoints leave it out; beside adapters: all."""
+        if self.lora is not None:
+            return not self.get_parameter(name).requires_grad
+        return self.elsewhere is not None and name.startswith(self.elsewhere)
+
+    def checkpoint_config(self) -> dict[str, Any]:
+        """What a run's checkpoints carry beside the weights, as JSON."""
+        return self.constants() | (self.lora.facts() if self.lora else {})
 
     def freeze_image_encoder(self) -> None:
         """The encoder neither learns nor drops (`model.freeze_vit`)."""

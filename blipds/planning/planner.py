@@ -28,7 +28,7 @@ from blipds.config.sections import Config
 from blipds.data.caption_rows import caption_rows
 from blipds.data.tokenizer import caption_tokenizer
 from blipds.engine import DTYPES, checkpointed, parameter_groups
-from blipds.models import build_model
+from blipds.models import build_trained
 
 GB = 1e9
 # What no tensor shows, as an H200 had it (tests/benchmarks/README.md): the CUDA context, NCCL and cuBLAS's workspace;
@@ -52,7 +52,7 @@ class ParameterSizes:
     @classmethod
     def of(cls, config: Config) -> "ParameterSizes":
         with torch.device("meta"):
-            model = build_model(config.model, checkpointed)
+            model = build_trained(config.model, checkpointed)
         groups = parameter_groups(model, config.run.weight_decay, config.run.weight_decay_on)
         frozen = tuple(p.numel() for p in model.parameters() if not p.requires_grad)
         return cls(tuple(tuple(p.numel() for p in group["params"]) for group in groups), frozen)
@@ -248,7 +248,7 @@ def activations(config: Config, shape: Shape, dtype: torch.dtype) -> tuple[int, 
         return checkpoint(function, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _CudaKernels()))
 
     with torch.device("meta"):
-        model = build_model(config.model, recomputed).to(dtype).train()
+        model = build_trained(config.model, recomputed).to(dtype).train()
     for parameter in model.parameters():
         if parameter.requires_grad:
             # a gradient goes into DeepSpeed's buffers as soon as it is there: from then on it is a model state

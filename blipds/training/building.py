@@ -48,10 +48,11 @@ from blipds.engine.checkpoints import CheckpointFolder, load_engine, read_state
 from blipds.errors import UserError, short_of_memory
 from blipds.evaluation.evaluator import Evaluator, build_evaluators, load_clips
 from blipds.files.paths import user_path
-from blipds.models import build_model
+from blipds.models import build_trained
+from blipds.models.adapter_files import BASE
 from blipds.models.lr_scales import lr_scales
 from blipds.models.parameters import whole_shape
-from blipds.models.weights import load_initial_weights, load_weights, open_weights
+from blipds.models.weights import base_of, load_initial_weights, load_weights, open_weights
 from blipds.monitor import Monitor
 from blipds.planning import planner
 from blipds.registry import OBJECTIVES, SCHEDULES
@@ -100,6 +101,8 @@ def build_trainer(
     monitor.start(state.global_step, sizes | objective.facts() | machine_facts(engine.device))
     for line in start_block(config, ds_config, sizes, samples, plan, loader, run_dir):
         monitor.say(line)
+    if (adapters := engine.model.lora) is not None:
+        monitor.say(f"adapters   {adapters}; base {adapters.base[BASE]}")
     monitor.say_where()
     if state.global_step:
         monitor.say(f"resumed    after step {state.global_step}")
@@ -260,7 +263,7 @@ def build_engine(config: Config, ds_config: Section, run_dir: Path, resumed: Pat
         ds_config = with_setting(ds_config, "optimizer.params.torch_adam", True)
     checkpoint_fn = checkpointed_on_host if checkpoints_on_host(ds_config) else checkpointed
     with partitioned_init(ds_config):
-        model = build_model(config.model, checkpoint_fn, DTYPES[precision(ds_config)])
+        model = build_trained(config.model, checkpoint_fn, DTYPES[precision(ds_config)])
     if run.compile:
         model.compile_layers()
     layers = {name: model.encoder_layer(name) for name, _ in model.named_parameters()}
@@ -271,7 +274,8 @@ def build_engine(config: Config, ds_config: Section, run_dir: Path, resumed: Pat
         if resumed is None:
             load_initial_weights(model, config, monitor.say, write)
         else:  # its optimizer's state follows in load_engine
-            load_weights(model, open_weights(str(resumed), user_path(config.env.cache_root)), monitor.say, write)
+            stored = open_weights(str(resumed), user_path(config.env.cache_root), base_of(config.model))
+            load_weights(model, stored, monitor.say, write)
     return engine
 
 

@@ -25,7 +25,7 @@ NAMES = ("encoder.weight", "encoder.bias")
 class StubEngine:
     """What CheckpointFolder asks of an engine, with 40 kB of weights that depend on the step."""
 
-    model = SimpleNamespace(constants=lambda: {"eps": 1e-6})
+    model = SimpleNamespace(checkpoint_config=lambda: {"eps": 1e-6})
 
     def __init__(self, step: int, rows: int = 100) -> None:
         shapes = {"encoder.weight": (rows, 100), "encoder.bias": (100,)}

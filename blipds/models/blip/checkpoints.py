@@ -69,6 +69,9 @@ class BlipFormat(CheckpointFormat):
         aside, ours = NAMES[kind]
         return None if matches(name, [*names_of.BUFFERS, *aside]) else ours(name)
 
+    def transformers_name(self, name: str) -> str:
+        return names_of.to_transformers_name(name)
+
     def optional(self, kind: str, wanted: Collection[str], given: Collection[str]) -> tuple[list[str], list[str]]:
         if kind != "bert":
             return [], []

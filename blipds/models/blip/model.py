@@ -40,6 +40,7 @@ class BlipCaption(CaptioningModel):
     """`label_smoothing`: 0.1 in the paper's code."""
 
     reads_rows = True
+    lora_targets = ("attn.qkv", "self.query", "self.value")
 
     def __init__(
         self, visual_encoder: VisionTransformer, text_decoder: TextDecoder, *, label_smoothing: float = 0.1

@@ -1,11 +1,9 @@
 """BLIP-2's checkpoints: LAVIS's .pth, transformers' folders, and the files of parts that LAVIS's leave out."""
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import isqrt
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from blipds.models.blip.checkpoints import interpolate_pos_embed
 from blipds.models.blip2.config import Blip2Config
 from blipds.models.blip2.language_model import has_own_head
 from blipds.models.checkpoint_files import StoredTensors, listed
-from blipds.models.checkpoints import CheckpointFormat, matches
+from blipds.models.checkpoints import CheckpointFormat, lasting, matches, weights_hash
 
 CLS_TOKEN, POS_EMBED = "visual_encoder.cls_token", "visual_encoder.pos_embed"
 # What our names begin with, and what LAVIS's and transformers' do; of LAVIS's the language model's (`lavis_names`) too.
@@ -111,6 +109,9 @@ class Blip2Format(CheckpointFormat):
             return self.language_name(name)
         return name
 
+    def transformers_name(self, name: str) -> str:
+        return to_transformers_name(name)
+
     def tensors_of(self, stored: StoredTensors, part: str) -> dict[str, Tensor]:
         """The tensors of a file, under our names, that begin with `part`."""
         kind = self.kind(stored)
@@ -118,12 +119,8 @@ class Blip2Format(CheckpointFormat):
         return {name: tensor for name, tensor in named.items() if name and name.startswith(part)}
 
     def hash_of(self, tensors: Mapping[str, Tensor]) -> str:
-        """Tells language models apart by the first 16,384 numbers of each tensor: 15 MB of the 5 GB of OPT-2.7B."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name in sorted(tensors.keys() - self.tied.keys()):
-            start = tensors[name].flatten()[: 1 << 14].contiguous().view(torch.uint8)
-            digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode() + bytes(start.numpy()))
-        return digest.hexdigest()
+        """Tells language models apart."""
+        return weights_hash({name: tensor for name, tensor in tensors.items() if name not in self.tied})
 
     def from_lavis_name(self, name: str) -> str | None:
         """Our name; None: left aside, as is the last block of the encoder, which BLIP-2 leaves out."""
@@ -225,9 +222,7 @@ def completed(
     found = replace(stored, tensors=layout.with_head(with_joined_biases(tensors), prefix))
     if not language:
         return found, {}
-    source = Path(holder.location)  # runs resume wherever they are started
-    named = str(source.resolve()) if source.exists() else holder.location
-    return found, {SOURCE: named, HASH: layout.hash_of(language)}
+    return found, {SOURCE: lasting(holder.location), HASH: layout.hash_of(language)}
 
 
 def language_model_of(

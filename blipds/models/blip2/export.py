@@ -23,6 +23,8 @@ def export_lavis(path: Path, export: Export) -> None:
     """`launch/export.py --format blip`: what LAVIS's captioning checkpoints hold, all but the language model."""
     check_file(path, export.overwrite)
     model: Any = export.model
+    if model.elsewhere is None and getattr(export.config, "load_llm", False):
+        raise UserError("LAVIS's files leave the language model out, and adapters are merged into it: take --format hf")
     tensors = to_lavis(export.tensors, model.config.LANGUAGE)
     write_pth(
         path, {name: on_host(tensor) for name, tensor in tensors.items()}, asdict(export.config) | model.constants()

@@ -48,6 +48,9 @@ class Blip2Caption(CaptioningModel):
 
     reads_rows = True
 
+    lora_targets = tuple(f"language_model.*.{name}" for name in ("q_proj", "v_proj", "q", "v"))  # T5's are q and v
+    lora_train_also = ("bridge.qformer.*", "bridge.projection.*")  # modules, as peft's files want them
+
     def __init__(
         self, visual_encoder: VisionTransformer, bridge: Bridge, language_model: nn.Module, config: Blip2Config
     ) -> None:
