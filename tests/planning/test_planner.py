@@ -46,6 +46,13 @@ def unresolved(stage, precision="bf16", **zero):
     return ds
 
 
+def test_adapters_have_optimizer_states_and_their_base_has_none():
+    sizes = ParameterSizes.of(config(REPOSITORY / "run_configs" / "caption_coco_large_lora.yaml"))
+    assert (sizes.trainable, sizes.total - sizes.trainable) == (2_801_664, 446_290_492)
+    states = model_states(sizes, ds_config(2, ranks=1), 1)
+    assert (states.parameters, states.optimizer) == (2 * sizes.total, 12 * 2_801_664)  # bf16; master and moments
+
+
 class Model(ModelConfig):
     hidden_size = 128
 
