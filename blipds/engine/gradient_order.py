@@ -14,7 +14,9 @@ def keep_gradients_in_order(optimizer: Any, model: nn.Module) -> None:
     Here a gradient waits until its turn, or for the end of the backward pass where one before it never comes. The order
     is roughly that of the backward pass, so that few wait.
     """
-    if not hasattr(optimizer, "overlapping_partition_gradients_reduce_epilogue"):
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
         return  # of a stage that sorts gradients itself
     order = [parameter for parameter in reversed(list(model.parameters())) if parameter.requires_grad]
     places = {parameter: place for place, parameter in enumerate(order)}
