@@ -124,7 +124,8 @@ def test_exported_folder_computes_and_captions_as_we_do(
     ids = theirs.generate(**inputs, num_beams=1, do_sample=False, max_length=20, min_length=5)
     found = [text[len(PROMPT) :] for text in processor.batch_decode(ids, skip_special_tokens=True)]
     captioner = Captioner.from_config(config)
-    assert found == captioner.caption(ours, {"pixel_values": inputs["pixel_values"]}, golden["images"])
+    captions = captioner.caption(ours, {"pixel_values": inputs["pixel_values"]}, golden["images"])
+    assert found == [caption.text for caption in captions]
     assert found == golden["captions"]["greedy_max20_min5"]
 
 

@@ -42,16 +42,16 @@ def test_images_without_one_of_both_are_left_out():
     line = {"kind": "eval"}
     sure = {str(number): confidence(0.1 * number) for number in (1, 2, 3)}
     captions = dict.fromkeys("1234", "a")
-    chart, sentence = against_cider(Evaluation(line, captions, {"2": 0.5, "3": 1.0, "4": 2.0}, sure))
+    chart, sentence = against_cider(Evaluation(line, captions, {"2": 0.5, "3": 1.0, "4": 2.0}, confidence=sure))
     assert sentence == "Spearman's rank correlation of confidence with CIDEr over 2 images: 1.00."
     assert [mark.label for mark in chart.scattered] == ["2", "3"]
     # from -1.7 to -1.2 across (log .2 is -1.609, log .3 is -1.204), from .5 to 1 up: 354 x 184
     assert [chart.x_ticks[0].label, chart.x_ticks[-1].label] == ["-1.7", "-1.2"]
     assert chart.scattered[0].y == 184 and chart.scattered[1].y == 0
     assert chart.scattered[0].x == pytest.approx(354 * (1.7 + math.log(0.2)) / 0.5, abs=0.1)
-    assert against_cider(Evaluation(line, captions, {"3": 1.0}, sure)) is None
-    assert against_cider(Evaluation(line, captions, None, sure)) is None
-    equal = against_cider(Evaluation(line, captions, {"2": 0.0, "3": 0.0}, sure))
+    assert against_cider(Evaluation(line, captions, {"3": 1.0}, confidence=sure)) is None
+    assert against_cider(Evaluation(line, captions, None, confidence=sure)) is None
+    equal = against_cider(Evaluation(line, captions, {"2": 0.0, "3": 0.0}, confidence=sure))
     assert equal is not None and equal[1].endswith("over 2 images: none, since all are equal in one of them.")
 
 

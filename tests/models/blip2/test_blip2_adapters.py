@@ -15,7 +15,6 @@ from blipds.errors import UserError
 from blipds.models import build_model, build_trained
 from blipds.models.adapter_files import read_adapters, write_peft
 from blipds.models.blip2.export import export_lavis, export_transformers
-from blipds.models.blip2.language_model import text_logits
 from blipds.models.blip2.model import LN_VISION_EPS
 from blipds.models.protocol import keep_activations
 from blipds.models.weights import load_weights, open_weights
@@ -58,7 +57,7 @@ def given(tensors):
 @torch.no_grad()
 def our_logits(model, given):
     pixels, ids, places = given
-    return text_logits(model.language_model, model.bridge(model.image_encoder(pixels)), ids, places, places * 0)
+    return model.logits(model.bridge(model.image_encoder(pixels)), ids, places, places * 0)
 
 
 @torch.no_grad()

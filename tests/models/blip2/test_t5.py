@@ -158,7 +158,8 @@ def test_transformers_captions_the_same(model, config, folder):
 
     processor = AutoProcessor.from_pretrained(folder)
     greedy = replace(config, run=replace(config.run, num_beams=1, min_len=1))
-    captions = Captioner.from_config(greedy).caption(model, {"pixel_values": pixels}, range(4))
+    found = Captioner.from_config(greedy).caption(model, {"pixel_values": pixels}, range(4))
+    captions = [caption.text for caption in found]
     inputs = processor(images=torch.zeros(3, 56, 56), text="a photo of", return_tensors="pt")
     for image, caption in enumerate(captions):
         ids = theirs.generate(**inputs | {"pixel_values": pixels[[image]]}, max_new_tokens=30, num_beams=1)
